@@ -1,0 +1,1 @@
+"""Ragged batches, packing, message logs and the data module."""

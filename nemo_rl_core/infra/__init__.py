@@ -1,0 +1,1 @@
+"""Launchers, resources, weight sync, checkpoints, timers."""

@@ -1,0 +1,12 @@
+"""Loading and making Hugging Face models and tokenizers."""
+
+from nemo_rl_core.models.source import (
+    eos_token_ids,
+    is_scratch,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    scratch_names,
+)
+
+__all__ = ["eos_token_ids", "is_scratch", "load_model", "load_model_config", "load_tokenizer", "scratch_names"]

@@ -1,0 +1,157 @@
+"""Where a model name leads: a hub name, a local folder, or `scratch:` for random weights.
+
+`scratch:<name>` takes a shape shipped with the core (`scratch:qwen2-1m`), `scratch:<folder>` any folder
+with a Hugging Face `config.json`. Its weights are drawn from a seed, its tokenizer stands in the folder
+or is one shipped with the core. Nothing is downloaded for a scratch model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_core._errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_rl_core.data.tokenizer import Tokenizer
+
+__all__ = ["eos_token_ids", "is_scratch", "load_model", "load_model_config", "load_tokenizer", "scratch_names"]
+
+_PREFIX = "scratch:"
+_SCRATCH = Path(__file__).parent / "scratch"
+
+
+def is_scratch(model_name: str) -> bool:
+    """Whether the name asks for random weights."""
+    return model_name.startswith(_PREFIX)
+
+
+def scratch_names() -> list[str]:
+    """Names of the shapes shipped with the core."""
+    return sorted(p.parent.name for p in _SCRATCH.glob("*/config.json"))
+
+
+def _scratch_folder(model_name: str) -> Path:
+    target = model_name.removeprefix(_PREFIX)
+    for folder in (_SCRATCH / target, Path(target).expanduser()):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError(
+        f"model {model_name!r}: no shape of that name and no folder with a config.json at {target!r}. "
+        f"Shapes shipped: {', '.join(_PREFIX + name for name in scratch_names())}."
+    )
+
+
+def _explain(model_name: str, what: str, error: Exception) -> ConfigError:
+    path = Path(model_name).expanduser()
+    if path.exists():
+        reason = f"the folder {path} cannot be read as a Hugging Face checkpoint"
+    else:
+        reason = "it is neither a folder here nor could it be loaded from the Hugging Face hub"
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(
+        f"Cannot load the {what} of model {model_name!r}: {reason} ({type(error).__name__}: {first_line}). "
+        "Check the name, give a local folder with config.json, or use a model made here, such as "
+        f"{_PREFIX}{scratch_names()[0]}."
+    )
+
+
+def load_model_config(model_name: str) -> Any:
+    """The `transformers` configuration of the model.
+
+    Raises:
+        ConfigError: No such model.
+    """
+    from transformers import AutoConfig
+
+    source = str(_scratch_folder(model_name)) if is_scratch(model_name) else model_name
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model_name, "configuration", error) from error
+
+
+def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Tokenizer:
+    """The model's tokenizer, with `chat_template` (Jinja text or the path of a file) put in if given.
+
+    Raises:
+        ConfigError: No such tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    source = model_name
+    if is_scratch(model_name):
+        folder = _scratch_folder(model_name)
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokenizer", "char")
+        source = str(folder if (folder / "tokenizer.json").is_file() else _SCRATCH / "tokenizers" / name)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(model_name, "tokenizer", error) from error
+    if chat_template is not None:
+        path = Path(chat_template)
+        is_file = len(chat_template) < 1024 and "{" not in chat_template and path.is_file()
+        tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else chat_template
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model(
+    model_name: str,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    empty: bool = False,
+) -> Any:
+    """The causal language model, on the CPU.
+
+    Args:
+        model_name: See the module.
+        dtype: Of the parameters.
+        seed: Draws the weights of a scratch model; the global RNG is left as it was.
+        attn_implementation: Name of a registered attention function.
+        empty: Make the module on the meta device without weights (for sharding, or to be refitted).
+
+    Raises:
+        ConfigError: No such model, or a folder that is not a readable checkpoint.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(model_name)
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if empty:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **extra)
+    if is_scratch(model_name):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **extra)
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **extra)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _explain(model_name, "weights", error) from error
+    except Exception as error:  # safetensors raises its own type for a truncated file
+        if type(error).__name__ == "SafetensorError":
+            raise _explain(model_name, "weights", error) from error
+        raise
+
+
+def eos_token_ids(model_name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids that end a completion: the tokenizer's and those of the model's generation config."""
+    from transformers import GenerationConfig
+
+    found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    try:
+        extra = None if is_scratch(model_name) else GenerationConfig.from_pretrained(model_name).eos_token_id
+    except OSError:
+        extra = None
+    for token_id in [extra] if isinstance(extra, int) else (extra or []):
+        if token_id not in found:
+            found.append(token_id)
+    return tuple(found)

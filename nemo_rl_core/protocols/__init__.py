@@ -1,0 +1,1 @@
+"""The typed contract of each kind of component, one file per kind."""

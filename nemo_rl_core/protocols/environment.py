@@ -1,0 +1,132 @@
+"""Contracts of environments and rewards: what answers the policy and scores it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
+
+from attrs import field, frozen
+
+__all__ = [
+    "Environment",
+    "EnvironmentContext",
+    "EnvironmentStep",
+    "Message",
+    "Reward",
+    "SingleTurnEnvironment",
+    "Task",
+]
+
+
+class Message(TypedDict, total=False):
+    """One turn of a conversation in the chat format of Hugging Face templates."""
+
+    role: str
+    content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+
+
+Task = Mapping[str, Any]
+"""One row of a dataset. `prompt` is a string or a list of messages; everything else is the row's own
+(`answer`, `metadata`, ...)."""
+
+
+@frozen(kw_only=True)
+class EnvironmentStep:
+    """What an environment answers to one assistant message."""
+
+    messages: Sequence[Message] = ()
+    """Turns to append before the policy speaks again (tool results, a user's reply)."""
+    rewards: Mapping[str, float] = field(factory=dict)
+    """Rewards earned by this step, by name; the rollout's reward is the sum over steps and names."""
+    terminated: bool = False
+    """The episode has ended by its own rules."""
+    truncated: bool = False
+    """The episode was cut off (turn or time limit)."""
+    info: Mapping[str, Any] = field(factory=dict)
+    """Recorded with the rollout; numbers are averaged as metrics `env/<key>`."""
+
+
+class EnvironmentContext(Protocol):
+    """What the rollout engine lends to an environment."""
+
+    async def run_in_pool(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Run a picklable function in a worker process that is killed at the deadline.
+
+        Raises:
+            DeadlineExceeded: It did not answer in `timeout_s` (default: `rollouts.reward_timeout_s`).
+            Exception: Whatever `function` raised.
+        """
+        ...
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One episode. A component of group `nemo_rl.environments`.
+
+    A class, called `EnvironmentClass(config, context)` once per episode, so instances share no state;
+    keep construction cheap and put what is heavy in the class or the pool. Methods may be sync or async;
+    a sync method must not block for long (use `context.run_in_pool`).
+
+    Attributes:
+        config_class: attrs class of the environment's options.
+    """
+
+    config_class: ClassVar[type]
+
+    def reset(self, task: Task, seed: int) -> Sequence[Message] | Awaitable[Sequence[Message]]:
+        """Start the episode and return the messages that form the prompt.
+
+        Equal task and seed give an equal episode.
+        """
+        ...
+
+    def step(self, message: Message) -> EnvironmentStep | Awaitable[EnvironmentStep]:
+        """Answer the policy's message. Called until `terminated`, `truncated` or the turn limit."""
+        ...
+
+    def close(self) -> None | Awaitable[None]:
+        """Release what the episode holds; called exactly once, also after an error. May be called again."""
+        return None
+
+
+Reward = Callable[..., float | Mapping[str, float] | Awaitable[float | Mapping[str, float]]]
+"""A plain function, a component of group `nemo_rl.rewards`. Its arguments are matched by name among
+`prompt` (str), `response` (str), `messages` (the whole conversation), `task` (the row), `completion_ids`
+and every column of the row (`answer`, ...); `**kwargs` takes all. It returns a finite float or a mapping
+of named rewards. An exception is an error on that rollout, never a silent zero. Sync functions run in a
+process pool with a deadline; async ones on the event loop."""
+
+
+class SingleTurnEnvironment:
+    """Base for the common case: one prompt, one response, one score. Override `score`."""
+
+    config_class: ClassVar[type] = dict
+
+    def __init__(self, config: Any, context: EnvironmentContext) -> None:
+        self.config = config
+        self.context = context
+        self.task: Task = {}
+
+    def reset(self, task: Task, seed: int) -> Sequence[Message]:
+        """The task's `prompt`, as one user message if it is a string."""
+        self.task = task
+        prompt = task["prompt"]
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+    async def score(self, task: Task, response: str) -> float | Mapping[str, float]:
+        """Reward of one response."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(task, response)")
+
+    async def step(self, message: Message) -> EnvironmentStep:
+        """Score the response and end the episode."""
+        score = await self.score(self.task, message.get("content", ""))
+        rewards = dict(score) if isinstance(score, Mapping) else {"reward": float(score)}
+        return EnvironmentStep(rewards=rewards, terminated=True)
+
+    def close(self) -> None:
+        """Nothing is held."""

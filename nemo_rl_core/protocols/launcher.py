@@ -1,0 +1,110 @@
+"""Contract of a launcher: where the workers of each role run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import ClusterConfig
+
+__all__ = ["Launcher", "WorkerContext", "WorkerGroup", "WorkerSpec"]
+
+
+@frozen(kw_only=True)
+class WorkerContext:
+    """What a worker knows of its place."""
+
+    role: str = "policy"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"
+    """torch device string, such as "cpu" or "cuda:0"."""
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    """Rendezvous of `torch.distributed`; used when world_size > 1."""
+    seed: int = 0
+    run_dir: str | None = None
+    timeout_s: float = 600.0
+    """Deadline of one collective."""
+    num_threads: int | None = None
+    """CPU threads this worker may use; None leaves torch's default."""
+
+
+@frozen(kw_only=True)
+class WorkerSpec:
+    """A group of equal workers to start."""
+
+    role: str
+    factory: Any
+    """`ComponentRef` of the class every worker makes (without arguments) and then calls `setup` on."""
+    config: Any
+    """First argument of `setup`."""
+    num_workers: int = 1
+    devices_per_worker: int = 1
+    env: Mapping[str, str] = field(factory=dict)
+    seed: int = 0
+    run_dir: str | None = None
+    timeout_s: float = 600.0
+
+
+@runtime_checkable
+class WorkerGroup(Protocol):
+    """Running workers of one role, ranks 0 to size - 1."""
+
+    size: int
+
+    @property
+    def local(self) -> Any | None:
+        """The worker object itself if it lives in this process (then tensors can be shared), else None."""
+        ...
+
+    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+        """Call `method` on every worker with the same arguments; results in rank order.
+
+        Raises:
+            DeadlineExceeded: Names the ranks that did not answer.
+            WorkerDied: Names the rank, its exit status and the tail of its standard error.
+            Exception: What a worker raised, with its rank in the message.
+        """
+        ...
+
+    def call_each(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
+    ) -> list[Any]:
+        """Call `method` on worker r with the positional arguments `arguments[r]`."""
+        ...
+
+    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Any:
+        """Call a generator method on every worker; yield what rank 0 yields, one item at a time."""
+        ...
+
+    def shutdown(self) -> None:
+        """Call `shutdown` on the workers and end their processes; may be called twice."""
+        ...
+
+
+@runtime_checkable
+class Launcher(Protocol):
+    """Starts worker groups. A component of group `nemo_rl.launchers`, made with the cluster's config."""
+
+    config_class: ClassVar[type]
+
+    def setup(self, cluster: ClusterConfig) -> None:
+        """Connect to or describe the machines.
+
+        Raises:
+            ResourceError: The machines do not have what `cluster` asks for.
+        """
+        ...
+
+    def launch(self, spec: WorkerSpec) -> WorkerGroup:
+        """Start the workers of `spec` and run `setup` on each; returns when all are ready."""
+        ...
+
+    def shutdown(self) -> None:
+        """End every group that is still running."""
+        ...

@@ -1,0 +1,27 @@
+"""Contract of a logger: where metrics go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+__all__ = ["Logger"]
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """Receives the metrics of a run. A component of group `nemo_rl.loggers`, made with its config."""
+
+    config_class: ClassVar[type]
+
+    def start(self, run_name: str, run_dir: str, config: Mapping[str, Any]) -> None:
+        """Called once, before the first step."""
+        ...
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Called once per step with finite floats; names are `area/name` (`train/loss`, `timing/generation`)."""
+        ...
+
+    def finish(self, status: str) -> None:
+        """Called once at the end; `status` is "completed", "interrupted" or "failed"."""
+        ...

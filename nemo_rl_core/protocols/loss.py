@@ -1,0 +1,93 @@
+"""Contract of a loss: per-token tensors in, *sums* out; the core divides.
+
+Legend: B sequences, N tokens of one micro-batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from attrs import define, field, frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_rl_core.data.batch import BatchedDataDict
+
+__all__ = ["Denominator", "Loss", "LossSums", "Metric", "ModelOutputs"]
+
+Denominator = Literal["tokens", "sequences", "groups"] | float
+"""What a loss sum is divided by, over the whole global batch: trained tokens (`loss_mask` is True),
+sequences with at least one trained token, groups with at least one such sequence, or a constant."""
+
+
+@define
+class ModelOutputs:
+    """What one forward pass of the policy gives to the loss for one micro-batch."""
+
+    logprobs: Tensor | None = None
+    """[N] float32 log p(token | its prefix) at the sampling temperature; 0 at each first token."""
+    entropy: Tensor | None = None
+    """[N] float32 entropy in nats of the distribution that predicts the token, if asked for."""
+    logits: Tensor | None = None
+    """[N, V] logits that predict each token, only if the loss asks for them (costs memory)."""
+    values: Tensor | None = None
+    """[N] the critic's value before each token, if the model has a value head."""
+
+
+@frozen
+class Metric:
+    """A quantity that reduces correctly over micro-batches, ranks and packing.
+
+    Args:
+        total: Sum of the quantity over this micro-batch (or the extremum for "min" and "max").
+        count: How many items `total` sums; ignored by "sum", "min" and "max".
+        reduction: "mean" is sum of totals over sum of counts.
+    """
+
+    total: Tensor | float
+    count: Tensor | float = 1.0
+    reduction: Literal["mean", "sum", "min", "max"] = "mean"
+
+
+@define
+class LossSums:
+    """What a loss returns for one micro-batch."""
+
+    total: Tensor
+    """[] the loss summed over the micro-batch, with gradient; not divided by anything."""
+    metrics: Mapping[str, Metric] = field(factory=dict)
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A training objective.
+
+    A loss sums per-token (or per-sequence) terms of one micro-batch over `batch["loss_mask"]` and
+    declares in `denominator` what the sum is to be divided by. The core counts that over the whole
+    global batch before the first micro-batch and divides, so gradient accumulation, data parallelism
+    and packing cannot change the step that is taken.
+
+    Attributes:
+        denominator: See `Denominator`.
+        needs: Fields of `ModelOutputs` that the loss reads ("logprobs", "entropy", "logits", "values").
+    """
+
+    denominator: Denominator
+    needs: frozenset[str]
+
+    def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
+        """Sum the loss over one micro-batch.
+
+        Args:
+            outputs: The forward pass, per token of `batch`.
+            batch: The micro-batch; `loss_mask` [N] bool selects what is trained. Anything may stand in
+                masked positions, also inf and nan in fields other than `outputs`.
+
+        Returns:
+            The sum, and metrics as sums; zero (with zero gradient) when nothing is selected.
+        """
+        ...
+
+

@@ -1,0 +1,156 @@
+"""Contract of a training backend: one rank of the model that is trained.
+
+Legend: B sequences, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from attrs import field, frozen
+
+from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.protocols.launcher import WorkerContext
+
+__all__ = ["LossFunction", "StepPlan", "StepResult", "TrainingBackend", "WeightInfo"]
+
+LossFunction = Callable[[ModelOutputs, "BatchedDataDict"], LossSums]
+"""A loss that the core has already divided by the global denominator: call `.total.backward()`.
+
+It carries `needs`, the fields of `ModelOutputs` to fill.
+"""
+
+
+@frozen(kw_only=True)
+class StepPlan:
+    """How one optimizer step is cut up; made by the core for every rank."""
+
+    micro_batches: Sequence[Sequence[int]]
+    """Indices into the rank's batch, one list per micro-batch. Every rank has equally many; a list
+    may be empty, and then the rank still takes part in the collectives of that micro-batch."""
+    temperature: float = 1.0
+    """Logits are divided by this before the log-softmax, as when the tokens were sampled."""
+    gradient_scale: float = 1.0
+    """Factor on each micro-batch loss before backward, for backends whose reduction averages over
+    data-parallel ranks instead of summing (the core leaves it 1; such a backend multiplies by its
+    own data-parallel size)."""
+    update: bool = True
+    """False: accumulate gradients only, as for evaluation of a loss without a step."""
+
+
+@frozen(kw_only=True)
+class StepResult:
+    """What one rank reports of one optimizer step."""
+
+    metrics: Mapping[str, Any] = field(factory=dict)
+    """Name to `Metric` with plain floats: the loss's metrics summed over this rank's micro-batches,
+    and `loss` (sum of the divided losses, reduction "sum")."""
+    grad_norm: float = 0.0
+    """Global L2 norm of the gradient before clipping, equal on every rank."""
+    learning_rate: float = 0.0
+    num_tokens: int = 0
+    """Tokens this rank ran through the model."""
+
+
+@frozen(kw_only=True)
+class WeightInfo:
+    """Shape of one exported tensor, known before it is sent."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@runtime_checkable
+class TrainingBackend(Protocol):
+    """Trains one model. A component of group `nemo_rl.training_backends`.
+
+    One object per rank, made without arguments by the launcher in its worker and then `setup`. All
+    ranks of a role get the same calls in the same order. Sub-classing this protocol gives the defaults.
+
+    Attributes:
+        config_class: attrs class of `policy.options` for this backend.
+        capabilities: Of "tensor_parallel", "pipeline_parallel", "context_parallel", "value_head",
+            "lora", "share_weights" (export_weights yields live tensors that an engine in the same
+            process may alias).
+    """
+
+    config_class: ClassVar[type]
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+
+    def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
+        """Build or load the model and the optimizer on this rank.
+
+        Args:
+            config: The policy's configuration; `config.options` is a `config_class`.
+            context: Rank, world size, device, rendezvous address and seed of this worker.
+        """
+        ...
+
+    def train_step(self, batch: BatchedDataDict, loss_fn: LossFunction, plan: StepPlan) -> StepResult:
+        """Forward, backward and (if `plan.update`) one optimizer step.
+
+        For each micro-batch: fill the `ModelOutputs` that `loss_fn.needs` names, call `loss_fn`, and
+        backpropagate its `.total`. Never divide: that is done.
+
+        Args:
+            batch: This data-parallel rank's sequences (ranks of one model replica get the same).
+            loss_fn: See `LossFunction`.
+            plan: The micro-batches.
+        """
+        ...
+
+    def get_logprobs(
+        self, batch: BatchedDataDict, *, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """[N] float32 logprobs of `batch["input_ids"]` under the current weights, on the CPU, no gradient.
+
+        Computed in chunks: an [N, V] float32 matrix is never held. Logits are divided by `temperature`.
+        """
+        ...
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face parameter name, full tensor) of the current weights, tied ones once.
+
+        A collective: every rank must exhaust it. Rank 0 gets the tensors; other ranks may get empty ones.
+        """
+        ...
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write weights, optimizer, scheduler and this rank's RNG into the existing folder `path`.
+
+        Loading it in a run of the same layout continues bit for bit.
+        """
+        ...
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Restore what `save_checkpoint` wrote. Raises `CheckpointError` naming the file at fault."""
+        ...
+
+    def export_model(self, path: Path) -> None:
+        """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
+        ...
+
+    def data_parallel_layout(self) -> tuple[int, int]:
+        """(index, size): which shard of the batch this rank trains on, and of how many."""
+        return (0, 1)
+
+    def offload(self) -> None:
+        """Move weights and optimizer out of the accelerator's memory. Default: nothing."""
+        return None
+
+    def reload(self) -> None:
+        """Undo `offload`. Default: nothing."""
+        return None
+
+    def shutdown(self) -> None:
+        """Release everything; may be called twice. Default: nothing."""
+        return None

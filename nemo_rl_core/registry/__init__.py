@@ -1,0 +1,1 @@
+"""Names to components: index, decorators, resolution, manifest."""

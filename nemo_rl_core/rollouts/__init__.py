@@ -1,0 +1,1 @@
+"""Episodes: engine, buffer, records, reward and environment pools."""

@@ -1,0 +1,76 @@
+"""Division of a loss by the count over the whole global batch: the one place where it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import frozen
+
+from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.protocols.loss import LossSums, Metric
+
+if TYPE_CHECKING:
+    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.protocols.loss import Loss, ModelOutputs
+
+__all__ = ["GlobalCounts", "NormalizedLoss", "count_trained"]
+
+
+@frozen(kw_only=True)
+class GlobalCounts:
+    """What is trained in one optimizer step, over all micro-batches and ranks."""
+
+    tokens: int
+    sequences: int
+    groups: int
+
+
+def count_trained(batch: BatchedDataDict) -> GlobalCounts:
+    """Count the trained tokens, the sequences and the groups that have one.
+
+    A batch without `group_ids` counts each sequence as its own group.
+    """
+    mask = batch["loss_mask"]
+    trained = batch.sum_per_sequence(mask.to(torch.int64)) > 0
+    sequences = int(trained.sum())
+    groups = sequences
+    if "group_ids" in batch:
+        groups = int(torch.unique(batch["group_ids"][trained]).numel())
+    return GlobalCounts(tokens=int(mask.sum()), sequences=sequences, groups=groups)
+
+
+class NormalizedLoss:
+    """A loss whose sums are divided by the global count that it declared.
+
+    Backends get this and call `.total.backward()` on what it returns; they never divide.
+    """
+
+    def __init__(self, loss: Loss, counts: GlobalCounts) -> None:
+        self.loss = loss
+        self.needs: frozenset[str] = frozenset(loss.needs)
+        self.divisor: float = _divisor(loss, counts)
+
+    def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
+        """The divided loss of one micro-batch, and its metrics with `loss` added."""
+        sums = self.loss(outputs, batch)
+        total = sums.total / self.divisor
+        metrics: Mapping[str, Metric] = {
+            **sums.metrics,
+            "loss": Metric(total.detach(), reduction="sum"),
+        }
+        return LossSums(total, metrics)
+
+
+def _divisor(loss: Loss, counts: GlobalCounts) -> float:
+    denominator = loss.denominator
+    if isinstance(denominator, (int, float)):
+        return float(denominator)
+    if denominator not in ("tokens", "sequences", "groups"):
+        raise ConfigError(
+            f"Loss {type(loss).__name__} declares denominator {denominator!r}. "
+            'Allowed: "tokens", "sequences", "groups" or a number.'
+        )
+    # A batch with nothing to train has loss 0, not nan.
+    return float(max(getattr(counts, denominator), 1))

@@ -1,0 +1,1 @@
+"""Dataset sources for NeMo RL: Hugging Face datasets, JSONL, CSV, Parquet."""

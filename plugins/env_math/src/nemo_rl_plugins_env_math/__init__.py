@@ -1,0 +1,1 @@
+"""Math environment for NeMo RL, verified by math-verify in a killable process pool."""

@@ -1,0 +1,1 @@
+"""All reasoning-gym tasks as NeMo RL environments and datasets, with a curriculum by config."""

@@ -1,0 +1,1 @@
+"""GRPO for NeMo RL: algorithm, clipped policy-gradient loss, group-relative advantages."""

@@ -1,0 +1,1 @@
+"""NeMo RL: post-training for language models, made of plugins. The facade and the default set."""

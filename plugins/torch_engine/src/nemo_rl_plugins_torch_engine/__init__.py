@@ -1,0 +1,1 @@
+"""PyTorch-native generation backend with continuous batching for NeMo RL."""
