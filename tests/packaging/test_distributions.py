@@ -6,6 +6,7 @@ import ast
 import email
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -262,3 +263,34 @@ for text in {wanted!r}:
 def test_the_installed_core_runs(python: Path) -> None:
     where = run_in(python, "import nemo_rl_core; print(nemo_rl_core.__file__, nemo_rl_core.__version__)")
     assert where.startswith(str(python.parent.parent))
+
+
+# -- a stranger's package --------------------------------------------------------------------------------
+
+
+def readme_files() -> dict[str, str]:
+    """The files of the README's plugin: each block that follows a line with nothing but a file name."""
+    text = (ROOT / "README.md").read_text()
+    return dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def test_the_plugin_of_the_readme_is_found_by_name(tmp_path: Path, python: Path) -> None:
+    files = readme_files()
+    assert sorted(files) == ["my_rewards.py", "pyproject.toml"]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    target = tmp_path / "installed"
+    done = subprocess.run(
+        [*command, "--target", str(target), str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    program = f"""
+import sys
+sys.path.insert(0, {str(target)!r})
+from nemo_rl_core.registry import get_registry
+reference = get_registry().resolve("rewards", "short")
+assert reference.distribution == "my-rewards", reference
+print(reference.load()("a short one"))
+"""
+    assert run_in(python, program).strip() == "1.0"
