@@ -7,7 +7,6 @@ import email
 import json
 import os
 import re
-import shutil
 import site
 import subprocess
 import sys
@@ -30,7 +29,6 @@ pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.timeout(180)]
 ROOT = Path(__file__).resolve().parents[2]
 PROJECTS = [ROOT, *sorted(p.parent for p in ROOT.glob("plugins/*/pyproject.toml"))]
 IDS = [p.name if p != ROOT else "core" for p in PROJECTS]
-BUILD_LEFTOVERS = shutil.ignore_patterns("__pycache__", ".*", "tests", "docs", "benchmarks", "dist", "build", "runs")
 
 
 def project_table(project: Path) -> dict:
