@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, evolve, field
 
 from nemo_rl_core._errors import ConfigError
-from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RunConfig
+from nemo_rl_core.config.schema import ComponentChoice, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.models import load_tokenizer
-from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
+from nemo_rl_core.protocols.algorithm import AlgorithmContext
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.protocols.launcher import Launcher, WorkerSpec
 from nemo_rl_core.protocols.weight_sync import WeightSync
@@ -45,19 +45,19 @@ class RunInputs:
 
 @define(kw_only=True)
 class RunParts:
-    """The objects of one run."""
+    """The objects of one run. Of an evaluation, only those that sample: `policy` and `algorithm` are None."""
 
     config: RunConfig
     tokenizer: Tokenizer
     data: DataModule
-    algorithm: Algorithm
-    policy: Policy
-    reference: Policy | None
-    generation: GenerationBackend | None
-    weight_sync: WeightSync | None
-    runner: RolloutRunner | None
-    share_weights: bool
-    components: list[ComponentRef]
+    algorithm: Any = None
+    policy: Any = None
+    reference: Policy | None = None
+    generation: GenerationBackend | None = None
+    weight_sync: WeightSync | None = None
+    runner: RolloutRunner | None = None
+    share_weights: bool = False
+    components: list[ComponentRef] = field(factory=list)
     _stack: ExitStack = field(factory=ExitStack, repr=False)
 
     def close(self) -> None:
@@ -111,13 +111,14 @@ def sampling_params(config: RunConfig, **changes: Any) -> SamplingParams:
     return evolve(params, **changes)
 
 
-def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str) -> RunParts:
+def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bool = True) -> RunParts:
     """Build every part of a run; what was started is stopped again if a later part fails.
 
     Args:
         config: Finalized configuration.
         inputs: Python objects that stand in for configured ones.
         run_dir: The run's folder.
+        training: False builds only what an evaluation needs: data, environment and engine.
 
     Raises:
         ConfigError: Something that the algorithm needs is not configured.
@@ -132,77 +133,84 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str) -> RunParts:
     with ExitStack() as stack:
         resolver = _Resolver(config)
         algorithm_class = resolver.load("algorithms", config.algorithm)
-        tokenizer = load_tokenizer(
-            config.policy.tokenizer_name or config.policy.model_name, chat_template=config.data.chat_template
-        )
-        data = DataModule(
-            config.data,
-            seed=config.seed,
-            max_epochs=config.max_epochs,
-            train_rows=inputs.train_rows,
-            validation_rows=inputs.validation_rows,
-        )
-        algorithm: Algorithm = algorithm_class(
-            config,
-            AlgorithmContext(
-                tokenizer=tokenizer,
-                resolve=resolver.build,
-                max_sequence_length=config.policy.max_sequence_length,
-            ),
-        )
-        environment = _environment(config, inputs, resolver) if algorithm.feed == "rollouts" else None
-
-        launcher = _launcher(config, resolver)
-        stack.callback(launcher.shutdown)
-        backend_class = resolver.load("training_backends", config.policy.backend)
-        backend = resolver.used[-1]
-        policy = _policy(launcher, backend, config.policy, config, role="policy", run_dir=run_dir)
-        stack.callback(policy.shutdown)
-        reference = None
-        if "reference" in algorithm.roles:
-            reference = _policy(launcher, backend, config.policy, config, role="reference", run_dir=run_dir)
-            stack.callback(reference.shutdown)
-
-        generation = weight_sync = runner = None
-        share = False
-        if environment is not None:
-            generation_class = resolver.load("generation_backends", config.generation.backend)
-            engine = resolver.used[-1]
-            _check_staleness(config, generation_class)
-            engine_group = launcher.launch(
-                WorkerSpec(
-                    role="generation",
-                    factory=engine,
-                    config=evolve(config.generation, options=_options(generation_class, config.generation.options)),
-                    seed=config.seed,
-                    run_dir=run_dir,
-                )
-            )
-            stack.callback(engine_group.shutdown)
-            generation = engine_group.local
-            if generation is None:
-                raise ConfigError(
-                    f"The launcher {config.cluster.launcher!r} put the generation backend into another process, which "
-                    "this version cannot drive. Use cluster.launcher=local."
-                )
-            weight_sync = resolver.build("weight_syncs", config.weight_sync)
-            share = _may_share(config, policy, backend_class, generation_class)
-            runner = _runner(config, generation, environment, tokenizer, stack)
+        samples = algorithm_class.feed == "rollouts" or not training
+        environment = _environment(config, inputs, resolver) if samples else None
         parts = RunParts(
             config=config,
-            tokenizer=tokenizer,
-            data=data,
-            algorithm=algorithm,
-            policy=policy,
-            reference=reference,
-            generation=generation,
-            weight_sync=weight_sync,
-            runner=runner,
-            share_weights=share,
-            components=resolver.used,
+            tokenizer=load_tokenizer(
+                config.policy.tokenizer_name or config.policy.model_name, chat_template=config.data.chat_template
+            ),
+            data=DataModule(
+                config.data,
+                seed=config.seed,
+                max_epochs=config.max_epochs,
+                train_rows=inputs.train_rows,
+                validation_rows=inputs.validation_rows,
+            ),
         )
+        launcher = _launcher(config, resolver)
+        stack.callback(launcher.shutdown)
+        if training:
+            _add_policy(parts, algorithm_class, launcher, resolver, stack, run_dir)
+        if environment is not None:
+            _add_engine(parts, environment, launcher, resolver, stack, run_dir)
+        parts.components = resolver.used
         parts._stack = stack.pop_all()
         return parts
+
+
+def _add_policy(
+    parts: RunParts, algorithm_class: Any, launcher: Launcher, resolver: _Resolver, stack: ExitStack, run_dir: str
+) -> None:
+    config = parts.config
+    parts.algorithm = algorithm_class(
+        config,
+        AlgorithmContext(
+            tokenizer=parts.tokenizer,
+            resolve=resolver.build,
+            max_sequence_length=config.policy.max_sequence_length,
+        ),
+    )
+    resolver.load("training_backends", config.policy.backend)
+    backend = resolver.used[-1]
+    parts.policy = _policy(launcher, backend, config, role="policy", run_dir=run_dir)
+    stack.callback(parts.policy.shutdown)
+    if "reference" in parts.algorithm.roles:
+        parts.reference = _policy(launcher, backend, config, role="reference", run_dir=run_dir)
+        stack.callback(parts.reference.shutdown)
+
+
+def _add_engine(
+    parts: RunParts,
+    environment: EnvironmentFactory,
+    launcher: Launcher,
+    resolver: _Resolver,
+    stack: ExitStack,
+    run_dir: str,
+) -> None:
+    config = parts.config
+    engine_class = resolver.load("generation_backends", config.generation.backend)
+    _check_staleness(config, engine_class)
+    group = launcher.launch(
+        WorkerSpec(
+            role="generation",
+            factory=resolver.used[-1],
+            config=evolve(config.generation, options=_options(engine_class, config.generation.options)),
+            seed=config.seed,
+            run_dir=run_dir,
+        )
+    )
+    stack.callback(group.shutdown)
+    if group.local is None:
+        raise ConfigError(
+            f"The launcher {config.cluster.launcher!r} put the generation backend into another process, which this "
+            "version cannot drive. Use cluster.launcher=local."
+        )
+    parts.generation = group.local
+    if parts.policy is not None:
+        parts.weight_sync = resolver.build("weight_syncs", config.weight_sync)
+        parts.share_weights = _may_share(config, parts.policy, engine_class)
+    parts.runner = _runner(config, group.local, environment, parts.tokenizer, stack)
 
 
 def _launcher(config: RunConfig, resolver: _Resolver) -> Launcher:
@@ -212,10 +220,8 @@ def _launcher(config: RunConfig, resolver: _Resolver) -> Launcher:
     return launcher
 
 
-def _policy(
-    launcher: Launcher, backend: ComponentRef, policy: PolicyConfig, config: RunConfig, *, role: str, run_dir: str
-) -> Policy:
-    policy = evolve(policy, options=_options(backend.load(), policy.options))
+def _policy(launcher: Launcher, backend: ComponentRef, config: RunConfig, *, role: str, run_dir: str) -> Policy:
+    policy = evolve(config.policy, options=_options(backend.load(), config.policy.options))
     group = launcher.launch(
         WorkerSpec(
             role=role,
@@ -291,10 +297,11 @@ def _factory(component: Any, options: Any) -> EnvironmentFactory:
     return lambda context: make(options, context)
 
 
-def _may_share(config: RunConfig, policy: Policy, backend: Any, engine: Any) -> bool:
+def _may_share(config: RunConfig, policy: Policy, engine: Any) -> bool:
     """Whether the engine may sample from the trainer's own tensors."""
+    backend = policy.group.local
     return (
-        policy.group.local is not None
+        backend is not None
         and config.rollouts.staleness == 0
         and config.generation.precision in (None, config.policy.precision)
         and "share_weights" in backend.capabilities

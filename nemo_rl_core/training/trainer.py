@@ -13,6 +13,7 @@ from nemo_rl_core.training.state import RunResult, RunState
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.training.evaluation import EvaluationResult
 
 __all__ = ["Trainer"]
 
@@ -95,6 +96,31 @@ class Trainer:
             train_rows=train_rows, validation_rows=validation_rows, reward=reward_fn, environment=environment
         )
         return run(config, inputs, callbacks)
+
+    def evaluate(
+        self,
+        dataset: Any = None,
+        reward_fn: Reward | None = None,
+        *,
+        environment: Any = None,
+        output: str | Path | None = None,
+    ) -> EvaluationResult:
+        """Sample every row of a dataset with the configured model and score it, without training.
+
+        Args:
+            dataset: Rows, or the name of a dataset; by default the configuration's validation data.
+            reward_fn: Scores a response, as in `fit`.
+            environment: An environment class instead of a reward function.
+            output: JSON-lines file for the rollouts.
+        """
+        from nemo_rl_core.training.assembly import RunInputs
+        from nemo_rl_core.training.evaluation import evaluate
+
+        config, rows = self.config, dataset
+        if isinstance(dataset, (str, Path)):
+            config, rows = _set(config, "data.validation.source", str(dataset)), None
+        inputs = RunInputs(validation_rows=rows, reward=reward_fn, environment=environment)
+        return evaluate(config, inputs, output=None if output is None else Path(output))
 
     def _with_data(self, rows: Any) -> tuple[RunConfig, Any]:
         if isinstance(rows, (str, Path)):
