@@ -27,6 +27,7 @@ __all__ = [
     "RunConfig",
     "SchedulerConfig",
     "ValidationConfig",
+    "component",
 ]
 
 
