@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.sharding import plan_step
 
