@@ -28,6 +28,7 @@ __all__ = [
     "RunConfig",
     "SchedulerConfig",
     "ValidationConfig",
+    "component",
 ]
 
 

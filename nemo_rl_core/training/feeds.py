@@ -1,0 +1,171 @@
+"""Where a step's items come from: rows of a dataset, or groups sampled by the policy."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_core._errors import ConfigError, EnvironmentFailure
+from nemo_rl_core.rollouts.buffer import GroupBuffer
+from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import RunConfig
+    from nemo_rl_core.data.module import DataModule, TaskItem
+    from nemo_rl_core.protocols.algorithm import Algorithm
+    from nemo_rl_core.rollouts.runner import RolloutRunner
+
+__all__ = ["ExampleFeed", "RolloutFeed"]
+
+logger = logging.getLogger(__name__)
+
+
+class ExampleFeed:
+    """Rows, in the data module's order."""
+
+    def __init__(self, data: DataModule, num_items: int) -> None:
+        self.data = data
+        self.num_items = num_items
+
+    def next(self, version: int) -> list[Any]:
+        """The next step's rows. Raises StopIteration at the end of the data."""
+        return [item.task for item in self.data.next(self.num_items)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next step begins."""
+        return {"data": self.data.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.data.load_state_dict(state["data"])
+
+
+class RolloutFeed:
+    """Groups of rollouts, through a bounded buffer with a staleness bound.
+
+    Prompts are submitted in data order and groups are taken in that order, whatever order they finish in.
+    With staleness 0 a step's prompts are submitted when the step begins; with a bound of k the prompts of up
+    to k further steps are already under way.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: DataModule,
+        runner: RolloutRunner,
+        algorithm: Algorithm,
+        config: RunConfig,
+        max_batches: int = 10,
+    ) -> None:
+        self.data = data
+        self.runner = runner
+        self.algorithm = algorithm
+        self.config = config
+        self.num_prompts = config.num_items_per_step
+        self.staleness = config.rollouts.staleness
+        self.max_batches = max_batches
+        self.discarded = 0
+        """Groups that the algorithm refused in the last step."""
+        self.all_groups: list[RolloutGroup] = []
+        """Every group that finished for the last step, refused ones included."""
+        self._buffer = GroupBuffer(
+            capacity=self.num_prompts * (self.staleness + 1) * max(2, max_batches), staleness=self.staleness
+        )
+        self._pending: dict[int, tuple[TaskItem, Future[RolloutGroup]]] = {}
+        self._exhausted = False
+
+    def next(self, version: int) -> list[RolloutGroup]:
+        """The groups of one step. Raises StopIteration when the data has ended.
+
+        Raises:
+            EnvironmentFailure: Too many rollouts failed; the message counts the errors.
+            ConfigError: Dynamic sampling refused every group of too many batches.
+        """
+        kept: list[RolloutGroup] = []
+        self.discarded = 0
+        self.all_groups = []
+        for _ in range(self.max_batches):
+            missing = self.num_prompts - len(kept)
+            self._submit(missing + self.staleness * self.num_prompts, version)
+            wanted = min(missing, len(self._pending) + len(self._buffer))
+            if wanted == 0:
+                raise StopIteration
+            groups = self._take(wanted, version)
+            self.all_groups += groups
+            self._check_failures(self.all_groups)
+            kept += [group for group in groups if group.valid and self.algorithm.keep_group(group)]
+            self.discarded = len(self.all_groups) - len(kept)
+            if len(kept) == self.num_prompts:
+                return kept
+        raise ConfigError(
+            f"After {self.max_batches} batches of prompts only {len(kept)} of {self.num_prompts} groups can be "
+            f"trained on ({self.discarded} were refused, for instance because all their rewards are equal). "
+            "Make the tasks easier or harder, sample more generations per prompt, or switch dynamic sampling off."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to begin the next step again: data order, finished groups, prompts under way."""
+        return {
+            "data": self.data.state_dict(),
+            "buffer": self._buffer.state_dict(),
+            "pending": [item for item, _ in self._pending.values()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; prompts that were under way are sampled again."""
+        self.data.load_state_dict(state["data"])
+        self._buffer.load_state_dict(state["buffer"])
+        for item in state["pending"]:
+            self._start(item, 0)
+
+    def cancel(self) -> None:
+        """Give up everything under way."""
+        self.runner.cancel_all()
+        self._pending.clear()
+
+    def _submit(self, num: int, version: int) -> None:
+        """Have `num` groups finished or under way."""
+        missing = num - len(self._pending) - len(self._buffer)
+        if missing <= 0 or self._exhausted:
+            return
+        items: list[TaskItem] = []
+        try:
+            items = self.data.next(missing)
+        except StopIteration:
+            self._exhausted = True
+        with self.runner.gathering():
+            for item in items:
+                self._start(item, version)
+
+    def _start(self, item: TaskItem, version: int) -> None:
+        future = self.runner.submit(
+            item.index, item.task_id, item.task, group_size=self.config.group_size, weight_version=version
+        )
+        self._pending[item.index] = (item, future)
+
+    def _take(self, num: int, version: int) -> list[RolloutGroup]:
+        """The `num` groups of lowest id; those that finished meanwhile go into the buffer."""
+        first = sorted([*self._pending, *self._buffer.ids])[:num]
+        for group_id in first:
+            if group_id in self._pending:
+                group = self._pending[group_id][1].result()
+                del self._pending[group_id]
+                self._buffer.put(group)
+        return self._buffer.take(num, current_version=version, timeout_s=1.0, waiting_for=first)
+
+    def _check_failures(self, groups: list[RolloutGroup]) -> None:
+        rollouts: list[Rollout] = [rollout for group in groups for rollout in group.rollouts]
+        errors = [rollout.error for rollout in rollouts if rollout.error is not None]
+        if not errors:
+            return
+        counted = Counter(f"{e.stage}: {e.type}: {e.message}" for e in errors).most_common(3)
+        listing = "; ".join(f"{count} x {text}" for text, count in counted)
+        if len(errors) > self.config.rollouts.max_failed_fraction * len(rollouts):
+            raise EnvironmentFailure(
+                f"{len(errors)} of {len(rollouts)} rollouts of this step failed, more than "
+                f"rollouts.max_failed_fraction={self.config.rollouts.max_failed_fraction:g} allows. "
+                f"Most frequent: {listing}. Mend the reward or environment, or raise the bound."
+            )
+        logger.warning("%d of %d rollouts failed and are left out: %s", len(errors), len(rollouts), listing)
