@@ -30,7 +30,7 @@ class MathConfig:
     timeout_s: float | None = field(default=None, validator=validators.optional(validators.gt(0)))
     """Seconds for one verification; then the worker is killed and the answer counts as wrong (`env/timeout`).
     None is the run's `rollouts.reward_timeout_s`."""
-    max_characters: int | None = field(default=20_000, validator=validators.optional(validators.gt(0)))
+    max_characters: int | None = field(default=20_000, validator=validators.optional(validators.gt(0)))  # type: ignore[arg-type]
     """Only the end of a longer response is read; None reads all of it."""
 
 
