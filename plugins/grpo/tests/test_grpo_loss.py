@@ -129,6 +129,8 @@ def test_ratio_against_the_engine():
         {"ratio_against": "rollout"}, [math.log(1.1) - 1], advantages=[2.0], rollout=[-1.0], logprobs=[-7.0]
     )
     assert (sums.total.item(), grad.item()) == approx((-2.2, -2.2))
+    assert value(sums.metrics["rollout_probs_ratio"]) == approx(1.1)
+    assert "probs_ratio" not in sums.metrics  # which the run loop expects to be 1 on the first update
 
 
 # -- aggregation ----------------------------------------------------------------------------------------

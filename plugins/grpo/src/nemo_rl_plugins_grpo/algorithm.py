@@ -47,11 +47,6 @@ class GRPO(BaseAlgorithm):
         one_update = self.config.updates_per_step * self.config.epochs_per_step == 1
         return self._loss_fields - ({"logprobs"} if one_update else frozenset())
 
-    @property
-    def max_sampling_batches(self) -> int | None:
-        """Batches of prompts the run loop may sample to fill one step; None without dynamic sampling."""
-        return self.config.dynamic_sampling.max_batches if self.config.dynamic_sampling.enabled else None
-
     def keep_group(self, group: RolloutGroup) -> bool:
         """With dynamic sampling: whether the rewards vary, before any shaping. Else every group."""
         if not self.config.dynamic_sampling.enabled:
