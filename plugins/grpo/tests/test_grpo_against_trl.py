@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages
-from nemo_rl_plugins_grpo.config import ClippedPGConfig, GroupRelativeConfig
-from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 from pytest import approx
 
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages
+from nemo_rl_plugins_grpo.config import ClippedPGConfig, GroupRelativeConfig
+from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 
 LENGTHS = [3, 5, 1, 4]
 WIDTH = 5

@@ -5,6 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from attrs import evolve
+from pytest import approx
+
+from nemo_rl_core.config.schema import ComponentChoice, GenerationConfig
+from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
+from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
+from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages
 from nemo_rl_plugins_grpo.algorithm import GRPO
 from nemo_rl_plugins_grpo.config import (
@@ -17,14 +25,6 @@ from nemo_rl_plugins_grpo.config import (
 )
 from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 from nemo_rl_plugins_grpo.minibatches import split_by_groups
-from pytest import approx
-
-from nemo_rl_core.config.schema import ComponentChoice, GenerationConfig
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
-from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 
 COMPONENTS = {
     ("losses", "clipped_pg"): (ClippedPolicyGradientLoss, ClippedPGConfig),
@@ -229,9 +229,7 @@ class StrangersLoss:
 
 
 def test_another_loss_and_estimator_take_their_places():
-    algorithm = make(
-        advantage=ComponentChoice(name=lambda: lambda batch: batch["loss_mask"].float() * 7)
-    )
+    algorithm = make(advantage=ComponentChoice(name=lambda: lambda batch: batch["loss_mask"].float() * 7))
     batch, _ = finished(algorithm, [group(0, [1, 0])])
     assert per_sequence(batch) == [7, 7]
     other = GRPO(

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from nemo_rl_plugins_grpo.config import ClippedPGConfig
-from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 from pytest import approx
 
 from nemo_rl_core._errors import ConfigError, ShapeMismatch
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_plugins_grpo.config import ClippedPGConfig
+from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 
 
 def run(options, current, *, lengths=None, mask=None, advantages=None, rollout=None, dtype=torch.float32, **fields):

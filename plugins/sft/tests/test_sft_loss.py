@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from nemo_rl_plugins_sft.loss import NLLLoss
 from pytest import approx
 
 from nemo_rl_core._errors import ShapeMismatch
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_plugins_sft.loss import NLLLoss
 
 
 def batch_of(mask, lengths):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nemo_rl_plugins_sft.algorithm import SFT
-from nemo_rl_plugins_sft.config import SFTConfig
-from nemo_rl_plugins_sft.loss import NLLLoss
 from pytest import approx
 
 from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.schema import DataConfig
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
+from nemo_rl_plugins_sft.algorithm import SFT
+from nemo_rl_plugins_sft.config import SFTConfig
+from nemo_rl_plugins_sft.loss import NLLLoss
 
 CHATML = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -94,7 +94,9 @@ def test_prompt_and_response_columns():
 
 def test_what_a_template_writes_after_the_end_token_is_not_trained():
     tokenizer = char_tokenizer(CHATML)
-    assert shown(make(tokenizer), [chat("a", "b", "c", "d")]) == ["[u]a<|end|>\n[a]{b<|end|>}\n[u]c<|end|>\n[a]{d<|end|>}\n"]
+    assert shown(make(tokenizer), [chat("a", "b", "c", "d")]) == [
+        "[u]a<|end|>\n[a]{b<|end|>}\n[u]c<|end|>\n[a]{d<|end|>}\n"
+    ]
 
 
 def test_an_answer_that_is_empty_still_learns_to_end():

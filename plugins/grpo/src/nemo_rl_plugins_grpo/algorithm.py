@@ -83,12 +83,13 @@ class GRPO(BaseAlgorithm):
         """Whole groups, in their order, cut into `updates_per_step` steps of nearly equal count, each epoch alike."""
         from nemo_rl_plugins_grpo.minibatches import split_by_groups
 
-        return split_by_groups(batch["group_ids"], self.config.updates_per_step) * self.config.epochs_per_step
+        config: GRPOConfig = self.config
+        return split_by_groups(batch["group_ids"], config.updates_per_step) * config.epochs_per_step
 
     def _shaped_rewards(self, batch: BatchedDataDict) -> Tensor:
         from nemo_rl_plugins_grpo import shaping
 
-        rewards = batch["rewards"]
+        rewards: Tensor = batch["rewards"]
         if self.config.reward_scaling.enabled:
             rewards = shaping.scale_rewards(rewards, self.config.reward_scaling)
         options = self.config.reward_shaping

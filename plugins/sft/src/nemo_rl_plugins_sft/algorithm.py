@@ -79,9 +79,7 @@ class SFT(BaseAlgorithm):
     def _tokenized(self, items: Sequence[Mapping[str, Any]]) -> list[TokenizedText]:
         from nemo_rl_core.data.prompts import sft_messages
 
-        conversations = [
-            sft_messages(row, where=f"example {number} of the batch") for number, row in enumerate(items)
-        ]
+        conversations = [sft_messages(row, where=f"example {number} of the batch") for number, row in enumerate(items)]
         keys = [json.dumps(messages, default=repr) for messages in conversations]
         missing = {key: c for key, c in zip(keys, conversations, strict=True) if key not in self._cache}
         pieces = [self._splitter.split(messages) for messages in missing.values()]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from attrs import field, frozen
-from attrs.validators import ge, in_
 
 from nemo_rl_core.config.schema import ComponentChoice, RunConfig, component
+from nemo_rl_core.config.validators import ge, one_of
 
 __all__ = ["SFTConfig"]
 
@@ -22,7 +22,7 @@ class SFTConfig(RunConfig):
     batch_size: int = field(default=32, validator=ge(1))
     """Examples of one optimizer step; they are packed into micro-batches of
     `policy.max_tokens_per_microbatch` tokens."""
-    train_on: TrainOn = field(default="assistant", validator=in_(("assistant", "last_assistant", "all")))
+    train_on: TrainOn = field(default="assistant", validator=one_of("assistant", "last_assistant", "all"))
     """Tokens that are trained: those of every assistant turn, of the last one only, or the whole text."""
     loss: ComponentChoice = component("losses", "nll")
 
