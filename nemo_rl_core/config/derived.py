@@ -55,7 +55,7 @@ def _step(config: RunConfig) -> list[ArithmeticRow]:
         ),
         ArithmeticRow(
             quantity="new tokens per step, at most",
-            value=rollouts * config.generation.max_new_tokens * config.rollouts.max_turns,
+            value=rollouts * (config.generation.max_new_tokens or 0) * config.rollouts.max_turns,
             unit="tokens",
             why=f"{rollouts} rollouts x generation.max_new_tokens {config.generation.max_new_tokens}"
             f" x rollouts.max_turns {config.rollouts.max_turns}",

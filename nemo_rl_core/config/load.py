@@ -23,6 +23,8 @@ __all__ = ["Source", "finalize", "load_config"]
 Source = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
 """A file (.yaml, .yml, .json, .toml), a mapping, or a configuration."""
 
+_MAX_NEW_TOKENS = 512
+
 
 def load_config(
     source: Source,
@@ -197,6 +199,9 @@ def _filled(config: RunConfig) -> tuple[RunConfig, list[Mistake]]:
                 continue
             value *= config.num_updates_per_step
         config = _evolved(config, path, value)
+    if config.generation.max_new_tokens is None:
+        tokens = min(_MAX_NEW_TOKENS, max(1, config.policy.max_sequence_length // 2))
+        config = _evolved(config, ("generation", "max_new_tokens"), tokens)
     return config, mistakes
 
 

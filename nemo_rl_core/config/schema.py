@@ -131,8 +131,8 @@ class GenerationConfig:
         default=None, metadata={"derived_from": "policy.precision"}
     )
     """None is the policy's."""
-    max_new_tokens: int = field(default=512, validator=ge(1))
-    """Tokens of one completion at most."""
+    max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
+    """Tokens of one completion at most; None is 512, or half of `policy.max_sequence_length` if that is less."""
     temperature: float = field(default=1.0, validator=ge(0))
     """Divides the logits; 0 takes the most likely token. Training logprobs are taken at it too."""
     top_p: float = field(default=1.0, validator=[gt(0), le(1)])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages
-from nemo_rl_plugins_grpo.config import GroupRelativeConfig
 from pytest import approx
 
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
+from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages
+from nemo_rl_plugins_grpo.config import GroupRelativeConfig
 
 
 def batch_of(rewards, groups, **sequences):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from attrs import Attribute, Factory, field, frozen
-from attrs.validators import ge, gt, in_, le, optional
 
 from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import ComponentChoice, RunConfig, component
+from nemo_rl_core.config.validators import ge, gt, le, one_of, optional
 
 __all__ = [
     "AdvantageClipConfig",
@@ -85,7 +85,7 @@ class ClippedPGConfig:
     clip-higher (DAPO takes 0.28)."""
     ratio_clip_c: float | None = field(default=None, validator=optional(gt(1)))
     """Dual clip: where the advantage is negative the term never exceeds -advantage * ratio_clip_c."""
-    aggregation: Aggregation = field(default="token", validator=in_(("token", "sequence", "constant")))
+    aggregation: Aggregation = field(default="token", validator=one_of("token", "sequence", "constant"))
     """token: every trained token of the global batch counts the same (DAPO); sequence: every sequence
     does, by the mean over its tokens (original GRPO); constant: sum over tokens / constant_length, mean
     over sequences (Dr. GRPO)."""
@@ -96,15 +96,15 @@ class ClippedPGConfig:
     force_on_policy_ratio: bool = False
     """Take the ratio as 1 (with its gradient) even when `logprobs` are in the batch."""
     ratio_against: Literal["step_start", "rollout"] = field(
-        default="step_start", validator=[in_(("step_start", "rollout")), _one_correction]
+        default="step_start", validator=[one_of("step_start", "rollout"), _one_correction]
     )
     """Denominator of the ratio: the policy before this step's updates (three policies, mismatch left to
     `correction`), or the logprobs of the engine (two policies, mismatch inside the ratio)."""
     reference_kl_beta: float = field(default=0.0, validator=ge(0))
     """Weight of the KL to the reference policy; 0 needs no reference model."""
-    reference_kl_type: KLType = field(default="k3", validator=in_(("k1", "k2", "k3")))
+    reference_kl_type: KLType = field(default="k3", validator=one_of("k1", "k2", "k3"))
     """Estimator of the KL's value."""
-    reference_kl_gradient: KLGradient = field(default="unbiased", validator=in_(("unbiased", "importance", "direct")))
+    reference_kl_gradient: KLGradient = field(default="unbiased", validator=one_of("unbiased", "importance", "direct"))
     """unbiased: differentiates the expectation (a score-function weight of value 1); importance: the same,
     weighted by current over sampling policy; direct: differentiates the estimator alone (k1 then has zero
     expected gradient, k3 that of the other direction's KL)."""
@@ -113,7 +113,7 @@ class ClippedPGConfig:
     kl_output_clamp: float = field(default=10.0, validator=gt(0))
     """Bound on the KL of a token."""
     correction: Correction = field(
-        default="none", validator=in_(("none", "importance", "tis", "icepop", "seq_mask_tis"))
+        default="none", validator=one_of("none", "importance", "tis", "icepop", "seq_mask_tis")
     )
     """Weight for the mismatch of trainer and engine: none; importance: exp(trainer - engine) as it is;
     tis: clamped to the bounds; icepop: tokens outside the bounds dropped; seq_mask_tis: sequences whose
