@@ -25,12 +25,13 @@ def to_dict(config: Any, *, defaults: bool = True) -> dict[str, Any]:
 
     Args:
         config: A configuration or a part of one.
-        defaults: False leaves out what has its default value.
+        defaults: False leaves out what has its default value, but never `algorithm`.
     """
     result: dict[str, Any] = {}
     for f in sorted(fields_of(type(config)), key=lambda f: f.name != "algorithm"):  # it picks the class: first
         value = getattr(config, f.name)
-        if not defaults and f.default is not attrs.NOTHING and same(value, default_of(f)):
+        needed = f.default is attrs.NOTHING or (f.name == "algorithm" and value is not None)
+        if not defaults and not needed and same(value, default_of(f)):
             continue
         result[f.name] = _plain(value, defaults)
     return result

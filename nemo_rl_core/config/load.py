@@ -161,6 +161,7 @@ def _checked(config: RunConfig, resolver: Resolver, before: Sequence[Mistake]) -
     unknown_root = any(m.keys == ("algorithm",) for m in before)
     resolved, mistakes = resolve_tree(config, resolver, config.plugins)
     wrong = {m.keys for m in (*before, *mistakes) if m.keys}
+    wrong |= {(*m.keys[:-1], m.suggestion) for m in before if m.suggestion and m.keys}  # a typo of that key
     filled, found = _filled(resolved)
     later = [*found, *([] if unknown_root else check_tree(filled))]
     mistakes += [m for m in later if not any(_touches(m, keys) for keys in wrong)]

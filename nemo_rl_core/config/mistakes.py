@@ -115,7 +115,8 @@ class InvalidConfig(ConfigError):
             self.exit_code = codes.pop()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (tuple(attrs.evolve(m, error=None) for m in self.mistakes),))
+        plain = tuple(attrs.evolve(m, error=None) for m in self.mistakes)  # a plugin's error may not pickle
+        return (type(self), (plain,), {"exit_code": self.exit_code})
 
 
 def path_of(keys: Sequence[Key]) -> str:

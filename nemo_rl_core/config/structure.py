@@ -268,6 +268,8 @@ def _class_hook(cls: Any, converter: Converter) -> Hook:
             actual = type(value)
             given = {f.name: getattr(value, f.name) for f in fields_of(actual)}
         if not isinstance(given, Mapping):
+            if attrs.has(type(value)):
+                raise Refused(Mistake(problem=f"expected {cls.__name__}, found {type(value).__name__}"))
             raise Refused(Mistake(problem=f"expected a mapping of settings, found {_show(value)}"))
         built, mistakes = _build(actual, given, converter)
         if mistakes:
@@ -313,10 +315,11 @@ def _validated(
 ) -> list[Mistake]:
     """Run every validator, so that all report; attrs itself would stop at the first."""
     draft = cls.__new__(cls)
-    for name, value in {**defaults, **values}.items():
+    known = {name: value for name, value in {**defaults, **values}.items() if value is not attrs.NOTHING}
+    for name, value in known.items():
         object.__setattr__(draft, name, value)
     mistakes: list[Mistake] = []
-    for name, value in values.items():
+    for name, value in known.items():  # defaults too: a default may not go with what another field says
         f = fields[name]
         if f.validator is None or f.converter is not None:
             continue
