@@ -144,7 +144,11 @@ class DTensorBackend(TrainingBackend):
         return sums
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._trained() if p.grad is not None]
+        """Gradients of what is trained, laid out as their parameters."""
+        found = [p for p in self._trained() if p.grad is not None]
+        for parameter in found:
+            parameter.grad = self.ranks.as_parameter(parameter, parameter.grad)
+        return [p.grad for p in found]
 
     def _check_gradient(self, loss: Tensor) -> float:
         """Global norm of the gradient; raises if it or any rank's loss is not finite."""

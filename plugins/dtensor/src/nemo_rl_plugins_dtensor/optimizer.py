@@ -146,8 +146,8 @@ class MasterWeights:
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.masters = [p.detach().clone() for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        for parameter in self.parameters:  # `.data =` would leave a DTensor's dtype as it was
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.detach().to(torch.bfloat16)))
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -164,4 +164,4 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the weights that compute, in place."""
-        torch._foreach_copy_([p.data for p in self.parameters], self.masters)  # type: ignore[attr-defined]
+        torch._foreach_copy_([local_part(p) for p in self.parameters], [local_part(m) for m in self.masters])  # type: ignore[attr-defined]

@@ -80,6 +80,10 @@ class OneProcess:
         """[] float32 squared L2 norm over all ranks."""
         return _local_squares(gradients, self.device)
 
+    def as_parameter(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient summed over ranks that each hold a part of the sum."""
+        return gradient
+
     def any_rank(self, flag: Tensor) -> Tensor:
         """[] float32: more than 0 if `flag` [] is True on any rank."""
         return flag.float()
@@ -188,6 +192,12 @@ class Mesh(OneProcess):
         if self.dp_size > 1:
             dist.all_reduce(total, group=self.dp.get_group())
         return total
+
+    def as_parameter(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient summed over ranks that each hold a part of the sum (norms of single heads)."""
+        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+            return gradient.redistribute(placements=parameter.placements)
+        return gradient
 
     def _is_split(self, gradient: Tensor) -> bool:
         """Whether tensor-parallel ranks hold different parts of it."""
