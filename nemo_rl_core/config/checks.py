@@ -55,11 +55,12 @@ def _lengths(config: RunConfig) -> Iterator[Mistake]:
     limit = config.policy.max_sequence_length
     generation = config.generation
     fix = "Raise `policy.max_sequence_length`, or lower this; the prompt needs room too."
-    sampled = [("generation.max_new_tokens", generation.max_new_tokens)]
-    if config.validation.max_new_tokens is not None:
-        sampled.append(("validation.max_new_tokens", config.validation.max_new_tokens))
-    for path, tokens in sampled:
-        if tokens >= limit:
+    sampled = {
+        "generation.max_new_tokens": generation.max_new_tokens,
+        "validation.max_new_tokens": config.validation.max_new_tokens,
+    }
+    for path, tokens in sampled.items():
+        if tokens is not None and tokens >= limit:
             problem = f"{tokens} new tokens leave no room for a prompt in policy.max_sequence_length = {limit}"
             yield mistake(path, problem, fix, related=["policy.max_sequence_length"])
     if generation.max_sequence_length is not None and generation.max_sequence_length > limit:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -27,12 +29,12 @@ class Reference(Protocol):
 class Resolver(Protocol):
     """What configuration needs of the registry."""
 
-    def resolve(self, kind: str, name: Any) -> Reference:
-        """The component of that name or object. Raises a `PluginError`."""
+    def resolve(self, kind: str, choice: Any, *, plugins: Mapping[str, str] | None = None) -> Reference:
+        """The component of that name or object, names settled by `plugins`. Raises a `PluginError`."""
         ...
 
     def default(self, kind: str) -> str | None:
-        """The name used when none is chosen."""
+        """The name used when none is chosen. Raises `PluginConflict` if that is not clear."""
         ...
 
     def names(self, kind: str) -> Sequence[str]:
@@ -63,7 +65,9 @@ def resolve_choice(
         The choice, and its mistakes with paths relative to it.
     """
     pass_ = _Pass(resolver or default_resolver(), pins or {})
-    name = choice.name if choice.name is not None else pass_.resolver.default(kind)
+    name = choice.name
+    if name is None:
+        name = pass_.resolver.default(kind)
     options, mistakes = pass_.options(kind, name, choice.options, ("name",), ("options",))
     return ComponentChoice(name=name, options=options), mistakes
 
@@ -104,7 +108,11 @@ class _Pass:
         name, options = getattr(node, selector), getattr(node, f.name)
         if f.metadata.get("open") and not self.is_component(kind, name):
             return {}, []
-        chosen = name if name is not None else self.resolver.default(kind)
+        try:
+            chosen = name if name is not None else self.resolver.default(kind)
+        except PluginError as error:  # several are installed
+            needed = bool(options) or f.metadata.get("required")
+            return {}, [Mistake(keys=(selector,), problem=str(error), error=error)] if needed else []
         if chosen is None:
             return {}, self.no_default(kind, options, f.name, selector)
         structured, mistakes = self.options(kind, chosen, options, (selector,), (f.name,))
@@ -124,7 +132,10 @@ class _Pass:
         if name is None:
             if not value.options:
                 return value, []  # the run decides whether it needs one
-            name = self.resolver.default(kind)
+            try:
+                name = self.resolver.default(kind)
+            except PluginError as error:
+                return value, [Mistake(keys=(*at, "name"), problem=str(error), error=error)]
             if name is None:
                 return value, [m.under(*at) for m in self.no_default(kind, value.options, "options", "name")]
         options, mistakes = self.options(kind, name, value.options, ("name",), ("options",))
@@ -151,13 +162,21 @@ class _Pass:
         return nested, [m.under(*options_at) for m in mistakes]
 
     def find(self, kind: str, name: Any) -> Reference:
-        return self.resolver.resolve(kind, self.pins.get(name, name) if isinstance(name, str) else name)
+        return self.resolver.resolve(kind, name, plugins=self.pins)
 
     def is_component(self, kind: str, name: Any) -> bool:
         """Whether `name` is a component of `kind` and not, as in `data.train.source`, data."""
-        if isinstance(name, str):
-            return name in self.pins or name in self.resolver.names(kind) or (":" in name and "/" not in name)
-        return isinstance(name, type) or (callable(name) and hasattr(name, "config_class"))
+        if not isinstance(name, str):
+            return isinstance(name, type) or (callable(name) and hasattr(name, "config_class"))
+        if name in self.resolver.names(kind) or (":" in name and "/" not in name):
+            return True
+        if not re.fullmatch(r"[\w-]+", name) or os.path.exists(name):
+            return False
+        try:  # one that is known only at run time, or a data set's name on a hub
+            self.find(kind, name)
+        except PluginError:
+            return False
+        return True
 
     def not_found(self, kind: str, name: Any, error: PluginError, at: tuple[Key, ...]) -> Mistake:
         text = str(error)

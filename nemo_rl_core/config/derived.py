@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from attrs import frozen
+from typing import NamedTuple
 
 from nemo_rl_core.config.schema import RunConfig
 
 __all__ = ["ArithmeticRow", "arithmetic"]
 
 
-@frozen(kw_only=True)
-class ArithmeticRow:
+class ArithmeticRow(NamedTuple):
     """One derived number."""
 
     quantity: str
@@ -33,6 +32,7 @@ def arithmetic(config: RunConfig) -> list[ArithmeticRow]:
 def _step(config: RunConfig) -> list[ArithmeticRow]:
     prompts, group = config.num_items_per_step, config.group_size
     rollouts, updates = prompts * group, config.num_updates_per_step
+    trained = rollouts * config.num_passes_per_step
     length = config.policy.max_sequence_length
     return [
         ArithmeticRow(quantity="prompts per step", value=prompts, unit="prompts", why="taken from the data"),
@@ -41,9 +41,11 @@ def _step(config: RunConfig) -> list[ArithmeticRow]:
         ),
         ArithmeticRow(
             quantity="rollouts per optimizer step",
-            value=rollouts / updates if rollouts % updates else rollouts // updates,
+            value=trained / updates if trained % updates else trained // updates,
             unit="rollouts",
-            why=f"{rollouts} rollouts / {updates} optimizer step{'s' if updates > 1 else ''}",
+            why=f"{rollouts} rollouts"
+            + (f" x {config.num_passes_per_step} passes" if config.num_passes_per_step > 1 else "")
+            + f" / {updates} optimizer step{'s' if updates > 1 else ''}",
         ),
         ArithmeticRow(
             quantity="tokens per step, at most",
@@ -53,7 +55,7 @@ def _step(config: RunConfig) -> list[ArithmeticRow]:
         ),
         ArithmeticRow(
             quantity="new tokens per step, at most",
-            value=rollouts * config.generation.max_new_tokens * config.rollouts.max_turns,
+            value=rollouts * (config.generation.max_new_tokens or 0) * config.rollouts.max_turns,
             unit="tokens",
             why=f"{rollouts} rollouts x generation.max_new_tokens {config.generation.max_new_tokens}"
             f" x rollouts.max_turns {config.rollouts.max_turns}",
@@ -64,7 +66,7 @@ def _step(config: RunConfig) -> list[ArithmeticRow]:
 def _workers(config: RunConfig) -> list[ArithmeticRow]:
     policy = config.policy
     replicas = max(policy.num_workers // policy.tensor_parallel_size, 1)
-    rollouts = config.num_items_per_step * config.group_size
+    rollouts = config.num_items_per_step * config.group_size * config.num_passes_per_step
     per_update = -(-rollouts // config.num_updates_per_step)
     per_replica = -(-per_update // replicas)
     # A sequence never straddles two micro-batches; one longer than the budget goes alone.

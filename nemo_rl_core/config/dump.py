@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from nemo_rl_core.config._types import default_of, fields_of
+from nemo_rl_core.config._types import default_of, fields_of, same
 from nemo_rl_core.config.schema import ComponentChoice, RunConfig
 
 __all__ = ["Difference", "diff", "to_dict", "to_yaml"]
@@ -30,7 +30,7 @@ def to_dict(config: Any, *, defaults: bool = True) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for f in sorted(fields_of(type(config)), key=lambda f: f.name != "algorithm"):  # it picks the class: first
         value = getattr(config, f.name)
-        if not defaults and f.default is not attrs.NOTHING and value == default_of(f):
+        if not defaults and f.default is not attrs.NOTHING and same(value, default_of(f)):
             continue
         result[f.name] = _plain(value, defaults)
     return result

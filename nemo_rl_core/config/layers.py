@@ -159,13 +159,8 @@ def _dotted(path: str, value: Any, position: Position) -> Layer:
 
 
 def _paths(value: Any) -> Iterable[tuple[Key, ...]]:
-    """The paths of all values inside `value`."""
-    items: Iterable[tuple[Key, Any]] = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, child in items:
+    """The paths of all settings inside `value`."""
+    for key, child in value.items() if isinstance(value, dict) else ():
         yield (key,)
         for more in _paths(child):
             yield (key, *more)

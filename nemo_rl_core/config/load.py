@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from nemo_rl_core._errors import ConfigError, PluginError
-from nemo_rl_core.config._types import default_of, fields_of, shorthands
+from nemo_rl_core.config._types import default_of, derived, fields_of, shorthands
 from nemo_rl_core.config.checks import check_tree
 from nemo_rl_core.config.components import Resolver, default_resolver, resolve_tree
 from nemo_rl_core.config.layers import Layer, Overrides, override_layers, read_file, read_mapping
@@ -22,6 +22,8 @@ __all__ = ["Source", "finalize", "load_config"]
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
 """A file (.yaml, .yml, .json, .toml), a mapping, or a configuration."""
+
+_MAX_NEW_TOKENS = 512
 
 
 def load_config(
@@ -141,7 +143,7 @@ def _class_of_algorithm(
 ) -> tuple[type[RunConfig], list[Mistake]]:
     keys: tuple[Key, ...] = ("algorithm",)
     try:
-        algorithm = resolver.resolve("algorithms", pins.get(name, name) if isinstance(name, str) else name).load()
+        algorithm = resolver.resolve("algorithms", name, plugins=pins).load()
     except PluginError as error:
         meant = None
         if isinstance(name, str) and isinstance(error, LookupError) and "did you mean" not in str(error).lower():
@@ -187,18 +189,19 @@ def _filled(config: RunConfig) -> tuple[RunConfig, list[Mistake]]:
             mistakes.append(Mistake(keys=(short,), problem=problem, fix="Keep one of the two.", related=(long,)))
             continue
         config = _evolved(config, long, value)
-    policy = config.policy
-    generation = attrs.evolve(
-        config.generation,
-        model_name=config.generation.model_name or policy.model_name,
-        precision=config.generation.precision or policy.precision,
-        max_sequence_length=config.generation.max_sequence_length or policy.max_sequence_length,
-    )
-    scheduler = policy.scheduler
-    if scheduler.name != "constant" and scheduler.total_steps is None and config.max_steps is not None:
-        total = config.max_steps * config.num_updates_per_step
-        policy = attrs.evolve(policy, scheduler=attrs.evolve(scheduler, total_steps=total))
-    return attrs.evolve(config, policy=policy, generation=generation), mistakes
+    for path, source in derived(type(config)).items():
+        value = _get(config, source)[0]
+        if value is None or _get(config, path)[0] is not None:
+            continue
+        if source == ("max_steps",):  # counted in optimizer steps
+            if config.policy.scheduler.name == "constant":
+                continue
+            value *= config.num_updates_per_step
+        config = _evolved(config, path, value)
+    if config.generation.max_new_tokens is None:
+        tokens = min(_MAX_NEW_TOKENS, max(1, config.policy.max_sequence_length // 2))
+        config = _evolved(config, ("generation", "max_new_tokens"), tokens)
+    return config, mistakes
 
 
 def _get(config: Any, path: Iterable[str]) -> tuple[Any, Any]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config._types import config_class_of, fields_of, shorthands
+from nemo_rl_core.config._types import config_class_of, derived, fields_of, same, shorthands
 from nemo_rl_core.config._yaml import Positions
 from nemo_rl_core.config.layers import Layer
 from nemo_rl_core.config.mistakes import Key, Mistake, path_of
 from nemo_rl_core.config.schema import ComponentChoice
+from nemo_rl_core.config.structure import structure
 
 __all__ = ["merge_layers"]
 
@@ -43,6 +44,9 @@ class _Merged:
 
     def add(self, layer: Layer, cls: type) -> None:
         self.dropped = []
+        for path, source in derived(cls).items():
+            if _sets(layer.tree, source, cls) and self.was_derived(path, source, cls):
+                self.drop(path)
         for short, long in shorthands(cls).items():
             if _get(layer.tree, (short,)) not in (None, _MISSING):
                 self.drop(long)
@@ -52,6 +56,16 @@ class _Merged:
         gone = set(self.dropped)
         kept = {k: p for k, p in self.positions.items() if not any(k[:n] in gone for n in range(1, len(k) + 1))}
         self.positions = {**kept, **layer.positions}
+
+    def was_derived(self, path: tuple[str, ...], source: tuple[str, ...], cls: type) -> bool:
+        """Whether an earlier `finalize` filled the value at `path`."""
+        value, origin = _get(self.tree, path), _get(self.tree, source)
+        if value in (None, _MISSING) or origin in (None, _MISSING):
+            return False
+        if value == origin:
+            return True
+        config = structure(self.tree, cls)[0] if source == ("max_steps",) else None  # counted in optimizer steps
+        return config is not None and bool(value == origin * config.num_updates_per_step)
 
     def drop(self, keys: tuple[Key, ...]) -> None:
         """Forget the value at `keys`."""
@@ -74,7 +88,8 @@ class _Merged:
         result = dict(base)
         for selector, options in _selectors(cls):
             old, new = base.get(selector), over.get(selector, _MISSING)
-            if old is not None and new is not _MISSING and new != old and result.pop(options, _MISSING) is not _MISSING:
+            changes = old is not None and new is not _MISSING and not same(old, new)
+            if changes and result.pop(options, _MISSING) is not _MISSING:
                 self.dropped.append((*at, options))
         types = {f.name: config_class_of(f.type) for f in fields_of(cls)} if cls else {}
         for key, value in over.items():
@@ -112,6 +127,12 @@ def _contradictions(layer: Layer, cls: type) -> Iterable[Mistake]:
             yield Mistake(
                 keys=(short,), problem=problem, fix="Keep one of the two.", related=(long,), position=position
             )
+
+
+def _sets(tree: Any, path: tuple[str, ...], cls: type) -> bool:
+    """Whether a layer sets the value at `path`, by its name or by a shorthand."""
+    names = [path, *((short,) for short, long in shorthands(cls).items() if long == path)]
+    return any(_get(tree, name) is not _MISSING for name in names)
 
 
 def _selectors(cls: type | None) -> list[tuple[str, str]]:

@@ -77,7 +77,7 @@ class SchedulerConfig:
     """Shape of the decay after the warm-up."""
     warmup_steps: int = field(default=0, validator=ge(0))
     """Optimizer steps over which the rate rises from 0 in a line."""
-    total_steps: int | None = field(default=None, validator=optional(gt(0)))
+    total_steps: int | None = field(default=None, validator=optional(gt(0)), metadata={"derived_from": "max_steps"})
     """Optimizer steps to the end of the decay; None takes those of the run's `max_steps`."""
     min_lr_ratio: float = field(default=0.0, validator=[ge(0), le(1)])
     """Final learning rate as a share of `optimizer.lr`."""
@@ -121,16 +121,18 @@ class PolicyConfig:
 class GenerationConfig:
     """The engine that samples, and how it samples."""
 
-    model_name: str | None = None
+    model_name: str | None = field(default=None, metadata={"derived_from": "policy.model_name"})
     """Filled from the policy; do not set it."""
     backend: Any = None
     """Generation backend: name, `dist:name`, `module:attr` or class; None is the installed default."""
     options: Any = field(factory=dict, metadata={"options_of": ("generation_backends", "backend")})
     """Settings of the generation backend, structured by its `config_class`."""
-    precision: Literal["float32", "bfloat16"] | None = None
+    precision: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"derived_from": "policy.precision"}
+    )
     """None is the policy's."""
-    max_new_tokens: int = field(default=512, validator=ge(1))
-    """Tokens of one completion at most."""
+    max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
+    """Tokens of one completion at most; None is 512, or half of `policy.max_sequence_length` if that is less."""
     temperature: float = field(default=1.0, validator=ge(0))
     """Divides the logits; 0 takes the most likely token. Training logprobs are taken at it too."""
     top_p: float = field(default=1.0, validator=[gt(0), le(1)])
@@ -141,7 +143,9 @@ class GenerationConfig:
     """Texts that end a completion and stay in it."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, beside the model's own."""
-    max_sequence_length: int | None = field(default=None, validator=optional(ge(2)))
+    max_sequence_length: int | None = field(
+        default=None, validator=optional(ge(2)), metadata={"derived_from": "policy.max_sequence_length"}
+    )
     """Tokens of prompt and completion together; None is the policy's."""
 
 
@@ -361,7 +365,12 @@ class RunConfig:
 
     @property
     def num_updates_per_step(self) -> int:
-        """Optimizer steps of one step; an algorithm's class with minibatches overrides it."""
+        """Optimizer steps of one step, all passes together; an algorithm's class with minibatches overrides it."""
+        return 1
+
+    @property
+    def num_passes_per_step(self) -> int:
+        """Times the rollouts of one step are trained on; an algorithm's class with epochs overrides it."""
         return 1
 
     @property

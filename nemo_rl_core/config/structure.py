@@ -320,15 +320,26 @@ def _validated(
         f = fields[name]
         if f.validator is None or f.converter is not None:
             continue
-        try:
-            f.validator(draft, f, value)
-        except (ValueError, TypeError) as error:
-            bounds = " and ".join(f"{op} {bound:g}" for op, bound in limits(f.validator))
-            text = f"must be {bounds}, found {_show(value)}" if bounds else str(error.args[0] if error.args else error)
-            mistakes.append(Mistake(keys=(name,), problem=text))
-        except AttributeError:
-            continue  # it looks at a value that has a mistake of its own
+        for validator in getattr(f.validator, "_validators", None) or [f.validator]:
+            problem = _problem(validator, draft, f, value)
+            if problem is not None:
+                mistakes.append(Mistake(keys=(name,), problem=problem))
+                break
     return mistakes
+
+
+def _problem(validator: Any, draft: Any, f: attrs.Attribute[Any], value: Any) -> str | None:
+    """What a validator says against a value."""
+    try:
+        validator(draft, f, value)
+    except (ValueError, TypeError) as error:
+        bounds = " and ".join(f"{op} {bound:g}" for op, bound in limits(validator))
+        if bounds:
+            return f"must be {bounds}, found {_show(value)}"
+        return str(error.args[0] if error.args else error)
+    except AttributeError:
+        return None  # it looks at a value that has a mistake of its own
+    return None
 
 
 def _unknown(key: Any, cls: Any, fields: Mapping[str, Any]) -> Mistake:

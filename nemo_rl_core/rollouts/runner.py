@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import sys
 import threading
@@ -118,10 +119,8 @@ class RolloutRunner:
         """
         self._closing.set()
         self.cancel_all()
-        try:
+        with contextlib.suppress(RuntimeError):  # it has ended already
             self._loop.call_soon_threadsafe(self._loop.stop)
-        except RuntimeError:
-            pass
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             _log.warning("the rollout loop did not end in %g s; it stands at %s", timeout_s, self._position())
@@ -196,8 +195,5 @@ class RolloutRunner:
                 self._failure = error
             pending, self._pending = list(self._pending), set()
         for future in pending:
-            try:
-                if not future.cancelled():
-                    future.set_exception(error)
-            except concurrent.futures.InvalidStateError:
-                pass
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                future.set_exception(error)

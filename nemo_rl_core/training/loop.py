@@ -319,7 +319,7 @@ class RunLoop:
         _report_changes(state.get("manifest", []), get_registry().manifest(self.parts.components))
         self.parts.policy.load(checkpoint.path / "policy")
         loop = _read_loop_state(checkpoint)
-        self.feed.load_state_dict(loop["feed"])
+        self.feed.load_state_dict(loop["feed"], version=int(state["weight_version"]))
         self.invariants.load_state_dict(loop["invariants"])
         torch.set_rng_state(loop["torch_rng"])
         random.setstate(loop["python_rng"])
