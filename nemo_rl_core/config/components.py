@@ -67,7 +67,12 @@ def resolve_choice(
     pass_ = _Pass(resolver or default_resolver(), pins or {})
     name = choice.name
     if name is None:
-        name = pass_.resolver.default(kind)
+        try:
+            name = pass_.resolver.default(kind)
+        except PluginError as error:
+            return choice, [Mistake(keys=("name",), problem=str(error), error=error)]
+        if name is None:
+            return choice, pass_.no_default(kind, choice.options, "options", "name")
     options, mistakes = pass_.options(kind, name, choice.options, ("name",), ("options",))
     return ComponentChoice(name=name, options=options), mistakes
 

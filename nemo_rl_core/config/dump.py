@@ -33,7 +33,10 @@ def to_dict(config: Any, *, defaults: bool = True) -> dict[str, Any]:
         needed = f.default is attrs.NOTHING or (f.name == "algorithm" and value is not None)
         if not defaults and not needed and same(value, default_of(f)):
             continue
-        result[f.name] = _plain(value, defaults)
+        plain = _plain(value, defaults)
+        if not needed and not defaults and plain == {} and attrs.has(type(value)):
+            continue  # options of which none was changed
+        result[f.name] = plain
     return result
 
 

@@ -231,9 +231,9 @@ def test_every_public_name_is_there():
     assert callable(config.arithmetic)
     assert callable(config.describe)
     with pytest.raises(AttributeError, match="nothing"):
-        config.nothing
+        _ = config.nothing
 
 
 def test_run_config_alone_knows_no_step():
     with pytest.raises(NotImplementedError, match="num_items_per_step"):
-        RunConfig().num_items_per_step
+        _ = RunConfig().num_items_per_step
