@@ -35,8 +35,9 @@ class ProcessGroup:
     cannot go on.
     """
 
-    def __init__(self, role: str, *, failure_grace_s: float) -> None:
+    def __init__(self, role: str, *, size: int, failure_grace_s: float) -> None:
         self.role = role
+        self.size = size
         self.failure_grace_s = failure_grace_s
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
@@ -59,7 +60,7 @@ class ProcessGroup:
             DeadlineExceeded: A worker was not ready in time.
             Exception: What a worker's `setup` raised, with its rank.
         """
-        group = cls(spec.role, failure_grace_s=failure_grace_s)
+        group = cls(spec.role, size=len(contexts), failure_grace_s=failure_grace_s)
         port = _free_port()
         folder = _log_folder(spec)
         try:
@@ -70,11 +71,6 @@ class ProcessGroup:
             group._end("its start failed")
             raise
         return group
-
-    @property
-    def size(self) -> int:
-        """The number of workers."""
-        return len(self._processes)
 
     @property
     def local(self) -> None:
@@ -146,6 +142,9 @@ class ProcessGroup:
             self._collect("shutdown", _SHUTDOWN_S)
         except Exception as error:  # the processes are ended all the same
             _log.warning("Shutting down the %s workers: %s", self.role, error)
+        else:
+            for process in self._processes:  # let each leave by itself and release what it holds
+                process.join(_SHUTDOWN_S)
         self._end("it was shut down")
 
     # -- starting and ending --------------------------------------------------------------------
@@ -242,7 +241,7 @@ class ProcessGroup:
                     del left[rank]
                     if found[rank][0] == "error":
                         deadline = _sooner(deadline, self.failure_grace_s)
-            for rank in (sentinels[s] for s in ready if s in sentinels):  # type: ignore[index]
+            for rank in (sentinels[s] for s in ready if s in sentinels):
                 if rank in left and left[rank].poll():
                     continue  # its last message is still to be read
                 if method != "shutdown":
@@ -286,8 +285,8 @@ class ProcessGroup:
         tails = "\n".join(f"rank {rank} ({self._logs[rank]}):\n{self._tail(rank)}" for rank in ranks[:4])
         self._end(f"ranks {names} did not answer {method}")
         return DeadlineExceeded(
-            f"{method} on the {self.role} workers passed its deadline of {timeout_s:g} s; no answer from rank(s) {names} "
-            f"of {self.size}. The group was ended. The end of their logs:\n{tails}"
+            f"{method} on the {self.role} workers passed its deadline of {timeout_s:g} s; no answer from rank(s) "
+            f"{names} of {self.size}. The group was ended. The end of their logs:\n{tails}"
         )
 
     def _tail(self, rank: int) -> str:

@@ -34,6 +34,8 @@ def _core_requirement(dist: Distribution) -> str | None:
         name = re.match(r"[A-Za-z0-9._-]+", line)
         if name is None or normalize(name.group()) != CORE:
             continue
+        if _plainly_met(line[name.end() :]):
+            continue
         from packaging.requirements import InvalidRequirement, Requirement
 
         try:
@@ -47,6 +49,27 @@ def _core_requirement(dist: Distribution) -> str | None:
                 f"Install versions that fit: pip install -U {CORE} {dist.name}"
             )
     return None
+
+
+def _plainly_met(specifier: str) -> bool:
+    """Whether `>=0.1,<0.2` and the like hold, told without `packaging`, which takes long to import.
+
+    False only means that `packaging` has to decide.
+    """
+    clauses = [clause.strip(" ()") for clause in specifier.split(",")]
+    matches = [re.fullmatch(r"(>=|<)\s*(\d+(?:\.\d+)*)", clause) for clause in clauses]
+    if not all(matches) or not re.fullmatch(r"\d+(\.\d+)*", CORE_VERSION):
+        return False
+    ours = _release(CORE_VERSION)
+    bounds = [(m.group(1), _release(m.group(2))) for m in matches if m is not None]
+    return all(ours >= bound if operator == ">=" else ours < bound for operator, bound in bounds)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = [int(part) for part in version.split(".")]
+    while numbers and numbers[-1] == 0:  # 1.0 and 1 are equal
+        numbers.pop()
+    return tuple(numbers)
 
 
 def _api(index: Index, dist: Distribution, kind: str) -> str | None:

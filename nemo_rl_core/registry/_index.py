@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import NamedTuple
 
 from nemo_rl_core.registry._distributions import Distribution, distributions, normalize
 from nemo_rl_core.registry._kinds import API_GROUP, HOOKS_GROUP, KINDS
 
-__all__ = ["ALLOW_VARIABLE", "CORE", "DENY_VARIABLE", "Entry", "Index", "Selection"]
+__all__ = ["ALLOW_VARIABLE", "CORE", "DENY_VARIABLE", "STRICT_VARIABLE", "Entry", "Index", "Selection"]
 
 CORE = "nemo-rl-core"
 ALLOW_VARIABLE = "NEMO_RL_PLUGINS"
 DENY_VARIABLE = "NEMO_RL_DISABLE_PLUGINS"
+STRICT_VARIABLE = "NEMO_RL_STRICT_PLUGINS"
 
 _PREFIX = "nemo_rl."
 _NAME = re.compile(r"[^\s:=\[\]]+\Z")
@@ -148,6 +148,8 @@ def _problem(group: str, name: str, equals: str, value: str, line: str) -> str |
         return None if _MODULE.match(value) else f"malformed entry point {line!r}: expected `name = module`"
     kind = group.removeprefix(_PREFIX)
     if kind not in KINDS:
+        from difflib import get_close_matches
+
         close = get_close_matches(kind, KINDS, n=1)
         fix = f"did you mean [{_PREFIX}{close[0]}]?" if close else f"the groups are {_PREFIX}<{', '.join(KINDS)}>"
         return f"there is no entry-point group [{group}]; {fix}"

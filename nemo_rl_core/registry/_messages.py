@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +19,8 @@ __all__ = ["conflict", "known_package", "not_found"]
 
 def known_package(kind: str, name: str) -> str | None:
     """The published distribution that provides a name, from the table shipped with the core."""
+    import json  # only an error needs it
+
     table = json.loads(Path(__file__).with_name("known_plugins.json").read_text(encoding="utf-8"))
     package: str | None = table.get(kind, {}).get(name)
     return package

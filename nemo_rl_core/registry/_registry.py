@@ -14,18 +14,16 @@ from nemo_rl_core._errors import PluginBroken, PluginConflict, PluginError, Plug
 from nemo_rl_core.registry import _manifest, _messages
 from nemo_rl_core.registry._compatibility import incompatibility
 from nemo_rl_core.registry._distributions import Distribution, normalize
-from nemo_rl_core.registry._index import DENY_VARIABLE, Entry, Index, Selection
+from nemo_rl_core.registry._index import DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
 from nemo_rl_core.registry._kinds import KINDS, Kind
 from nemo_rl_core.registry._reference import ComponentRef, LoadStatus, Origin, is_importable
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry._hooks import HookPlugins
 
-__all__ = ["STRICT_VARIABLE", "Registry", "get_registry"]
+__all__ = ["Registry", "get_registry"]
 
 logger = logging.getLogger("nemo_rl_core.registry")
-
-STRICT_VARIABLE = "NEMO_RL_STRICT_PLUGINS"
 
 
 class Registry:

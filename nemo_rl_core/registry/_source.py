@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
 import sys
@@ -31,6 +30,8 @@ def source_hash(value: str | None, *, whole_package: bool, component: Any = None
 
 
 def _digest(parts: Any) -> str:
+    import hashlib
+
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import ConfigError, EnvironmentFailure, InvariantViolation
+from nemo_rl_core._errors import ConfigError, InvariantViolation
 from nemo_rl_core.rollouts.buffer import GroupBuffer
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
+from nemo_rl_core.training.failures import check_failures
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import RunConfig
     from nemo_rl_core.data.module import DataModule, TaskItem
     from nemo_rl_core.protocols.algorithm import Algorithm
+    from nemo_rl_core.rollouts.records import RolloutGroup
     from nemo_rl_core.rollouts.runner import RolloutRunner
 
 __all__ = ["ExampleFeed", "RolloutFeed"]
-
-logger = logging.getLogger(__name__)
 
 
 class ExampleFeed:
@@ -95,7 +92,7 @@ class RolloutFeed:
                 raise StopIteration
             groups = self._take(wanted, version)
             self.all_groups += groups
-            self._check_failures(self.all_groups)
+            check_failures(self.all_groups, self.config.rollouts.max_failed_fraction)
             kept += [group for group in groups if group.valid and self.algorithm.keep_group(group)]
             self.discarded = len(self.all_groups) - len(kept)
             if len(kept) == self.num_prompts:
@@ -179,18 +176,3 @@ class RolloutFeed:
         rounds = 1 + len(self._under_way) * self.config.group_size // limits.max_in_flight
         one = limits.max_turns * (limits.generation_timeout_s + limits.environment_timeout_s)
         return rounds * (one + 2 * limits.environment_timeout_s)
-
-    def _check_failures(self, groups: list[RolloutGroup]) -> None:
-        rollouts: list[Rollout] = [rollout for group in groups for rollout in group.rollouts]
-        errors = [rollout.error for rollout in rollouts if rollout.error is not None]
-        if not errors:
-            return
-        counted = Counter(f"{e.stage}: {e.type}: {e.message}" for e in errors).most_common(3)
-        listing = "; ".join(f"{count} x {text}" for text, count in counted)
-        if len(errors) > self.config.rollouts.max_failed_fraction * len(rollouts):
-            raise EnvironmentFailure(
-                f"{len(errors)} of {len(rollouts)} rollouts of this step failed, more than "
-                f"rollouts.max_failed_fraction={self.config.rollouts.max_failed_fraction:g} allows. "
-                f"Most frequent: {listing}. Mend the reward or environment, or raise the bound."
-            )
-        logger.warning("%d of %d rollouts failed and are left out: %s", len(errors), len(rollouts), listing)

@@ -22,7 +22,9 @@ class Loss:
 
 
 def test_nothing_is_imported_before_load(site, registry):
-    site.install("slow", entry_points={"losses": {"slow": "slow_pkg:Loss"}}, modules={"slow_pkg": "raise SystemExit(9)"})
+    site.install(
+        "slow", entry_points={"losses": {"slow": "slow_pkg:Loss"}}, modules={"slow_pkg": "raise SystemExit(9)"}
+    )
     ref = registry.resolve("losses", "slow")
     assert (ref.distribution, ref.version, ref.value, ref.state) == ("slow", "1.0", "slow_pkg:Loss", "compatible")
     assert "slow" in registry.names("losses")
@@ -132,7 +134,9 @@ def test_api_version_is_by_kind(site, registry):
 
 
 def test_import_error_keeps_its_traceback(site, registry):
-    site.install("bad", "0.3", entry_points={"losses": {"bad": "bad_pkg:L"}}, modules={"bad_pkg": "import no_such_dep\n"})
+    site.install(
+        "bad", "0.3", entry_points={"losses": {"bad": "bad_pkg:L"}}, modules={"bad_pkg": "import no_such_dep\n"}
+    )
     ref = registry.resolve("losses", "bad")
     with pytest.raises(PluginBroken, match=r"of bad 0\.3 \(bad_pkg:L\).*No module named 'no_such_dep'") as error:
         ref.load()
@@ -166,7 +170,9 @@ def test_refresh_lets_a_repaired_plugin_load(site, registry):
 
 
 def test_print_on_import_does_not_reach_stdout(site, registry, capsys):
-    site.install("chat", entry_points={"losses": {"chat": "chat_pkg:Loss"}}, modules={"chat_pkg": "print('hello')" + LOSS})
+    site.install(
+        "chat", entry_points={"losses": {"chat": "chat_pkg:Loss"}}, modules={"chat_pkg": "print('hello')" + LOSS}
+    )
     registry.resolve("losses", "chat").load()
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -230,3 +230,8 @@ def test_characters_of_several_tokens():
     tokenizer = bpe_tokenizer(UNSPACED, trim_offsets=False)
     batch = make(tokenizer).build_batch([chat("é", "ü")])
     assert batch["loss_mask"].sum() == 3  # two bytes and the end
+
+
+def test_a_row_without_any_token_is_refused():
+    with pytest.raises(DataError, match="no token at all"):
+        make(char_tokenizer("{{ '' }}"), train_on="all").build_batch([chat("a", "b")])

@@ -143,6 +143,7 @@ class DynamicSamplingConfig:
     """Train only on groups whose rewards vary (DAPO); others are sampled in place of the rest."""
 
     enabled: bool = False
+    """Leave groups out whose rewards are all equal."""
     max_batches: int = field(default=10, validator=ge(1))
     """The run stops when so many batches of prompts did not give one batch of varied groups."""
 
@@ -152,10 +153,15 @@ class RewardScalingConfig:
     """Clamp rewards to the source range, then map it linearly to the target range."""
 
     enabled: bool = False
+    """Scale the reward before it is shaped."""
     source_min: float = 0.0
+    """Reward that becomes `target_min`; lower ones are raised to it."""
     source_max: float = 1.0
+    """Reward that becomes `target_max`; higher ones are lowered to it."""
     target_min: float = 0.0
+    """What `source_min` becomes."""
     target_max: float = 1.0
+    """What `source_max` becomes."""
 
 
 @frozen(kw_only=True)
@@ -163,6 +169,7 @@ class RewardShapingConfig:
     """Make long or truncated responses worth less."""
 
     enabled: bool = False
+    """Shape the (scaled) reward."""
     overlong_buffer_length: int = field(default=128, validator=ge(1))
     """Tokens before the maximum over which the penalty rises from 0 (DAPO's soft overlong punishment)."""
     overlong_penalty: float = field(default=1.0, validator=ge(0))
@@ -178,7 +185,9 @@ class AdvantageClipConfig:
     """Bounds on the advantages, after normalisation."""
 
     low: float | None = None
+    """Lower bound; None is none."""
     high: float | None = None
+    """Upper bound; None is none."""
 
 
 @frozen(kw_only=True)
@@ -195,7 +204,9 @@ class GRPOConfig(RunConfig):
     epochs_per_step: int = field(default=1, validator=ge(1))
     """Passes over the rollouts of a step."""
     loss: ComponentChoice = component("losses", "clipped_pg")
+    """The objective."""
     advantage: ComponentChoice = component("advantages", "grpo")
+    """The advantage estimator."""
     dynamic_sampling: DynamicSamplingConfig = Factory(DynamicSamplingConfig)
     overlong_filtering: bool = False
     """Do not train on truncated rollouts; they still count in their group's baseline."""

@@ -10,9 +10,11 @@ from nemo_rl_core._errors import DataError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm
 from nemo_rl_plugins_sft.config import SFTConfig
 from nemo_rl_plugins_sft.conversation import ConversationSplitter
-from nemo_rl_plugins_sft.tokenization import TokenizedText, tokenize_pieces
+from nemo_rl_plugins_sft.tokenization import tokenize_pieces
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import Loss
 
@@ -38,7 +40,7 @@ class SFT(BaseAlgorithm):
             train_on=config.train_on,
             chat_template_kwargs=config.data.chat_template_kwargs,
         )
-        self._cache: dict[str, TokenizedText] = {}
+        self._cache: dict[str, Tensor] = {}
         self._num_cached_tokens = 0
 
     def build_batch(self, items: Sequence[Mapping[str, Any]]) -> BatchedDataDict:
@@ -51,19 +53,17 @@ class SFT(BaseAlgorithm):
 
         from nemo_rl_core.data.batch import BatchedDataDict
 
-        texts = self._tokenized(items)
         limit = self.context.max_sequence_length
-        masks = [text.trained[:limit] for text in texts]
-        for mask in masks:
-            mask[0] = False  # nothing predicts the first token
-        return BatchedDataDict(
-            [len(mask) for mask in masks],
-            {
-                "input_ids": torch.tensor([i for text in texts for i in text.token_ids[:limit]], dtype=torch.int64),
-                "loss_mask": torch.tensor([trained for mask in masks for trained in mask], dtype=torch.bool),
-            },
-            {"truncated": torch.tensor([len(text.token_ids) > limit for text in texts], dtype=torch.bool)},
+        rows = self._tokenized(items)
+        kept = [row[:, :limit] for row in rows]
+        tokens = torch.cat(kept, dim=1) if kept else torch.zeros(2, 0, dtype=torch.int64)
+        batch = BatchedDataDict(
+            [row.shape[1] for row in kept],
+            {"input_ids": tokens[0], "loss_mask": tokens[1].bool()},
+            {"truncated": torch.tensor([row.shape[1] > limit for row in rows], dtype=torch.bool)},
         )
+        batch["loss_mask"][batch.offsets[:-1]] = False  # nothing predicts a first token
+        return batch
 
     def finish_batch(self, batch: BatchedDataDict) -> Mapping[str, float]:
         """Counts: trained tokens, mean length, and the shares of rows cut off and of rows left without a target."""
@@ -76,18 +76,22 @@ class SFT(BaseAlgorithm):
             "untrained_fraction": float((trained == 0).sum()) / num_rows,
         }
 
-    def _tokenized(self, items: Sequence[Mapping[str, Any]]) -> list[TokenizedText]:
+    def _tokenized(self, items: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """For each row [2, T] int64: token ids, and 1 where trained."""
+        import torch
+
         from nemo_rl_core.data.prompts import sft_messages
 
         conversations = [sft_messages(row, where=f"example {number} of the batch") for number, row in enumerate(items)]
         keys = [json.dumps(messages, default=repr) for messages in conversations]
         missing = {key: c for key, c in zip(keys, conversations, strict=True) if key not in self._cache}
-        pieces = [self._splitter.split(messages) for messages in missing.values()]
-        found = dict(zip(missing, tokenize_pieces(self.context.tokenizer, pieces), strict=True))
-        for key, text in found.items():
+        texts = tokenize_pieces(self.context.tokenizer, [self._splitter.split(c) for c in missing.values()])
+        found: dict[str, Tensor] = {}
+        for key, text in zip(missing, texts, strict=True):
             if not text.token_ids:
                 raise DataError(f"A row has no token at all: {key[:200]}. Remove it, or give it content.")
+            found[key] = torch.tensor([text.token_ids, text.trained], dtype=torch.int64)
             if self._num_cached_tokens + len(text.token_ids) <= _MAX_CACHED_TOKENS:
-                self._cache[key] = text
+                self._cache[key] = found[key]
                 self._num_cached_tokens += len(text.token_ids)
         return [found[key] if key in found else self._cache[key] for key in keys]

@@ -25,6 +25,7 @@ class SFTConfig(RunConfig):
     train_on: TrainOn = field(default="assistant", validator=one_of("assistant", "last_assistant", "all"))
     """Tokens that are trained: those of every assistant turn, of the last one only, or the whole text."""
     loss: ComponentChoice = component("losses", "nll")
+    """The objective."""
 
     @property
     def num_items_per_step(self) -> int:
