@@ -9,7 +9,7 @@ from typing import Any
 from nemo_rl_core._errors import ConfigError, PluginError
 from nemo_rl_core.config._types import default_of, fields_of
 from nemo_rl_core.config.checks import check_tree
-from nemo_rl_core.config.components import Resolver, default_resolver, resolve_tree
+from nemo_rl_core.config.components import Resolver, default_resolver, find, resolve_tree
 from nemo_rl_core.config.filling import filled
 from nemo_rl_core.config.layers import Layer, Overrides, override_layers, read_file, read_mapping
 from nemo_rl_core.config.merge import merge_layers
@@ -144,7 +144,7 @@ def _class_of_algorithm(
 ) -> tuple[type[RunConfig], list[Mistake]]:
     keys: tuple[Key, ...] = ("algorithm",)
     try:
-        algorithm = resolver.resolve("algorithms", name, plugins=pins).load()
+        algorithm = find(resolver, "algorithms", name, pins).load()
     except PluginError as error:
         meant = None
         if isinstance(name, str) and isinstance(error, LookupError) and "did you mean" not in str(error).lower():
