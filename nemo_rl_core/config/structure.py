@@ -326,7 +326,8 @@ def _validated(
         for validator in getattr(f.validator, "_validators", None) or [f.validator]:
             problem = _problem(validator, draft, f, value)
             if problem is not None:
-                mistakes.append(Mistake(keys=(name,), problem=problem))
+                meant = suggest(value, choices(validator) or ()) if isinstance(value, str) else None
+                mistakes.append(Mistake(keys=(name,), problem=problem, suggestion=meant))
                 break
     return mistakes
 
@@ -339,6 +340,8 @@ def _problem(validator: Any, draft: Any, f: attrs.Attribute[Any], value: Any) ->
         bounds = " and ".join(f"{op} {bound:g}" for op, bound in limits(validator))
         if bounds:
             return f"must be {bounds}, found {_show(value)}"
+        if choices(validator) is not None:
+            return f"{_show(value)} is not one of the choices"
         return str(error.args[0] if error.args else error)
     except AttributeError:
         return None  # it looks at a value that has a mistake of its own

@@ -71,7 +71,7 @@ def configs(draw, cls):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_every_configuration_survives_the_round_trip(toy, registry, tmp_path_factory, data):
     config = data.draw(configs(toy.Config))
