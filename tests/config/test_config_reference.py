@@ -38,7 +38,26 @@ from nemo_rl_core.config.dump import NOT_SET
 from nemo_rl_core.config.structure import structure
 
 words = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(
-    ["yes", "1e-6", "0x1f", "null", "~", "- a", "a: b", "#x", "2024-01-01", "010", ".5", "1_0", "true", ""]
+    [
+        "yes",
+        "1e-6",
+        "0x1f",
+        "null",
+        "~",
+        "- a",
+        "a: b",
+        "#x",
+        "2024-01-01",
+        "010",
+        ".5",
+        "1_0",
+        "true",
+        "",
+        "\x85",
+        "a\u2028b",
+        "\r",
+        "a\n b\n",
+    ]
 )
 numbers = st.floats(min_value=0, max_value=1e12, allow_nan=False)
 plain = st.recursive(
