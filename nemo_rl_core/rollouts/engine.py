@@ -12,7 +12,8 @@ from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
-from nemo_rl_core.rollouts.episode import Episode
+from nemo_rl_core.rollouts.deadlines import DeadlineWatch
+from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
 from nemo_rl_core.rollouts.seeds import stable_seed
@@ -53,19 +54,23 @@ class RolloutEngine:
         seed: int,
         max_sequence_length: int,
     ) -> None:
-        self.generation = generation
-        self.environment = environment
-        self.chat = chat
         self.config = config
+        self.settings = EpisodeSettings(
+            environment=environment,
+            generation=generation,
+            chat=chat,
+            config=config,
+            max_sequence_length=max_sequence_length,
+        )
         self.sampling = sampling
         self.pool = pool
         self.seed = seed
-        self.max_sequence_length = max_sequence_length
         self.num_in_flight = 0
         """Episodes running now."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots = asyncio.Semaphore(config.max_in_flight)
         self._admission = asyncio.Lock()
+        self._watch = DeadlineWatch()
 
     async def run_group(
         self,
@@ -93,23 +98,22 @@ class RolloutEngine:
         self._bind_loop()
         params = sampling or self.sampling
         asked = perf_counter()
+        environment_seed = stable_seed(self.seed, group_id, task_id, "environment", bits=31)
         tasks: list[asyncio.Task[Rollout]] = []
         try:
             async with self._admission:
                 for index in range(group_size):
                     await self._slots.acquire()
                     self.num_in_flight += 1
-                    episode = self._episode(group_id, task_id, task, index, params, asked)
-                    running = asyncio.create_task(episode.run(), name=episode.name)
+                    episode = self._episode(group_id, task_id, task, index, environment_seed, params, asked)
+                    running = asyncio.create_task(episode.run(self._watch))
                     running.add_done_callback(self._release)
                     tasks.append(running)
             rollouts = await asyncio.gather(*tasks)
         except BaseException:
             await _cancel(tasks)
             raise
-        return RolloutGroup(
-            group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version
-        )
+        return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version)
 
     def _bind_loop(self) -> None:
         """Waiting primitives belong to one event loop; start afresh on another."""
@@ -118,10 +122,18 @@ class RolloutEngine:
             self._loop = loop
             self._slots = asyncio.Semaphore(self.config.max_in_flight)
             self._admission = asyncio.Lock()
+            self._watch = DeadlineWatch()
             self.num_in_flight = 0
 
     def _episode(
-        self, group_id: int, task_id: str, task: Task, index: int, sampling: SamplingParams, asked: float
+        self,
+        group_id: int,
+        task_id: str,
+        task: Task,
+        index: int,
+        environment_seed: int,
+        sampling: SamplingParams,
+        asked: float,
     ) -> Episode:
         rollout = Rollout(
             rollout_id=f"{task_id}/{index}",
@@ -131,16 +143,12 @@ class RolloutEngine:
             task=task,
         )
         return Episode(
-            rollout=rollout,
-            name=f"rollout {group_id}/{index}",
-            environment_seed=stable_seed(self.seed, group_id, task_id, "environment", bits=31),
-            environment=self.environment,
+            self.settings,
+            rollout,
+            group_id=group_id,
+            environment_seed=environment_seed,
             context=EpisodeContext(self.pool, reward_timeout_s=self.config.reward_timeout_s),
-            generation=self.generation,
-            chat=self.chat,
-            config=self.config,
             sampling=sampling,
-            max_sequence_length=self.max_sequence_length,
             asked=asked,
         )
 
