@@ -180,7 +180,18 @@ class ProcessPool:
                 loop = asyncio.get_running_loop()
                 turn: asyncio.Future[None] = loop.create_future()
                 self._entering.append((loop, turn))
-            await turn
+            try:
+                await turn
+            except asyncio.CancelledError:
+                with self._lock:  # its turn, if it had come, goes to another
+                    self._admit()
+                raise
+
+    def _admit(self) -> None:
+        """Let as many callers in as there is room for. Holds the lock."""
+        for _ in range(min(self._max_queued - len(self._queue), len(self._entering))):
+            loop, turn = self._entering.popleft()
+            _call_soon(loop, _open, turn)
 
     def _submit(self, call: _Call) -> None:
         with self._lock:
@@ -214,12 +225,12 @@ class ProcessPool:
         self._workers[worker] = None
         while self._queue:
             call = self._queue.popleft()
-            if self._entering:
-                _call_soon(self._entering[0][0], _open, self._entering.popleft()[1])
             if not call.answer.done():
                 self._assign(worker, call)
-                return
-        self._idle.append(worker)
+                break
+        else:
+            self._idle.append(worker)
+        self._admit()
 
     # -- the thread that serves the workers -------------------------------------------------------
 
@@ -339,9 +350,7 @@ class ProcessPool:
         calls, self._queue = list(self._queue), deque()
         for call in calls:
             call.resolve(WorkerDied(message))
-        while self._entering:
-            loop, turn = self._entering.popleft()
-            _call_soon(loop, _open, turn)
+        self._admit()
 
     # -- pickling -------------------------------------------------------------------------------
 
