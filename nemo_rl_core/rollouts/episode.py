@@ -302,11 +302,11 @@ class Episode:
     def _fail(self, error: Exception) -> None:
         stage: _Stage = "score" if isinstance(error, RewardError) else self._stage
         message = str(error) or type(error).__name__
-        self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message)
-        expected = isinstance(error, NemoRLError)
-        if not expected:
+        if not isinstance(error, NemoRLError):
             message += _where(error)
-        _log.debug("%s failed in %s: %s", self.name, stage, message, exc_info=None if expected else error)
+        self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message)
+        self.rollout.rewards = {}
+        _log.debug("%s failed in %s: %s: %s", self.name, stage, type(error).__name__, message)
 
 
 def finite_rewards(rewards: Mapping[str, Any]) -> dict[str, float]:
