@@ -17,6 +17,7 @@ _THRESHOLDS = (50_000, 20, 50)
 _lock = threading.Lock()
 _depth = 0
 _saved = (700, 10, 10)
+_frozen = False
 
 
 @contextmanager
@@ -26,11 +27,13 @@ def relaxed_collection() -> Iterator[None]:
     May be nested and used from several threads; the last one out restores the collector. A program that
     has switched the collector off, or set a higher threshold, keeps its own setting.
     """
-    global _depth, _saved
+    global _depth, _saved, _frozen
     with _lock:
         if _depth == 0:
             _saved = gc.get_threshold()
-            gc.freeze()
+            _frozen = gc.get_freeze_count() == 0  # else the program has frozen what it wants to
+            if _frozen:
+                gc.freeze()
             if gc.isenabled() and 0 < _saved[0] < _THRESHOLDS[0]:
                 gc.set_threshold(*_THRESHOLDS)
         _depth += 1
@@ -41,4 +44,5 @@ def relaxed_collection() -> Iterator[None]:
             _depth -= 1
             if _depth == 0:
                 gc.set_threshold(*_saved)
-                gc.unfreeze()
+                if _frozen:
+                    gc.unfreeze()

@@ -361,7 +361,9 @@ def test_a_rewritten_history_forks_and_trains_both_sequences(make_engine, run_gr
         "<|user|>2+2<|end|><|assistant|>ab#cd<|end|>",
         "<|user|>2+2<|end|><|assistant|>cd<|end|><|user|>turn 1<|end|><|assistant|>ab#cd<|end|>",
     ]
-    trained = [own.decode(t[m].tolist()) for t, m in zip(batch.unpack("input_ids"), batch.unpack("loss_mask"), strict=True)]
+    trained = [
+        own.decode(t[m].tolist()) for t, m in zip(batch.unpack("input_ids"), batch.unpack("loss_mask"), strict=True)
+    ]
     assert trained == ["ab#cd<|end|>"] * 4
     assert batch["rollout_index"].tolist() == [0, 0, 1, 1] and batch["group_ids"].tolist() == [3] * 4
     assert batch["rewards"].tolist() == [2.0] * 4 and batch["num_turns"].tolist() == [2] * 4
