@@ -49,6 +49,7 @@ class InstantGeneration:
         self.peak = 0
 
     async def generate(self, request: GenerationRequest) -> Completion:
+        """Four tokens."""
         self.active += 1
         self.peak = max(self.peak, self.active)
         await asyncio.sleep(0)
@@ -72,16 +73,18 @@ class InstantEnvironment:
         self.turn = 0
 
     def reset(self, task: Task, seed: int) -> list[Message]:
+        """The prompt."""
         return [{"role": "user", "content": task["prompt"]}]
 
     def step(self, message: Message) -> EnvironmentStep:
+        """An answer, or the end."""
         self.turn += 1
         if self.turn == self.num_turns:
             return EnvironmentStep(rewards={"reward": 1.0}, terminated=True)
         return EnvironmentStep(messages=[{"role": "user", "content": "go on"}])
 
     def close(self) -> None:
-        return None
+        """Nothing is held."""
 
 
 class InstantTokenizer:
@@ -92,12 +95,19 @@ class InstantTokenizer:
     chat_template: str | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """One token a byte."""
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """One byte a token."""
         return bytes(token_ids).decode()
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """There is no template."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Nothing to save."""
         raise NotImplementedError
 
 

@@ -23,6 +23,10 @@ class DatasetSource(Protocol):
 
     A plain function `f(**options) -> rows` registered by `@register_dataset` serves as well.
 
+    A class may have a class method `accepts(source: str) -> bool`. It is asked, without touching the
+    network, when a user names a file, folder or hub name instead of a component; the class that says yes
+    gets that text as its option `path`. Rows may carry `ordered = True`: they are then never shuffled.
+
     Attributes:
         config_class: attrs class of the source's options.
     """

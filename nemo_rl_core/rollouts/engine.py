@@ -13,7 +13,7 @@ from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.deadlines import DeadlineWatch
-from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings
+from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings, Gauge
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
 from nemo_rl_core.rollouts.seeds import stable_seed
@@ -54,19 +54,24 @@ class RolloutEngine:
         seed: int,
         max_sequence_length: int,
     ) -> None:
+        self.generation = generation
         self.config = config
+        self.generating = Gauge()
+        """Episodes that wait for the generation backend."""
         self.settings = EpisodeSettings(
             environment=environment,
             generation=generation,
             chat=chat,
             config=config,
             max_sequence_length=max_sequence_length,
+            generating=self.generating,
         )
         self.sampling = sampling
         self.pool = pool
         self.seed = seed
         self.num_in_flight = 0
         """Episodes running now."""
+        self._num_unadmitted = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots = asyncio.Semaphore(config.max_in_flight)
         self._admission = asyncio.Lock()
@@ -98,22 +103,55 @@ class RolloutEngine:
         self._bind_loop()
         params = sampling or self.sampling
         asked = perf_counter()
-        environment_seed = stable_seed(self.seed, group_id, task_id, "environment", bits=31)
         tasks: list[asyncio.Task[Rollout]] = []
         try:
-            async with self._admission:
-                for index in range(group_size):
-                    await self._slots.acquire()
-                    self.num_in_flight += 1
-                    episode = self._episode(group_id, task_id, task, index, environment_seed, params, asked)
-                    running = asyncio.create_task(episode.run(self._watch))
-                    running.add_done_callback(self._release)
-                    tasks.append(running)
+            await self._admit(group_id, task_id, task, group_size, params, asked, tasks)
             rollouts = await asyncio.gather(*tasks)
         except BaseException:
             await _cancel(tasks)
             raise
         return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version)
+
+    async def settled(self, timeout_s: float) -> None:
+        """Wait until all episodes that may run wait for the generation backend, `timeout_s` at most.
+
+        That is: every group that was asked for is admitted, or no place is left.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._is_settled():
+                    await asyncio.sleep(0.0005)
+        except TimeoutError:
+            _log.debug("not all episodes asked for tokens within %g s", timeout_s)
+
+    def _is_settled(self) -> bool:
+        admitted = self._num_unadmitted == 0 or self._slots.locked()
+        return admitted and self.num_in_flight == self.generating.count
+
+    async def _admit(
+        self,
+        group_id: int,
+        task_id: str,
+        task: Task,
+        group_size: int,
+        sampling: SamplingParams,
+        asked: float,
+        tasks: list[asyncio.Task[Rollout]],
+    ) -> None:
+        """Start the episodes of a group as places become free, into `tasks`."""
+        environment_seed = stable_seed(self.seed, group_id, task_id, "environment", bits=31)
+        self._num_unadmitted += 1
+        try:
+            async with self._admission:
+                for index in range(group_size):
+                    await self._slots.acquire()
+                    self.num_in_flight += 1
+                    episode = self._episode(group_id, task_id, task, index, environment_seed, sampling, asked)
+                    running = asyncio.create_task(episode.run(self._watch))
+                    running.add_done_callback(self._release)
+                    tasks.append(running)
+        finally:
+            self._num_unadmitted -= 1
 
     def _bind_loop(self) -> None:
         """Waiting primitives belong to one event loop; start afresh on another."""
@@ -123,7 +161,7 @@ class RolloutEngine:
             self._slots = asyncio.Semaphore(self.config.max_in_flight)
             self._admission = asyncio.Lock()
             self._watch = DeadlineWatch()
-            self.num_in_flight = 0
+            self.num_in_flight = self._num_unadmitted = self.generating.count = 0
 
     def _episode(
         self,

@@ -34,11 +34,20 @@ from nemo_rl_core.rollouts.deadlines import Deadline, DeadlineWatch
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
 from nemo_rl_core.rollouts.seeds import stable_seed
 
-__all__ = ["Episode", "EpisodeSettings", "finite_rewards"]
+__all__ = ["Episode", "EpisodeSettings", "Gauge", "finite_rewards"]
 
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
 _T = TypeVar("_T")
+
+
+class Gauge:
+    """A number that goes up and down."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 @frozen(kw_only=True, eq=False)
@@ -50,6 +59,8 @@ class EpisodeSettings:
     chat: ChatFormatter
     config: RolloutConfig
     max_sequence_length: int
+    generating: Gauge
+    """Counts the episodes that wait for the generation backend."""
 
 
 class Episode:
@@ -58,7 +69,7 @@ class Episode:
     Args:
         settings: What all episodes share.
         rollout: The record to fill.
-        group_id: For messages.
+        group_id: For messages and for the order of waiting requests.
         environment_seed: One for the whole group.
         context: Lent to the environment.
         sampling: How completions are drawn.
@@ -179,8 +190,10 @@ class Episode:
             request_id=f"{self.group_id}/{self.rollout.rollout_id}/{turn}",
             prompt_ids=self._token_ids,
             sampling=_for_turn(self.sampling, self._room, stable_seed(self.rollout.seed, turn)),
+            order=(self.group_id, self.rollout.index, turn),
         )
         started = perf_counter()
+        self.settings.generating.count += 1
         try:
             completion = await self._deadline.wait(
                 self.settings.generation.generate(request), self.config.generation_timeout_s
@@ -193,6 +206,7 @@ class Episode:
                 f"{self.config.generation_timeout_s:g} s (rollouts.generation_timeout_s)."
             ) from error
         finally:
+            self.settings.generating.count -= 1
             self._generation_s += perf_counter() - started
         _check(completion)
         return completion

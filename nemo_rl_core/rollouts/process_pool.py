@@ -165,8 +165,20 @@ class ProcessPool:
             call.resolve(WorkerDied(f"The process pool was shut down while {call.name} was waiting."))
         for loop, turn in entering:
             _call_soon(loop, _open, turn)
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is None:
+            self._close_channels()
+        elif self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
+
+    def __del__(self) -> None:
+        """A pool that nobody holds any more leaves no process behind."""
+        with contextlib.suppress(Exception):
+            self.shutdown()
+
+    def _close_channels(self) -> None:
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
 
     # -- queue ----------------------------------------------------------------------------------
 
@@ -251,9 +263,7 @@ class ProcessPool:
         events = self._selector.select(_TICK_S)
         with self._lock:
             if self._closed:
-                self._selector.close()
-                self._wake_in.close()
-                self._wake_out.close()
+                self._close_channels()
                 return False
             for key, _ in events:
                 if key.data is None:

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
@@ -77,6 +78,21 @@ class RolloutRunner:
                 group_id, task_id, task, group_size=group_size, weight_version=weight_version, sampling=sampling
             )
         )
+
+    @contextmanager
+    def gathering(self, timeout_s: float = 1.0) -> Iterator[None]:
+        """Hold the generation backend while the block submits groups.
+
+        It starts when every episode that may run has asked for its first tokens, so that all of them wait
+        before the first is admitted and the batches are formed alike in every run; or after `timeout_s`, if
+        environments take longer than that to begin.
+        """
+        self.engine.generation.pause()
+        try:
+            yield
+            self.run(self.engine.settled(timeout_s)).result()
+        finally:
+            self.engine.generation.resume()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         """Run any coroutine on the rollout loop, such as a call to the engine under it."""

@@ -66,7 +66,7 @@ def test_no_more_groups_than_its_capacity():
 
 def test_a_group_is_handed_out_once():
     buffer = filled(0, 1)
-    with pytest.raises(InvariantViolation, match="Group 1 was put into the rollout buffer twice .it is held"):
+    with pytest.raises(InvariantViolation, match=r"Group 1 was put into the rollout buffer twice \(it is held"):
         buffer.put(group(1))
     assert taken(buffer, 1) == [0]
     with pytest.raises(InvariantViolation, match="it is taken"):

@@ -303,6 +303,14 @@ def test_shutdown_fails_who_waits_and_refuses_later_calls():
     pool.shutdown()
 
 
+def test_a_pool_that_nobody_holds_leaves_no_process_behind():
+    pool = ProcessPool(1, default_timeout_s=20.0)
+    pid = asyncio.run(pool.run(where))
+    assert is_alive(pid)
+    del pool
+    assert wait_until(lambda: not is_alive(pid))
+
+
 def run_script(source, tmp_path, **kwargs):
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(source))

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.protocols.environment import EnvironmentStep
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration, ScriptedReply
@@ -136,3 +137,38 @@ def test_garbage_collection_is_relaxed_while_it_lives_and_restored(make_runner):
     assert gc.get_threshold()[0] > before[0]
     runner.shutdown()
     assert gc.get_threshold() == before and gc.get_freeze_count() == 0
+
+
+def test_gathering_holds_the_engine_until_all_have_asked(make_runner, tokenizer):
+    waiting = []
+    generation = ScriptedGeneration(lambda request: waiting.append(generation.num_active) or "a", tokenizer)
+    runner = make_runner(generation, max_in_flight=6)
+    with runner.gathering(timeout_s=20):
+        futures = [submit(runner, i) for i in range(5)]
+    assert all(future.result(20).rewards == [1.0, 1.0] for future in futures)
+    assert waiting[0] == 6
+    assert [request.order for request in generation.requests[:6]] == [(g, i, 0) for g in range(3) for i in range(2)]
+
+
+def test_gathering_does_not_wait_for_slow_environments(make_runner):
+    class Slow:
+        config_class = dict
+
+        def __init__(self, context):
+            pass
+
+        async def reset(self, task, seed):
+            await asyncio.sleep(0.5)
+            return [{"role": "user", "content": "x"}]
+
+        def step(self, message):
+            return EnvironmentStep(rewards={"reward": 1.0}, terminated=True)
+
+        def close(self):
+            pass
+
+    runner = make_runner("a", Slow)
+    with runner.gathering(timeout_s=0.05):
+        future = submit(runner)
+    assert not future.done()
+    assert future.result(20).rewards == [1.0, 1.0]
