@@ -1,1 +1,4 @@
-"""Launchers, resources, weight sync, checkpoints, timers."""
+"""Where workers run and how weights move: resources, the local launcher, fingerprints, weight sync.
+
+Import from the modules; nothing here imports torch.
+"""

@@ -49,6 +49,8 @@ class GenerationRequest:
     request_id: str
     prompt_ids: Sequence[int]
     sampling: SamplingParams = field(factory=SamplingParams)
+    order: tuple[int, ...] = ()
+    """Waiting requests enter the batch in this order (then by arrival), so that a run is reproducible."""
 
 
 @frozen(kw_only=True)
@@ -121,6 +123,18 @@ class GenerationBackend(Protocol):
             GenerationError: A name or shape does not belong to the model, or one is missing.
         """
         ...
+
+    def pause(self) -> None:
+        """Take requests but do not start on them until `resume`. Default: nothing.
+
+        The core pauses the engine while it submits a step's first requests: with all of them waiting before
+        the first is admitted, batches are formed in the same way in every run.
+        """
+        return None
+
+    def resume(self) -> None:
+        """Undo `pause`. Default: nothing."""
+        return None
 
     def fingerprint(self) -> str:
         """Digest of the weights the engine now samples from, by `nemo_rl_core.infra.fingerprint`."""

@@ -43,7 +43,7 @@ class StepPlan:
     data-parallel ranks instead of summing (the core leaves it 1; such a backend multiplies by its
     own data-parallel size)."""
     update: bool = True
-    """False: accumulate gradients only, as for evaluation of a loss without a step."""
+    """False: forward only, without gradient or optimizer step (evaluation of the loss)."""
 
 
 @frozen(kw_only=True)
@@ -109,7 +109,7 @@ class TrainingBackend(Protocol):
         ...
 
     def get_logprobs(
-        self, batch: BatchedDataDict, *, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
+        self, batch: BatchedDataDict, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
         """[N] float32 logprobs of `batch["input_ids"]` under the current weights, on the CPU, no gradient.
 

@@ -1,1 +1,135 @@
-"""NeMo RL: post-training for language models, made of plugins. The facade and the default set."""
+"""NeMo RL: post-training for language models, made of plugins.
+
+    import nemo_rl
+
+    trainer = nemo_rl.GRPOTrainer.from_pretrained("Qwen/Qwen2.5-1.5B")
+    trainer.fit(dataset="my.jsonl", reward_fn=lambda response, answer: float(answer in response))
+
+Names are imported when they are first used, so that `import nemo_rl` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_core import __version__
+
+if TYPE_CHECKING:
+    from nemo_rl.callbacks import CheckpointCallback, WandbCallback
+    from nemo_rl.functional import evaluate, train
+    from nemo_rl_core.config.schema import ClusterConfig, PolicyConfig
+    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.hookspecs import hookimpl
+    from nemo_rl_core.protocols.environment import Environment, EnvironmentStep, SingleTurnEnvironment
+    from nemo_rl_core.registry import (
+        register_advantage,
+        register_algorithm,
+        register_callback,
+        register_command,
+        register_dataset,
+        register_environment,
+        register_generation_backend,
+        register_launcher,
+        register_logger,
+        register_loss,
+        register_reward,
+        register_training_backend,
+        register_weight_sync,
+    )
+    from nemo_rl_core.training.callbacks import Callback
+    from nemo_rl_core.training.state import RunResult
+    from nemo_rl_core.training.trainer import Trainer
+    from nemo_rl_plugins_grpo.config import GRPOConfig
+    from nemo_rl_plugins_grpo.trainer import GRPOTrainer
+    from nemo_rl_plugins_sft.config import SFTConfig
+    from nemo_rl_plugins_sft.trainer import SFTTrainer
+
+_HOMES = {
+    "BatchedDataDict": "nemo_rl_core.data.batch",
+    "Callback": "nemo_rl_core.training.callbacks",
+    "CheckpointCallback": "nemo_rl.callbacks",
+    "ClusterConfig": "nemo_rl_core.config.schema",
+    "Environment": "nemo_rl_core.protocols.environment",
+    "EnvironmentStep": "nemo_rl_core.protocols.environment",
+    "GRPOConfig": "nemo_rl_plugins_grpo.config",
+    "GRPOTrainer": "nemo_rl_plugins_grpo.trainer",
+    "PolicyConfig": "nemo_rl_core.config.schema",
+    "RunResult": "nemo_rl_core.training.state",
+    "SFTConfig": "nemo_rl_plugins_sft.config",
+    "SFTTrainer": "nemo_rl_plugins_sft.trainer",
+    "SingleTurnEnvironment": "nemo_rl_core.protocols.environment",
+    "Trainer": "nemo_rl_core.training.trainer",
+    "WandbCallback": "nemo_rl.callbacks",
+    "evaluate": "nemo_rl.functional",
+    "hookimpl": "nemo_rl_core.hookspecs",
+    "train": "nemo_rl.functional",
+    **{
+        f"register_{kind}": "nemo_rl_core.registry"
+        for kind in (
+            "advantage",
+            "algorithm",
+            "callback",
+            "command",
+            "dataset",
+            "environment",
+            "generation_backend",
+            "launcher",
+            "logger",
+            "loss",
+            "reward",
+            "training_backend",
+            "weight_sync",
+        )
+    },
+}
+
+__all__ = [
+    "BatchedDataDict",
+    "Callback",
+    "CheckpointCallback",
+    "ClusterConfig",
+    "Environment",
+    "EnvironmentStep",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "PolicyConfig",
+    "RunResult",
+    "SFTConfig",
+    "SFTTrainer",
+    "SingleTurnEnvironment",
+    "Trainer",
+    "WandbCallback",
+    "__version__",
+    "evaluate",
+    "hookimpl",
+    "register_advantage",
+    "register_algorithm",
+    "register_callback",
+    "register_command",
+    "register_dataset",
+    "register_environment",
+    "register_generation_backend",
+    "register_launcher",
+    "register_logger",
+    "register_loss",
+    "register_reward",
+    "register_training_backend",
+    "register_weight_sync",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'nemo_rl' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

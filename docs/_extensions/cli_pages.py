@@ -1,0 +1,44 @@
+"""The command reference, from the command-line application itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["command_line_markdown"]
+
+
+def _command_tree() -> Any:
+    """The click group behind `nemo-rl`."""
+    import typer.main
+
+    from nemo_rl_core.cli import app
+
+    return typer.main.get_command(app() if callable(app) and not hasattr(app, "registered_commands") else app)
+
+
+def _option_row(parameter: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+    if parameter.param_type_name == "argument":
+        names = f"`{(parameter.human_readable_name or parameter.name).upper()}`"
+    text = " ".join((getattr(parameter, "help", None) or "").split()).replace("|", "\\|")
+    return f"| {names} | {text} |"
+
+
+def _section(command: Any, path: str, level: int) -> list[str]:
+    out = [f"{'#' * level} `{path}`", "", " ".join((command.help or "").split()), ""]
+    rows = [_option_row(p) for p in command.params if not getattr(p, "hidden", False)]
+    if rows:
+        out += ["| Option | Meaning |", "|---|---|", *rows, ""]
+    for name, child in sorted(getattr(command, "commands", {}).items()):
+        if not getattr(child, "hidden", False):
+            out += _section(child, f"{path} {name}", min(level + 1, 4))
+    return out
+
+
+def command_line_markdown() -> str:
+    """Every command with its options."""
+    try:
+        tree = _command_tree()
+    except ImportError as error:
+        return f"The command line is not installed here ({error})."
+    return "\n".join(_section(tree, "nemo-rl", 2))

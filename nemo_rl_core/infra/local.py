@@ -1,0 +1,159 @@
+"""The local launcher: one worker lives in this process, several get one process per device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from attrs import field, frozen
+from attrs.validators import gt
+
+from nemo_rl_core._errors import ResourceError
+from nemo_rl_core.infra.resources import ResourceManager
+from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import ClusterConfig
+
+__all__ = ["InProcessGroup", "LocalConfig", "LocalLauncher"]
+
+
+@frozen(kw_only=True)
+class LocalConfig:
+    """Options of the local launcher."""
+
+    start_timeout_s: float = field(default=300.0, validator=gt(0))
+    """Deadline of starting a group's processes and of their `setup`."""
+    failure_grace_s: float = field(default=10.0, validator=gt(0))
+    """When one worker raises, how long the others may take to answer before they are ended as well."""
+
+
+class InProcessGroup:
+    """A group of one worker in this process; its tensors can be shared.
+
+    Calls run in the caller's thread, so nothing can cut them short: `timeout_s` is not enforced.
+    """
+
+    size = 1
+
+    def __init__(self, worker: Any) -> None:
+        self._worker: Any | None = worker
+
+    @property
+    def local(self) -> Any | None:
+        """The worker."""
+        return self._worker
+
+    def _alive(self) -> Any:
+        if self._worker is None:
+            raise RuntimeError("This worker group has been shut down.")
+        return self._worker
+
+    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+        """`[worker.method(*args, **kwargs)]`."""
+        return [getattr(self._alive(), method)(*args, **kwargs)]
+
+    def call_each(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
+    ) -> list[Any]:
+        """`[worker.method(*arguments[0])]`."""
+        (only,) = arguments
+        return [getattr(self._alive(), method)(*only)]
+
+    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
+        """What the worker's generator yields."""
+        yield from getattr(self._alive(), method)(*args)
+
+    def shutdown(self) -> None:
+        """Shut the worker down; does nothing the second time."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown()
+
+
+def make_worker(factory: Any) -> Any:
+    """Make a worker from a `ComponentRef` (or a class)."""
+    load = None if isinstance(factory, type) else getattr(factory, "load", None)
+    return (load() if callable(load) else factory)()
+
+
+class LocalLauncher:
+    """Starts worker groups on this machine.
+
+    Args:
+        config: Options; None takes the defaults.
+    """
+
+    config_class: ClassVar[type] = LocalConfig
+
+    def __init__(self, config: LocalConfig | None = None) -> None:
+        self.config = config or LocalConfig()
+        self.resources: ResourceManager | None = None
+        self._groups: list[WorkerGroup] = []
+
+    def setup(self, cluster: ClusterConfig) -> None:
+        """Look at this machine.
+
+        Raises:
+            ResourceError: It does not have what `cluster` asks for.
+        """
+        if cluster.num_nodes > 1:
+            raise ResourceError(
+                f"The local launcher runs on one machine; cluster.num_nodes is {cluster.num_nodes}. Choose a launcher "
+                "for clusters (cluster.launcher), or set cluster.num_nodes: 1."
+            )
+        self.resources = ResourceManager(cluster)
+
+    def launch(self, spec: WorkerSpec) -> WorkerGroup:
+        """Start the workers of `spec` and run their `setup`.
+
+        Raises:
+            ResourceError: More devices are asked for than there are.
+            WorkerDied: A process ended during its start.
+            DeadlineExceeded: A worker was not ready in `start_timeout_s`.
+        """
+        if self.resources is None:
+            raise RuntimeError("LocalLauncher.setup(cluster) must come before launch().")
+        placement = self.resources.place(
+            spec.role, num_workers=spec.num_workers, devices_per_worker=spec.devices_per_worker
+        )
+        contexts = [
+            WorkerContext(
+                role=spec.role,
+                rank=rank,
+                world_size=spec.num_workers,
+                local_rank=rank,
+                device=device,
+                seed=spec.seed,
+                run_dir=spec.run_dir,
+                timeout_s=spec.timeout_s,
+                num_threads=placement.num_threads,
+            )
+            for rank, device in enumerate(placement.devices)
+        ]
+        group = self._in_process(spec, contexts[0]) if spec.num_workers == 1 else self._processes(spec, contexts)
+        self._groups.append(group)
+        return group
+
+    def _in_process(self, spec: WorkerSpec, context: WorkerContext) -> WorkerGroup:
+        os.environ.update(spec.env)
+        worker = make_worker(spec.factory)
+        worker.setup(spec.config, context)
+        return InProcessGroup(worker)
+
+    def _processes(self, spec: WorkerSpec, contexts: Sequence[WorkerContext]) -> WorkerGroup:
+        from nemo_rl_core.infra.processes import ProcessGroup
+
+        return ProcessGroup.start(
+            spec,
+            contexts,
+            start_timeout_s=self.config.start_timeout_s,
+            failure_grace_s=self.config.failure_grace_s,
+        )
+
+    def shutdown(self) -> None:
+        """End every group; does nothing the second time."""
+        groups, self._groups = self._groups, []
+        for group in reversed(groups):
+            group.shutdown()

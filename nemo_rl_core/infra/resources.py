@@ -1,0 +1,136 @@
+"""What this machine has, and which role runs where.
+
+Nothing here imports torch unless a CUDA driver is visible, so that reading a configuration stays cheap.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from attrs import frozen
+
+from nemo_rl_core._errors import ResourceError
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import ClusterConfig
+
+__all__ = ["Placement", "ResourceManager", "detect_devices"]
+
+
+def detect_devices() -> tuple[Literal["cpu", "cuda"], int]:
+    """The device type to run on, and the number of CUDA devices on this machine (0 for "cpu")."""
+    if not _has_cuda_driver():
+        return "cpu", 0
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ("cuda", count) if count else ("cpu", 0)
+
+
+def _has_cuda_driver() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
+        return False
+    if Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists():
+        return True
+    if Path("/dev/dxg").exists():  # Windows subsystem for Linux
+        return True
+    return os.name == "nt" and ctypes.util.find_library("nvcuda") is not None
+
+
+@frozen(kw_only=True)
+class Placement:
+    """Where the workers of one role run on this machine."""
+
+    role: str
+    devices: tuple[str, ...]
+    """torch device string of each worker's first device, by rank."""
+    num_threads: int | None
+    """CPU threads of each worker; None leaves the default of a lone process."""
+
+
+class ResourceManager:
+    """Single source of truth for which role runs where.
+
+    Colocated roles share the machine's devices from the first one on; otherwise `cluster.roles` gives each
+    role its own, in the order in which it lists them. On a CPU a "device" is a share of the cores.
+
+    Args:
+        cluster: The machines.
+
+    Raises:
+        ResourceError: The machine does not have what `cluster` asks for.
+    """
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        found, num_found = detect_devices()
+        self.cluster = cluster
+        self.device: Literal["cpu", "cuda"] = _choose_device(cluster, found)
+        self.num_cpus: int = cluster.cpus_per_node or os.cpu_count() or 1
+        self.num_gpus: int = _count_gpus(cluster, num_found) if self.device == "cuda" else 0
+
+    def place(self, role: str, *, num_workers: int, devices_per_worker: int = 1) -> Placement:
+        """Devices of the workers of `role`.
+
+        Raises:
+            ResourceError: More is asked for than the machine, or the role's share, has.
+        """
+        wanted = num_workers * devices_per_worker
+        first, share = self._share(role, wanted)
+        if self.device == "cpu":
+            if num_workers > self.num_cpus:
+                raise ResourceError(
+                    f"Role {role!r} asks for {num_workers} workers; this machine has {self.num_cpus} CPU cores. "
+                    f"Lower {role}.num_workers, or set cluster.cpus_per_node if more can be used."
+                )
+            threads = None if num_workers == 1 else max(1, self.num_cpus // num_workers)
+            return Placement(role=role, devices=("cpu",) * num_workers, num_threads=threads)
+        if wanted > share:
+            where = "the machine has" if self.cluster.colocated else f"cluster.roles.{role} is"
+            raise ResourceError(
+                f"Role {role!r} asks for {wanted} GPUs ({num_workers} workers of {devices_per_worker}); {where} "
+                f"{share}. Lower {role}.num_workers or give the role more devices."
+            )
+        devices = tuple(f"cuda:{first + rank * devices_per_worker}" for rank in range(num_workers))
+        return Placement(role=role, devices=devices, num_threads=None)
+
+    def _share(self, role: str, wanted: int) -> tuple[int, int]:
+        """First device and number of devices of a role."""
+        total = self.num_gpus if self.device == "cuda" else self.num_cpus
+        if self.cluster.colocated or not self.cluster.roles:
+            return 0, total
+        if role not in self.cluster.roles:
+            raise ResourceError(
+                f"cluster.colocated is false and cluster.roles has no {role!r} (it has: "
+                f"{', '.join(self.cluster.roles)}). Add `{role}: {wanted}`, or set cluster.colocated: true."
+            )
+        asked = sum(self.cluster.roles.values())
+        if self.device == "cuda" and asked > total:
+            raise ResourceError(
+                f"cluster.roles asks for {asked} GPUs in all ({dict(self.cluster.roles)}); the machine has {total}."
+            )
+        names = list(self.cluster.roles)
+        first = sum(self.cluster.roles[name] for name in names[: names.index(role)])
+        return first, self.cluster.roles[role]
+
+
+def _choose_device(cluster: ClusterConfig, found: Literal["cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    if cluster.device == "cpu" or (cluster.device == "auto" and cluster.gpus_per_node == 0):
+        return "cpu"
+    if cluster.device == "cuda" and found == "cpu":
+        raise ResourceError(
+            "cluster.device is 'cuda', but no CUDA device is visible to this process. Set cluster.device: cpu, or "
+            "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that torch is a CUDA build."
+        )
+    return found
+
+
+def _count_gpus(cluster: ClusterConfig, found: int) -> int:
+    if cluster.gpus_per_node is not None and cluster.gpus_per_node > found:
+        raise ResourceError(
+            f"cluster.gpus_per_node is {cluster.gpus_per_node}; {found} CUDA device(s) are visible to this process. "
+            "Lower it, or leave it out to take what is found."
+        )
+    return found if cluster.gpus_per_node is None else cluster.gpus_per_node

@@ -1,0 +1,58 @@
+"""What the rollout engine lends to the environment of one episode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from nemo_rl_core.protocols.environment import Environment, EnvironmentContext
+from nemo_rl_core.rollouts.process_pool import ProcessPool
+
+__all__ = ["EnvironmentFactory", "EpisodeContext"]
+
+EnvironmentFactory = Callable[[EnvironmentContext], Environment]
+"""Makes the environment of one episode; called once per rollout, so keep it cheap."""
+
+
+class EpisodeContext:
+    """The `EnvironmentContext` of one episode.
+
+    A call in the pool has its own deadline (and its time in the queue none), so the deadline of the
+    step that makes it is suspended meanwhile.
+
+    Attributes:
+        completion_ids: Tokens of the message that is being answered.
+        reward_timeout_s: Deadline of one scoring call.
+    """
+
+    __slots__ = ("_pool", "completion_ids", "deadline", "reward_timeout_s")
+
+    def __init__(self, pool: ProcessPool, *, reward_timeout_s: float) -> None:
+        self._pool = pool
+        self.reward_timeout_s = reward_timeout_s
+        self.completion_ids: list[int] = []
+        self.deadline: asyncio.Timeout | None = None
+        """Deadline of the step under way, set by the engine."""
+
+    def can_run_in_pool(self, function: Callable[..., Any]) -> bool:
+        """Whether `function` can be sent to a worker process."""
+        return self._pool.can_ship(function)
+
+    async def run_in_pool(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Run a picklable function in a worker process; see `ProcessPool.run`."""
+        deadline = self.deadline
+        when = deadline.when() if deadline is not None else None
+        budget = self.reward_timeout_s if timeout_s is None else timeout_s
+        if deadline is None or when is None:
+            return await self._pool.run(function, *args, timeout_s=budget, **kwargs)
+        loop = asyncio.get_running_loop()
+        left = when - loop.time()
+        deadline.reschedule(None)
+        try:
+            return await self._pool.run(function, *args, timeout_s=budget, **kwargs)
+        finally:
+            if not deadline.expired():
+                deadline.reschedule(loop.time() + left)

@@ -1,0 +1,182 @@
+"""Runs episodes: many at a time, each failing on its own, every wait with a deadline and a name."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from time import perf_counter
+
+from nemo_rl_core.config.schema import RolloutConfig
+from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.protocols.environment import Task
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
+from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
+from nemo_rl_core.rollouts.episode import Episode, Gauge
+from nemo_rl_core.rollouts.process_pool import ProcessPool
+from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
+from nemo_rl_core.rollouts.seeds import stable_seed
+
+__all__ = ["EnvironmentFactory", "RolloutEngine"]
+
+_log = logging.getLogger(__name__)
+
+
+class RolloutEngine:
+    """Samples groups of rollouts.
+
+    Groups are admitted in the order in which they are asked for, whole groups one after another, and no
+    more than `config.max_in_flight` episodes run at a time. What a rollout samples depends on its seeds
+    only: (run seed, group id, task id, index in the group, turn); the environment of every rollout of a
+    group is reset with one seed, so that the group shares one prompt.
+
+    Args:
+        generation: Samples completions.
+        environment: Makes the environment of an episode.
+        chat: Turns messages into tokens.
+        config: Limits and deadlines.
+        sampling: How completions are drawn unless a call says otherwise; its `seed` is replaced.
+        pool: Runs what environments and rewards hand to `run_in_pool`.
+        seed: Of the run.
+        max_sequence_length: Tokens of prompt and completions together.
+    """
+
+    def __init__(
+        self,
+        *,
+        generation: GenerationBackend,
+        environment: EnvironmentFactory,
+        chat: ChatFormatter,
+        config: RolloutConfig,
+        sampling: SamplingParams,
+        pool: ProcessPool,
+        seed: int,
+        max_sequence_length: int,
+    ) -> None:
+        self.generation = generation
+        self.environment = environment
+        self.chat = chat
+        self.config = config
+        self.sampling = sampling
+        self.pool = pool
+        self.seed = seed
+        self.max_sequence_length = max_sequence_length
+        self.num_in_flight = 0
+        """Episodes running now."""
+        self.generating = Gauge()
+        """Episodes that wait for the generation backend."""
+        self._num_unadmitted = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._slots = asyncio.Semaphore(config.max_in_flight)
+        self._admission = asyncio.Lock()
+
+    async def run_group(
+        self,
+        group_id: int,
+        task_id: str,
+        task: Task,
+        *,
+        group_size: int,
+        weight_version: int,
+        sampling: SamplingParams | None = None,
+    ) -> RolloutGroup:
+        """Sample `group_size` rollouts of one task.
+
+        Args:
+            group_id: Position of the task in the run's data order.
+            task_id: Name of the task.
+            task: The row.
+            group_size: Rollouts to sample.
+            weight_version: Version of the weights now in the generator, recorded with the group.
+            sampling: Instead of the engine's own, as for validation.
+
+        Returns:
+            The group, its rollouts in index order; one that failed carries `error` and the others go on.
+        """
+        self._bind_loop()
+        params = sampling or self.sampling
+        asked = perf_counter()
+        tasks: list[asyncio.Task[Rollout]] = []
+        self._num_unadmitted += 1
+        try:
+            async with self._admission:
+                for index in range(group_size):
+                    await self._slots.acquire()
+                    self.num_in_flight += 1
+                    episode = self._episode(group_id, task_id, task, index, params, asked)
+                    running = asyncio.create_task(episode.run(), name=episode.name)
+                    running.add_done_callback(self._release)
+                    tasks.append(running)
+            self._num_unadmitted -= 1
+            rollouts = await asyncio.gather(*tasks)
+        except BaseException:
+            if len(tasks) < group_size:
+                self._num_unadmitted -= 1
+            await _cancel(tasks)
+            raise
+        return RolloutGroup(
+            group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version
+        )
+
+    async def settled(self, timeout_s: float) -> None:
+        """Return when every group that was asked for is admitted (or no place is left) and each of its episodes
+        waits for the generation backend; at the latest after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._is_settled():
+                    await asyncio.sleep(0.0005)
+        except TimeoutError:
+            _log.debug("not all episodes asked for tokens within %g s", timeout_s)
+
+    def _is_settled(self) -> bool:
+        admitted = self._num_unadmitted == 0 or self._slots.locked()
+        return admitted and self.num_in_flight == self.generating.count
+
+    def _bind_loop(self) -> None:
+        """Waiting primitives belong to one event loop; start afresh on another."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._slots = asyncio.Semaphore(self.config.max_in_flight)
+            self._admission = asyncio.Lock()
+            self.num_in_flight = 0
+
+    def _episode(
+        self, group_id: int, task_id: str, task: Task, index: int, sampling: SamplingParams, asked: float
+    ) -> Episode:
+        rollout = Rollout(
+            rollout_id=f"{task_id}/{index}",
+            task_id=task_id,
+            index=index,
+            seed=stable_seed(self.seed, group_id, task_id, index),
+            task=task,
+        )
+        return Episode(
+            rollout=rollout,
+            name=f"rollout {group_id}/{index}",
+            environment_seed=stable_seed(self.seed, group_id, task_id, "environment", bits=31),
+            environment=self.environment,
+            context=EpisodeContext(self.pool, reward_timeout_s=self.config.reward_timeout_s),
+            generation=self.generation,
+            generating=self.generating,
+            order=(group_id, index),
+            chat=self.chat,
+            config=self.config,
+            sampling=sampling,
+            max_sequence_length=self.max_sequence_length,
+            asked=asked,
+        )
+
+    def _release(self, _: asyncio.Task[Rollout]) -> None:
+        """An episode has ended, be it cancelled before its first step."""
+        self.num_in_flight -= 1
+        self._slots.release()
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Rollout]]) -> None:
+    """Cancel the tasks and wait until their environments are closed."""
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception):
+            _log.warning("a rollout failed while it was cancelled: %s", result)

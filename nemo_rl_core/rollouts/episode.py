@@ -1,0 +1,346 @@
+"""One episode: prompt, completion, answer, and so on until it ends; then it is closed, whatever happened."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import traceback
+from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, TypeVar
+
+from attrs import define, field
+
+from nemo_rl_core._errors import (
+    DeadlineExceeded,
+    EnvironmentFailure,
+    GenerationError,
+    NemoRLError,
+    RewardError,
+)
+from nemo_rl_core.config.schema import RolloutConfig
+from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.protocols.environment import Environment, EnvironmentStep, Message
+from nemo_rl_core.protocols.generation_backend import (
+    Completion,
+    GenerationBackend,
+    GenerationRequest,
+    SamplingParams,
+)
+from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
+from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
+from nemo_rl_core.rollouts.seeds import stable_seed
+
+__all__ = ["Episode", "Gauge", "finite_rewards"]
+
+_log = logging.getLogger(__name__)
+_Stage = Literal["reset", "generate", "step", "score", "close"]
+_T = TypeVar("_T")
+
+
+class Gauge:
+    """A number that goes up and down."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+@define(eq=False, kw_only=True)
+class Episode:
+    """The running of one rollout; `run` may be called once."""
+
+    rollout: Rollout
+    name: str
+    environment_seed: int
+    environment: EnvironmentFactory
+    context: EpisodeContext
+    generation: GenerationBackend
+    generating: Gauge
+    """Counts the episodes that wait for the generation backend."""
+    order: tuple[int, int]
+    """(group id, index): place among waiting requests."""
+    chat: ChatFormatter
+    config: RolloutConfig
+    sampling: SamplingParams
+    max_sequence_length: int
+    asked: float
+    """`perf_counter()` when the group was asked for."""
+    _messages: list[Message] = field(factory=list)
+    _token_ids: list[int] = field(factory=list)
+    _stage: _Stage = "reset"
+    _generation_s: float = 0.0
+    _environment_s: float = 0.0
+
+    async def run(self) -> Rollout:
+        """Play the episode. Every failure is recorded in the rollout; only a cancellation is raised."""
+        rollout = self.rollout
+        started = perf_counter()
+        environment: Environment | None = None
+        try:
+            environment = self.environment(self.context)
+            await self._play(environment)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            self._fail(EnvironmentFailure(f"A task inside the episode was cancelled: {error}"))
+        except Exception as error:
+            self._fail(error)
+        finally:
+            if environment is not None:
+                await self._close(environment)
+            ended = perf_counter()
+            rollout.timing_s = {
+                "generation": self._generation_s,
+                "environment": self._environment_s,
+                "queue": started - self.asked,
+                "total": ended - self.asked,
+            }
+        return rollout
+
+    # -- the turns ------------------------------------------------------------------------------
+
+    async def _play(self, environment: Environment) -> None:
+        prompt = await self._call("reset", environment.reset, self.rollout.task, self.environment_seed)
+        self._begin(list(prompt))
+        for turn in range(self.config.max_turns):
+            completion = await self._generate(turn)
+            message = self._append_sampled(completion)
+            self.context.completion_ids = completion.token_ids
+            step = await self._call("step", environment.step, message)
+            if not isinstance(step, EnvironmentStep):
+                raise EnvironmentFailure(
+                    f"{type(environment).__name__}.step returned {type(step).__name__}; "
+                    "it must return an EnvironmentStep."
+                )
+            self._record(step)
+            last = turn + 1 == self.config.max_turns or completion.finish_reason == "length"
+            if self._ends(step, last) or not self._continue_with(step.messages):
+                return
+
+    def _begin(self, messages: list[Message]) -> None:
+        self._stage = "reset"
+        if not messages:
+            raise EnvironmentFailure("The environment's reset returned no messages, so there is no prompt.")
+        self._messages = messages
+        self._token_ids = self.chat.initial(messages)
+        self.rollout.segments.append(_unsampled(messages, list(self._token_ids)))
+        self._stage = "generate"
+        if not self._token_ids:
+            raise GenerationError("The prompt is empty: no tokens. Give the row a prompt.")
+        if self._room <= 0:
+            raise GenerationError(
+                f"The prompt has {len(self._token_ids)} tokens and leaves no room in a sequence of "
+                f"{self.max_sequence_length}. Raise policy.max_sequence_length or shorten the prompt."
+            )
+
+    @property
+    def _room(self) -> int:
+        return self.max_sequence_length - len(self._token_ids)
+
+    async def _generate(self, turn: int) -> Completion:
+        self._stage = "generate"
+        request_id = f"{self.rollout.rollout_id}/{turn}"
+        request = GenerationRequest(
+            request_id=request_id,
+            prompt_ids=self._token_ids,
+            sampling=_for_turn(self.sampling, self._room, stable_seed(self.rollout.seed, turn)),
+            order=(*self.order, turn),
+        )
+        started = perf_counter()
+        self.generating.count += 1
+        try:
+            async with asyncio.timeout(self.config.generation_timeout_s) as deadline:
+                completion = await self.generation.generate(request)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise DeadlineExceeded(
+                f"generation of {self.name} (turn {turn}) passed its deadline of "
+                f"{self.config.generation_timeout_s:g} s (rollouts.generation_timeout_s)."
+            ) from error
+        finally:
+            self.generating.count -= 1
+            self._generation_s += perf_counter() - started
+        _check(completion)
+        return completion
+
+    def _append_sampled(self, completion: Completion) -> Message:
+        text = completion.text
+        if text is None:
+            text = self.chat.decode(completion.token_ids) if completion.token_ids else ""
+        message: Message = {"role": "assistant", "content": text}
+        self._messages.append(message)
+        # A new list: the engine may still hold the one that it was given as a prompt.
+        self._token_ids = self._token_ids + completion.token_ids
+        self.rollout.segments[-1].append(
+            Turn(
+                message=message,
+                token_ids=completion.token_ids,
+                sampled=True,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                weight_version=completion.weight_version,
+                last_weight_version=max(completion.weight_version, completion.last_weight_version),
+            )
+        )
+        return message
+
+    def _record(self, step: EnvironmentStep) -> None:
+        self._stage = "score"
+        totals = self.rollout.rewards
+        for name, value in finite_rewards(step.rewards).items():
+            totals[name] = totals.get(name, 0.0) + value
+        self.rollout.info.update(step.info)
+        self._stage = "step"
+
+    def _ends(self, step: EnvironmentStep, last: bool) -> bool:
+        """Whether the episode is over; what the environment said last is recorded without tokens."""
+        rollout = self.rollout
+        rollout.terminated = step.terminated
+        cut = self.rollout.segments[-1][-1].finish_reason == "length"
+        if not (step.terminated or step.truncated or last):
+            return False
+        rollout.truncated = step.truncated or cut or (last and not step.terminated)
+        rollout.segments[-1].extend(_unsampled(step.messages, []))
+        return True
+
+    def _continue_with(self, new: Sequence[Message]) -> bool:
+        """Append the environment's answer; False if the context is full."""
+        if not new:
+            raise EnvironmentFailure(
+                "The environment's step returned no messages and did not end the episode. "
+                "Return messages for the policy to answer, or terminated=True."
+            )
+        extension = self.chat.extend(self._messages, self._token_ids, new)
+        length = len(extension.token_ids) + (0 if extension.forked else len(self._token_ids))
+        self._messages.extend(new)
+        if length >= self.max_sequence_length:
+            self.rollout.truncated = True
+            self.rollout.segments[-1].extend(_unsampled(new, []))
+            return False
+        if extension.forked:
+            self._token_ids = extension.token_ids
+            self.rollout.segments.append(_unsampled(self._messages, extension.token_ids))
+        else:
+            self._token_ids = self._token_ids + extension.token_ids
+            self.rollout.segments[-1].extend(_unsampled(new, extension.token_ids))
+        return True
+
+    # -- calls into the environment -----------------------------------------------------------------
+
+    async def _call(self, stage: _Stage, method: Any, *args: Any) -> Any:
+        """Call a method of the environment, sync or async, under the environment's deadline."""
+        self._stage = stage
+        started = perf_counter()
+        try:
+            result = method(*args)
+            if hasattr(result, "__await__"):
+                result = await self._in_time(stage, result)
+            return result
+        except SystemExit as error:
+            raise EnvironmentFailure(f"The environment called sys.exit({error.code!r}) in {stage}.") from error
+        finally:
+            self._environment_s += perf_counter() - started
+
+    async def _in_time(self, stage: _Stage, waiting: Awaitable[_T]) -> _T:
+        limit = self.config.environment_timeout_s
+        try:
+            async with asyncio.timeout(limit) as deadline:
+                self.context.deadline = deadline
+                return await waiting
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise DeadlineExceeded(
+                f"environment {stage} of {self.name} passed its deadline of {limit:g} s "
+                "(rollouts.environment_timeout_s)."
+            ) from error
+        finally:
+            self.context.deadline = None
+
+    async def _close(self, environment: Environment) -> None:
+        """Close the environment; an earlier failure stays the one that is recorded."""
+        stage = self._stage
+        try:
+            await self._call("close", environment.close)
+        except Exception as error:
+            if self.rollout.error is None:
+                self._fail(error)
+            else:
+                _log.warning("closing the environment of %s failed as well: %s", self.name, error)
+        self._stage = stage
+
+    def _fail(self, error: Exception) -> None:
+        stage: _Stage = "score" if isinstance(error, RewardError) else self._stage
+        message = str(error) or type(error).__name__
+        self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message)
+        expected = isinstance(error, NemoRLError)
+        if not expected:
+            message += _where(error)
+        _log.debug("%s failed in %s: %s", self.name, stage, message, exc_info=None if expected else error)
+
+
+def finite_rewards(rewards: Mapping[str, Any]) -> dict[str, float]:
+    """The rewards as finite floats.
+
+    Raises:
+        RewardError: One is not a number, or not finite; a failed reward must not pass for 0.
+    """
+    checked: dict[str, float] = {}
+    for name, value in rewards.items():
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise RewardError(f"Reward {name!r} is {value!r} ({type(value).__name__}); it must be a number.")
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"Reward {name!r} is {value!r}, which is not one number: {error}.") from error
+        if not math.isfinite(number):
+            raise RewardError(f"Reward {name!r} is {number}; it must be finite. Check for a division by zero.")
+        checked[str(name)] = number
+    return checked
+
+
+def _where(error: Exception) -> str:
+    """File and line where an unexpected error was raised."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    return f" ({Path(frames[0].filename).name}:{frames[0].lineno} in {frames[0].name})" if frames else ""
+
+
+def _unsampled(messages: Sequence[Message], token_ids: list[int]) -> list[Turn]:
+    """A turn per message; the tokens of them all stand on the last."""
+    turns = [Turn(message=message, token_ids=[], sampled=False) for message in messages]
+    if turns:
+        turns[-1].token_ids = token_ids
+    return turns
+
+
+def _for_turn(sampling: SamplingParams, room: int, seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        seed=seed,
+    )
+
+
+def _check(completion: Completion) -> None:
+    """A completion that cannot be trained on is a failure of the engine, not data.
+
+    Raises:
+        GenerationError: Cut off, or its logprobs are missing or not finite.
+    """
+    if completion.finish_reason == "abort":
+        raise GenerationError("The engine cut the completion off (finish reason 'abort').")
+    if len(completion.logprobs) != len(completion.token_ids):
+        raise GenerationError(
+            f"The engine returned {len(completion.token_ids)} tokens with {len(completion.logprobs)} logprobs."
+        )
+    if not math.isfinite(sum(completion.logprobs)):
+        raise GenerationError("The engine returned a logprob that is not finite.")

@@ -1,0 +1,381 @@
+"""The one run loop: every algorithm, synchronous or not, fed by rollouts or by rows."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_rl_core._errors import CheckpointError, ConfigError, RunInterrupted
+from nemo_rl_core.config import to_dict
+from nemo_rl_core.registry import RunHooks, get_registry
+from nemo_rl_core.rollouts.metrics import rollout_metrics
+from nemo_rl_core.training.assembly import RunParts, sampling_params
+from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
+from nemo_rl_core.training.export import export_model
+from nemo_rl_core.training.feeds import ExampleFeed, RolloutFeed
+from nemo_rl_core.training.interrupts import InterruptGuard
+from nemo_rl_core.training.invariants import Invariants
+from nemo_rl_core.training.progress import Progress
+from nemo_rl_core.training.record import RunRecord
+from nemo_rl_core.training.state import RunResult, RunState, Sample
+from nemo_rl_core.training.timers import StageTimers
+from nemo_rl_core.training.validation import validate_loss, validate_rollouts
+
+if TYPE_CHECKING:
+    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.rollouts.records import RolloutGroup
+
+__all__ = ["RunLoop"]
+
+logger = logging.getLogger(__name__)
+_REFIT_TIMEOUT_S = 600.0
+
+
+class RunLoop:
+    """Steps from the first (or the resumed) to the last.
+
+    Args:
+        parts: What the run is made of.
+        state: The run's state, shared with the hooks.
+        hooks: Lifecycle hooks of this run.
+        record: The run folder.
+        progress: What is shown.
+    """
+
+    def __init__(
+        self, parts: RunParts, state: RunState, hooks: RunHooks, record: RunRecord, progress: Progress
+    ) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.run_state = state
+        self.hooks = hooks
+        self.record = record
+        self.progress = progress
+        self.timers = StageTimers()
+        self.invariants = Invariants(self.config.invariants)
+        saving = self.config.checkpointing
+        self.store = CheckpointStore(
+            state.run_dir / "checkpoints",
+            keep_last=saving.keep_last,
+            keep_best=saving.keep_best,
+            metric=saving.metric,
+            higher_is_better=saving.higher_is_better,
+        )
+        self.feed = _make_feed(parts)
+        self._boundary: dict[str, Any] = {}
+        self._engine_version = -1
+        self._saved_step = -1
+
+    # -- the run --------------------------------------------------------------------------------
+
+    def run(self) -> RunResult:
+        """Run to the end, to a stop request, or to an interrupt; what is saved stays saved.
+
+        Raises:
+            NemoRLError: Whatever ended the run early, after the hooks have heard of it.
+        """
+        run = self.run_state
+        status = "failed"
+        with InterruptGuard() as guard:
+            try:
+                self._resume()
+                run.manifest = get_registry().manifest(self.parts.components)
+                self.record.start(self.config.name or run.algorithm, to_dict(self.config), run.manifest)
+                self.progress.start(run)
+                self.hooks.call("on_run_start", run=run)
+                self._mark_boundary()
+                status = self._steps(guard)
+            except RunInterrupted:
+                status = "interrupted"
+                self.progress.note("Stopping: saving the state of the last completed step.")
+                self._save()
+            except BaseException as error:
+                self.hooks.call("on_error", run=run, error=error)
+                raise
+            finally:
+                self.hooks.call("on_run_end", run=run, status=status)
+                self.record.finish(status)
+                self.progress.finish(run, status)
+        return self._result(status)
+
+    def _steps(self, guard: InterruptGuard) -> str:
+        run, validation = self.run_state, self.config.validation
+        if validation.at_start and run.step == 0:
+            with guard.abandonable():
+                first = self._validate()
+            run.history.append({"step": 0.0, **first})
+            self.record.log(first, step=0)
+        while not self._finished():
+            guard.check()
+            try:
+                metrics = self._step(guard)
+            except StopIteration:
+                break
+            self._after_step(metrics, guard)
+        if validation.at_end and not (validation.every and run.step % validation.every == 0):
+            with guard.abandonable():
+                last = self._validate()
+            self.record.log({**(run.history[-1] if run.history else {}), **last}, step=run.step)
+            if run.history:
+                run.history[-1].update(last)
+        self._save()
+        self._export()
+        return "completed"
+
+    def _finished(self) -> bool:
+        run = self.run_state
+        return run.stop_requested or (run.max_steps is not None and run.step >= run.max_steps)
+
+    def _step(self, guard: InterruptGuard) -> dict[str, float]:
+        """One step: take items, build the batch, fill in logprobs, update, measure."""
+        run, algorithm = self.run_state, self.parts.algorithm
+        started = time.perf_counter()
+        self.hooks.call("on_step_start", run=run)
+        metrics: dict[str, float] = {}
+        with guard.abandonable():
+            items = self._take_items(metrics)
+        with self.timers("build_batch"):
+            batch = algorithm.build_batch(items)
+        self._fill_logprobs(batch)
+        with self.timers("advantages"):
+            metrics.update({f"train/{n}": v for n, v in algorithm.finish_batch(batch).items()})
+        self.hooks.call("on_batch", run=run, batch=batch)
+        training = self._update(batch)
+        self.hooks.call("on_train_step", run=run, metrics=training)
+        metrics.update(training)
+        run.step += 1
+        run.weight_version = run.step
+        seconds = time.perf_counter() - started
+        metrics["timing/step"] = seconds
+        metrics["performance/tokens_per_s"] = batch.num_tokens / seconds
+        metrics["performance/trained_tokens_per_s"] = float(batch["loss_mask"].sum()) / seconds
+        return metrics
+
+    def _take_items(self, metrics: dict[str, float]) -> Sequence[Any]:
+        run = self.run_state
+        if not isinstance(self.feed, RolloutFeed):
+            with self.timers("data"):
+                return self.feed.next(run.weight_version)
+        self._refit()
+        with self.timers("rollouts"):
+            groups = self.feed.next(run.weight_version)
+        metrics.update(rollout_metrics(self.feed.all_groups))
+        metrics["rollouts/discarded_groups"] = float(self.feed.discarded)
+        if self.parts.generation is not None:
+            metrics.update({f"generation/{n}": v for n, v in self.parts.generation.metrics().items()})
+        self.invariants.check_signal(metrics.get("rollouts/zero_variance_fraction"))
+        self._keep_samples(groups)
+        if self.config.rollouts.record:
+            with self.timers("record"):
+                self.record.rollouts(self.feed.all_groups, step=run.step + 1)
+        self.hooks.call("on_rollouts", run=run, groups=groups)
+        return groups
+
+    def _fill_logprobs(self, batch: BatchedDataDict) -> None:
+        required = self.parts.algorithm.required_fields
+        if "logprobs" in required:
+            with self.timers("logprobs"):
+                batch.set_tokens("logprobs", self.parts.policy.logprobs(batch))
+        if "ref_logprobs" in required:
+            if self.parts.reference is None:
+                raise ConfigError(f"{self.run_state.algorithm} asks for ref_logprobs but not for the reference role.")
+            with self.timers("ref_logprobs"):
+                batch.set_tokens("ref_logprobs", self.parts.reference.logprobs(batch))
+
+    def _update(self, batch: BatchedDataDict) -> dict[str, float]:
+        algorithm = self.parts.algorithm
+        totals: dict[str, float] = {}
+        minibatches = algorithm.minibatches(batch)
+        with self.timers("train"):
+            for number, indices in enumerate(minibatches):
+                whole = len(minibatches) == 1 and len(indices) == len(batch)
+                part = batch if whole else batch.select(list(indices))
+                metrics = self.parts.policy.train_step(part, algorithm.loss)
+                if number == 0 and isinstance(self.feed, RolloutFeed) and self.config.rollouts.staleness == 0:
+                    self.invariants.check_first_update(metrics)
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value / len(minibatches)
+        self.invariants.check_mismatch(totals)
+        return {f"train/{name}": value for name, value in totals.items()}
+
+    def _after_step(self, metrics: dict[str, float], guard: InterruptGuard) -> None:
+        run, config = self.run_state, self.config
+        self._mark_boundary()
+        if config.validation.every and run.step % config.validation.every == 0:
+            with self.timers("validation"):
+                metrics.update(self._validate())
+        metrics.update(self.timers.collect())
+        run.history.append({"step": float(run.step), **metrics})
+        self.record.log(metrics, step=run.step)
+        self.progress.step(run, metrics)
+        self.hooks.call("on_step_end", run=run, metrics=metrics)
+        every = config.checkpointing.every
+        if run.checkpoint_requested or (every and run.step % every == 0):
+            run.checkpoint_requested = False
+            self._save()
+
+    # -- refit and validation ---------------------------------------------------------------------
+
+    def _refit(self) -> None:
+        """Bring the engine to the policy's weights, unless it has them."""
+        run, parts = self.run_state, self.parts
+        if parts.weight_sync is None or parts.generation is None or self._engine_version == run.weight_version:
+            return
+        with self.timers("refit"):
+            parts.weight_sync.sync(
+                parts.policy.group,
+                parts.generation,
+                version=run.weight_version,
+                share=parts.share_weights,
+                timeout_s=_REFIT_TIMEOUT_S,
+            )
+        self._engine_version = run.weight_version
+        self.hooks.call("on_refit", run=run, version=run.weight_version)
+
+    def _validate(self) -> dict[str, float]:
+        run, parts, config = self.run_state, self.parts, self.config.validation
+        if parts.runner is None:
+            metrics = validate_loss(parts.policy, parts.algorithm, parts.data, config)
+        else:
+            self._refit()
+            changes: dict[str, Any] = {"temperature": config.temperature}
+            if config.max_new_tokens is not None:
+                changes["max_new_tokens"] = config.max_new_tokens
+            metrics, groups = validate_rollouts(
+                parts.runner,
+                parts.data,
+                config,
+                sampling=sampling_params(self.config, **changes),
+                weight_version=run.weight_version,
+                max_failed_fraction=self.config.rollouts.max_failed_fraction,
+            )
+            self._keep_samples(groups)
+        self.hooks.call("on_validation", run=run, metrics=metrics)
+        return metrics
+
+    def _keep_samples(self, groups: Sequence[RolloutGroup], num: int = 8) -> None:
+        rollouts = [group.valid[0] for group in groups if group.valid][:num]
+        self.run_state.samples = [
+            Sample(
+                prompt=str(rollout.messages[0].get("content", "")) if rollout.messages else "",
+                response=rollout.response,
+                reward=rollout.reward,
+                step=self.run_state.step,
+            )
+            for rollout in rollouts
+        ]
+
+    # -- saving and resuming ------------------------------------------------------------------------
+
+    def _mark_boundary(self) -> None:
+        """Remember the state between two steps: what a checkpoint holds, also one of an abandoned step."""
+        self._boundary = {
+            "feed": self.feed.state_dict(),
+            "invariants": self.invariants.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "python_rng": random.getstate(),
+        }
+
+    def _save(self) -> None:
+        run = self.run_state
+        if not self.config.checkpointing.enabled or run.step == 0 or run.step == self._saved_step:
+            return
+
+        def write(folder: Path) -> None:
+            self.parts.policy.save(folder / "policy")
+            with (folder / "loop.pkl").open("wb") as file:
+                pickle.dump({**self._boundary, "history": run.history}, file)
+
+        state = {
+            "algorithm": run.algorithm,
+            "weight_version": run.weight_version,
+            "metrics": run.history[-1] if run.history else {},
+            "manifest": run.manifest,
+            "config": to_dict(self.config),
+        }
+        with self.timers("checkpoint"):
+            checkpoint = self.store.save(run.step, write, state)
+        self._saved_step = run.step
+        self.progress.note(f"Saved {checkpoint.path}")
+        self.hooks.call("on_checkpoint", run=run, path=checkpoint.path)
+
+    def _resume(self) -> None:
+        if not self.config.checkpointing.enabled:
+            return
+        checkpoint = self.store.load(self.config.checkpointing.resume)
+        if checkpoint is None:
+            return
+        run, state = self.run_state, checkpoint.state()
+        if state["algorithm"] != run.algorithm:
+            raise CheckpointError(
+                f"{checkpoint.path} was written by the algorithm {state['algorithm']!r}, this run is "
+                f"{run.algorithm!r}. Use another run_dir, or checkpointing.resume=never."
+            )
+        _report_changes(state.get("manifest", []), get_registry().manifest(self.parts.components))
+        self.parts.policy.load(checkpoint.path / "policy")
+        loop = _read_loop_state(checkpoint)
+        self.feed.load_state_dict(loop["feed"], version=int(state["weight_version"]))
+        self.invariants.load_state_dict(loop["invariants"])
+        torch.set_rng_state(loop["torch_rng"])
+        random.setstate(loop["python_rng"])
+        run.history = loop["history"]
+        run.step = self._saved_step = checkpoint.step
+        run.weight_version = int(state["weight_version"])
+        self.progress.note(f"Resumed from {checkpoint.path}")
+
+    def _export(self) -> None:
+        if self.config.checkpointing.enabled and self.config.checkpointing.export_model:
+            export_model(self.parts.policy, self.parts.tokenizer, self.run_state.run_dir / "model")
+
+    def _result(self, status: str) -> RunResult:
+        run = self.run_state
+        model = run.run_dir / "model"
+        checkpoints = self.store.list()
+        return RunResult(
+            status=status,
+            step=run.step,
+            metrics=run.history[-1] if run.history else {},
+            history=run.history,
+            run_dir=run.run_dir,
+            model_path=model if status == "completed" and model.is_dir() else None,
+            checkpoint=checkpoints[-1].path if checkpoints else None,
+            samples=run.samples,
+        )
+
+
+def _make_feed(parts: RunParts) -> ExampleFeed | RolloutFeed:
+    config = parts.config
+    if parts.runner is None:
+        return ExampleFeed(parts.data, config.num_items_per_step)
+    sampling = getattr(config, "dynamic_sampling", None)
+    return RolloutFeed(
+        data=parts.data,
+        runner=parts.runner,
+        algorithm=parts.algorithm,
+        config=config,
+        max_batches=getattr(sampling, "max_batches", 10),
+    )
+
+
+def _read_loop_state(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    path = checkpoint.path / "loop.pkl"
+    try:
+        with path.open("rb") as file:
+            return dict(pickle.load(file))
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}.") from error
+
+
+def _report_changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
+    from nemo_rl_core.registry import compare_manifests
+
+    for difference in compare_manifests(before, now):
+        logger.warning("Since the checkpoint was written: %s", difference)
+

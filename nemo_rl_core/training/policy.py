@@ -1,0 +1,142 @@
+"""The driver's view of a training backend: one global batch in, one optimizer step, metrics out.
+
+The ranks get shards balanced by tokens, each with equally many micro-batches under the token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+
+from nemo_rl_core._errors import InvariantViolation
+from nemo_rl_core.data.sharding import plan_step
+from nemo_rl_core.protocols.training_backend import StepPlan, StepResult
+from nemo_rl_core.training.metrics import merge_metrics, metric_values
+from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.protocols.launcher import WorkerGroup
+    from nemo_rl_core.protocols.loss import Loss
+
+__all__ = ["Policy"]
+
+
+@frozen
+class _Shard:
+    indices: Sequence[int]
+    micro_batches: Sequence[Sequence[int]]
+
+
+class Policy:
+    """A model on the workers of one role.
+
+    Args:
+        group: Its workers, already set up.
+        token_budget: Tokens of one micro-batch (`policy.max_tokens_per_microbatch`).
+        temperature: The sampling temperature; logprobs are taken at it.
+    """
+
+    def __init__(self, group: WorkerGroup, *, token_budget: int, temperature: float = 1.0) -> None:
+        self.group = group
+        self.token_budget = token_budget
+        self.temperature = temperature if temperature > 0 else 1.0
+        layout: list[tuple[int, int]] = group.call("data_parallel_layout")
+        self._shard_of_rank = [index for index, _ in layout]
+        self.num_shards = layout[0][1]
+
+    def train_step(self, batch: BatchedDataDict, loss: Loss, *, update: bool = True) -> dict[str, float]:
+        """One optimizer step on the whole of `batch` (or, without `update`, only the loss and metrics).
+
+        Returns:
+            Metrics by name, `grad_norm` and `lr` with them when the weights were updated.
+
+        Raises:
+            InvariantViolation: The loss or the gradient norm is not finite.
+        """
+        normalized = NormalizedLoss(loss, count_trained(batch))
+        arguments = [
+            (
+                self._take(batch, shard),
+                normalized,
+                StepPlan(micro_batches=shard.micro_batches, temperature=self.temperature, update=update),
+            )
+            for shard in self._plan(batch)
+        ]
+        results = self._call_each("train_step", arguments)
+        metrics = metric_values(merge_metrics(result.metrics for result in self._one_per_shard(results)))
+        if update:
+            first: StepResult = results[0]
+            metrics["grad_norm"] = first.grad_norm
+            metrics["lr"] = first.learning_rate
+        for name in ("loss", "grad_norm"):
+            if name in metrics and not torch.isfinite(torch.tensor(metrics[name])):
+                raise InvariantViolation(
+                    f"{name} is {metrics[name]} in this step. Look for a diverging learning rate, a reward that is "
+                    "not finite, or bfloat16 overflow; the last checkpoint holds finite weights."
+                )
+        return metrics
+
+    def logprobs(self, batch: BatchedDataDict) -> Tensor:
+        """[N] float32 logprobs of the batch's tokens under the current weights."""
+        shards = self._plan(batch)
+        arguments = [(self._take(batch, shard), self.temperature, shard.micro_batches) for shard in shards]
+        parts = self._one_per_shard(self._call_each_logprobs(arguments))
+        order = [i for shard in shards for i in shard.indices]
+        joined = torch.cat([part.to("cpu") for part in parts])
+        return _restore(joined, order, batch)
+
+    def save(self, path: Path) -> None:
+        """Write the backend's checkpoint into the new folder `path`."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.group.call("save_checkpoint", path)
+
+    def load(self, path: Path) -> None:
+        """Restore the backend's checkpoint."""
+        self.group.call("load_checkpoint", path)
+
+    def export_model(self, path: Path) -> None:
+        """Write a Hugging Face checkpoint."""
+        self.group.call("export_model", path)
+
+    def shutdown(self) -> None:
+        """End the workers."""
+        self.group.shutdown()
+
+    # -- sharding -------------------------------------------------------------------------------
+
+    def _plan(self, batch: BatchedDataDict) -> list[_Shard]:
+        plans = plan_step(batch.lengths.tolist(), num_shards=self.num_shards, token_budget=self.token_budget)
+        return [_Shard(plan.indices, plan.micro_batches) for plan in plans]
+
+    def _take(self, batch: BatchedDataDict, shard: _Shard) -> BatchedDataDict:
+        return batch.select(shard.indices)
+
+    def _call_each(self, method: str, per_shard: list[tuple[Any, ...]]) -> list[Any]:
+        return self.group.call_each(method, [per_shard[index] for index in self._shard_of_rank])
+
+    def _call_each_logprobs(self, per_shard: list[tuple[Any, ...]]) -> list[Any]:
+        return self._call_each("get_logprobs", per_shard)
+
+    def _one_per_shard(self, results: Sequence[Any]) -> list[Any]:
+        first = {index: rank for rank, index in reversed(list(enumerate(self._shard_of_rank)))}
+        return [results[first[index]] for index in range(self.num_shards)]
+
+
+def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:
+    """Put per-token values that stand in the order of `order`'s sequences back into the batch's order."""
+    out = torch.empty(batch.num_tokens, dtype=joined.dtype)
+    offsets = batch.offsets
+    lengths = batch.lengths
+    index = torch.as_tensor(order, dtype=torch.int64)
+    new_lengths = lengths[index]
+    starts = new_lengths.cumsum(0) - new_lengths
+    target = torch.arange(batch.num_tokens) + (offsets[:-1][index] - starts).repeat_interleave(new_lengths)
+    out[target] = joined
+    return out

@@ -1,0 +1,177 @@
+"""`Trainer`: the public way to run any algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.training.state import RunResult, RunState
+
+if TYPE_CHECKING:
+    from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.training.evaluation import EvaluationResult
+
+__all__ = ["Trainer"]
+
+Self = TypeVar("Self", bound="Trainer")
+
+
+class Trainer:
+    """Runs the algorithm that its configuration names.
+
+    Args:
+        config: A configuration object, a mapping, or the path of a YAML, JSON or TOML file.
+        **fields: Fields to set over it, also dotted ones: `Trainer(path, **{"policy.optimizer.lr": 1e-5})`.
+
+    Raises:
+        ConfigError: With every mistake found.
+    """
+
+    algorithm: ClassVar[str | None] = None
+    """Name of the algorithm; sub-classes fix it."""
+
+    def __init__(self, config: RunConfig | Mapping[str, Any] | str | Path, **fields: Any) -> None:
+        if isinstance(config, Mapping) and self.algorithm is not None:
+            config = {"algorithm": self.algorithm, **config}
+        self.config: RunConfig = finalize(load_config(config, overrides=fields))
+        if self.algorithm is not None and self.config.algorithm != self.algorithm:
+            raise ConfigError(
+                f"{type(self).__name__} runs {self.algorithm!r}, but the configuration says algorithm: "
+                f"{self.config.algorithm!r}. Use nemo_rl_core.training.Trainer, which runs any."
+            )
+
+    @classmethod
+    def from_pretrained(cls: type[Self], model: str | Path, **fields: Any) -> Self:
+        """A trainer with the defaults of its algorithm for one model.
+
+        Args:
+            model: Hub name, local folder, or `scratch:<name>`. A folder or file that holds a run's
+                configuration (`config.json` written by a run, or a YAML file) is taken with all it says.
+            **fields: Fields of the configuration, such as `num_prompts_per_step=8`.
+        """
+        path = Path(model).expanduser()
+        if path.suffix in (".yaml", ".yml", ".toml") and path.is_file():
+            return cls(path, **fields)
+        return cls({"model": str(model)}, **fields)
+
+    def fit(
+        self,
+        train_dataset: Any = None,
+        reward_fn: Reward | None = None,
+        *,
+        dataset: Any = None,
+        environment: Any = None,
+        validation_dataset: Any = None,
+        callbacks: Sequence[Any] = (),
+    ) -> RunResult:
+        """Train.
+
+        Args:
+            train_dataset: Rows, or the name of a dataset (hub name, file, folder); by default what the
+                configuration says. `dataset` is another name for it.
+            reward_fn: A plain function that scores a response; arguments are matched by name.
+            dataset: See `train_dataset`.
+            environment: An environment class instead of a reward function.
+            validation_dataset: As `train_dataset`, for validation.
+            callbacks: `Callback` objects, called at the events of this run.
+
+        Returns:
+            The result; `status` is "interrupted" after Ctrl-C (the state was saved).
+        """
+        from nemo_rl_core.training.assembly import RunInputs
+
+        if train_dataset is not None and dataset is not None:
+            raise ConfigError("Both train_dataset and dataset are given; they are two names for one argument.")
+        config, train_rows = self._with_data(train_dataset if dataset is None else dataset)
+        validation_rows = None
+        if isinstance(validation_dataset, str):
+            config = _set(config, "data.validation.source", validation_dataset)
+        else:
+            validation_rows = validation_dataset
+        inputs = RunInputs(
+            train_rows=train_rows, validation_rows=validation_rows, reward=reward_fn, environment=environment
+        )
+        return run(config, inputs, callbacks)
+
+    def evaluate(
+        self,
+        dataset: Any = None,
+        reward_fn: Reward | None = None,
+        *,
+        environment: Any = None,
+        output: str | Path | None = None,
+    ) -> EvaluationResult:
+        """Sample every row of a dataset with the configured model and score it, without training.
+
+        Args:
+            dataset: Rows, or the name of a dataset; by default the configuration's validation data.
+            reward_fn: Scores a response, as in `fit`.
+            environment: An environment class instead of a reward function.
+            output: JSON-lines file for the rollouts.
+        """
+        from nemo_rl_core.training.assembly import RunInputs
+        from nemo_rl_core.training.evaluation import evaluate
+
+        config, rows = self.config, dataset
+        if isinstance(dataset, (str, Path)):
+            config, rows = _set(config, "data.validation.source", str(dataset)), None
+        inputs = RunInputs(validation_rows=rows, reward=reward_fn, environment=environment)
+        return evaluate(config, inputs, output=None if output is None else Path(output))
+
+    def _with_data(self, rows: Any) -> tuple[RunConfig, Any]:
+        if isinstance(rows, (str, Path)):
+            return _set(self.config, "data.train.source", str(rows)), None
+        return self.config, rows
+
+
+def _set(config: RunConfig, path: str, value: Any) -> RunConfig:
+    return finalize(load_config(config, overrides={path: value}))
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """`run_dir`, or `runs/<name>`."""
+    return Path(config.run_dir or f"runs/{config.name or config.algorithm}").expanduser()
+
+
+def run(config: RunConfig, inputs: Any, callbacks: Sequence[Any] = ()) -> RunResult:
+    """Assemble and run a finalized configuration."""
+    from nemo_rl_core.registry import RunHooks
+    from nemo_rl_core.training.assembly import assemble
+    from nemo_rl_core.training.loop import RunLoop
+    from nemo_rl_core.training.progress import make_progress
+    from nemo_rl_core.training.record import RunRecord
+
+    run_dir = default_run_dir(config)
+    hooks = RunHooks(callbacks)
+    parts = assemble(config, inputs, run_dir=str(run_dir))
+    try:
+        steps_per_epoch = parts.data.steps_per_epoch(config.num_items_per_step)
+        max_steps = _last_step(config, steps_per_epoch)
+        state = RunState(config=config, run_dir=run_dir, algorithm=str(config.algorithm), max_steps=max_steps)
+        record = RunRecord(run_dir, _loggers(config))
+        loop = RunLoop(parts, state, hooks, record, make_progress(config.logging.progress))
+        return loop.run()
+    finally:
+        parts.close()
+
+
+def _last_step(config: RunConfig, steps_per_epoch: int | None) -> int | None:
+    bounds = [] if config.max_steps is None else [config.max_steps]
+    if config.max_epochs is not None and steps_per_epoch is not None:
+        bounds.append(config.max_epochs * steps_per_epoch)
+    return min(bounds) if bounds else None
+
+
+def _loggers(config: RunConfig) -> list[tuple[str, Any]]:
+    from nemo_rl_core.registry import get_registry
+
+    made = []
+    for choice in config.logging.loggers:
+        ref = get_registry().resolve("loggers", choice.name)
+        logger_class = ref.load()
+        made.append((ref.name, logger_class(choice.options)))
+    return made

@@ -1,0 +1,156 @@
+"""Sessions of the project. On a machine with nothing but Python: `pip install nox && nox`.
+
+`nox` installs every package and passes all checks and tests; `nox -s quickstart` installs and runs the
+main job. Each session makes its own environment; nothing outside the repository is used or changed.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+CONSTRAINTS = ROOT / "constraints.txt"
+PACKAGES = [".", *sorted(str(p.parent.relative_to(ROOT)) for p in ROOT.glob("plugins/*/pyproject.toml"))]
+TORCH_VERSION = next(
+    line.removeprefix("torch==") for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")
+)
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+nox.needs_version = ">=2024.10.9"
+nox.options.sessions = ["tests"]
+nox.options.error_on_missing_interpreters = True
+nox.options.default_venv_backend = "virtualenv"
+
+
+def has_nvidia_driver() -> bool:
+    """Whether this machine can run a CUDA build of torch."""
+    return Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
+
+
+def install_torch(session: nox.Session) -> None:
+    """Install the pinned torch: on Linux or Windows without an NVIDIA driver the CPU build.
+
+    The default index offers one build for each platform, on Linux the one with gigabytes of CUDA libraries.
+    So on a machine without a GPU the CPU build is asked for by its full version, first from the configured
+    index (a mirror may have it), then from PyTorch's own; if neither has one for this platform, the plain
+    version is taken.
+    """
+    if platform.system() == "Darwin" or has_nvidia_driver():
+        session.install(f"torch=={TORCH_VERSION}")
+        return
+    attempts = (
+        [f"torch=={TORCH_VERSION}+cpu"],
+        [f"torch=={TORCH_VERSION}+cpu", "--extra-index-url", TORCH_CPU_INDEX],
+    )
+    for arguments in attempts:
+        try:
+            session.install(*arguments, "--retries", "1", silent=True)
+            return
+        except nox.command.CommandFailed:
+            session.log("No CPU build of torch there; trying the next place.")
+    session.install(f"torch=={TORCH_VERSION}")
+
+
+def install(session: nox.Session, *groups: str, editable: bool = True) -> None:
+    """Install every package of the repository and the named dependency groups, in the tested versions."""
+    install_torch(session)
+    session.install(*nox.project.dependency_groups(PYPROJECT, "build"), "-c", str(CONSTRAINTS))
+    packages = [argument for path in PACKAGES for argument in (["-e", path] if editable else [f"./{path}"])]
+    tools = nox.project.dependency_groups(PYPROJECT, *groups) if groups else ()
+    session.install("--no-build-isolation", *packages, *tools, "-c", str(CONSTRAINTS))
+
+
+def install_tools(session: nox.Session, *groups: str) -> None:
+    """Install dependency groups only, in the tested versions."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, *groups), "-c", str(CONSTRAINTS))
+
+
+def check_style(session: nox.Session) -> None:
+    """Rules, formatting and the direction of imports."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+def check_types(session: nox.Session) -> None:
+    """Strict typing of the core, and who may import whom."""
+    session.run("mypy")
+    session.run("lint-imports")
+
+
+def build_docs(session: nox.Session) -> None:
+    """The site, with every warning an error."""
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Everything that must pass: style, types, imports, docs, and all tests with coverage of the core.
+
+    With arguments, only pytest runs, with those: `nox -s tests -- tests/registry -x`.
+    """
+    install(session, "dev")
+    # Two test processes share the machine; more torch threads than cores only make them wait.
+    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=env)
+        return
+    check_style(session)
+    check_types(session)
+    build_docs(session)
+    session.run("coverage", "erase")
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", "--cov", "--cov-report=term", env=env)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Install everything as a user would and run the main job; arguments are passed on."""
+    install(session, editable=False)
+    session.run("nemo-rl", "quickstart", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style alone: fast, and needs none of the packages."""
+    install_tools(session, "lint")
+    check_style(session)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types and import contracts."""
+    install(session, "lint")
+    check_types(session)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, into docs/_build/html."""
+    install(session, "docs")
+    build_docs(session)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """An sdist and a wheel of every distribution, into dist/."""
+    install_tools(session, "build")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    for path in PACKAGES:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", "dist", path)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks against peers: `nox -s bench -- grpo_step` runs benchmarks/grpo_step.py; none runs all."""
+    install(session)
+    session.install("trl", "accelerate", "-c", str(CONSTRAINTS))
+    chosen, options = [], []
+    for argument in session.posargs:
+        (options if argument.startswith("-") or options else chosen).append(argument)
+    names = chosen or sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
+    for name in names:
+        session.run("python", f"benchmarks/{name}.py", *options)

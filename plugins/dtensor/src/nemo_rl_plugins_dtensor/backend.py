@@ -1,0 +1,342 @@
+"""`DTensorBackend`: trains a Hugging Face causal language model with plain PyTorch.
+
+Legend: B sequences, N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nemo_rl_core._errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.models import load_model
+from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
+from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
+from nemo_rl_plugins_dtensor import checkpoint
+from nemo_rl_plugins_dtensor.config import DTensorConfig
+from nemo_rl_plugins_dtensor.metrics import StepMetrics
+from nemo_rl_plugins_dtensor.network import PolicyNetwork, Row
+from nemo_rl_plugins_dtensor.optimizer import (
+    MasterWeights,
+    local_optimizer_state,
+    make_optimizer,
+    make_scheduler,
+    optimizer_state,
+)
+from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.protocols.launcher import WorkerContext
+
+__all__ = ["DTensorBackend"]
+
+_FORMAT = 1
+
+
+class DTensorBackend(TrainingBackend):
+    """PyTorch-native training on one device or on a mesh of data-parallel (FSDP2) by tensor-parallel processes.
+
+    Dropout is switched off everywhere: the probability of a token must be one number, else the ratio between
+    the policy that trains and the one that sampled is noise.
+    """
+
+    config_class: ClassVar[type] = DTensorConfig
+    capabilities: ClassVar[frozenset[str]] = frozenset({"tensor_parallel", "share_weights"})
+
+    def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
+        """Build or load the model and the optimizer on this rank.
+
+        Raises:
+            ConfigError: The model, the optimizer or the layout cannot be had.
+        """
+        if config.model_name is None:
+            raise ConfigError("policy.model_name is not set. Give a hub name, a folder or scratch:<name>.")
+        if context.num_threads is not None:
+            torch.set_num_threads(context.num_threads)
+        self.config = config
+        self.options = config.options if isinstance(config.options, DTensorConfig) else DTensorConfig(**config.options)
+        self.device = torch.device(context.device)
+        self.ranks = _join(config, context, self.device)
+        bfloat16 = config.precision == "bfloat16"
+        keeps_masters = bfloat16 and self.options.master_weights
+        dtype = torch.bfloat16 if bfloat16 and not keeps_masters else torch.float32
+        model = load_model(config.model_name, dtype=dtype, seed=context.seed)
+        _switch_off_dropout(model)
+        self.network = PolicyNetwork(model, attention=self.options.attention, chunk_size=config.logprob_chunk_size)
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.network.train().to(self.device)
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        self.ranks.shard(self.network, bfloat16=keeps_masters)
+        # FSDP keeps float32 shards and computes in bfloat16 by itself; these names outlive its gathering of weights.
+        self.weights = dict(self.network.model.named_parameters())
+        self.parameters = [p for p in self.weights.values() if p.requires_grad]
+        self.masters = MasterWeights(self.parameters) if keeps_masters and self.ranks.dp_size == 1 else None
+        self.optimizer = make_optimizer(config.optimizer, self._trained())
+        self.scheduler = make_scheduler(config.scheduler, self.optimizer)
+        self._closed = False
+
+    def _trained(self) -> list[Any]:
+        """The tensors that the optimizer updates."""
+        return list(self.parameters) if self.masters is None else self.masters.masters
+
+    @property
+    def model(self) -> Any:
+        """The `transformers` model."""
+        return self.network.model
+
+    # -- training -----------------------------------------------------------------------------
+
+    def train_step(self, batch: BatchedDataDict, loss_fn: LossFunction, plan: StepPlan) -> StepResult:
+        """Forward, backward and (if `plan.update`) one optimizer step.
+
+        The entropy carries gradient if `loss_fn.needs` asks for it.
+
+        Raises:
+            ConfigError: The loss needs an output that this backend does not have.
+            InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
+        """
+        needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
+        if unknown := needs - {"logprobs", "entropy", "logits"}:
+            raise ConfigError(f"The loss needs {sorted(unknown)}, which the dtensor backend does not compute.")
+        metrics = StepMetrics()
+        loss = torch.zeros((), device=self.device)
+        num_tokens = 0
+        for index, indices in enumerate(plan.micro_batches):
+            self.ranks.expect_reduction(self.network, last=index == len(plan.micro_batches) - 1)
+            sums = self._micro_batch(batch.select(indices), loss_fn, plan, needs)
+            if sums is not None:
+                metrics.add(sums.metrics)
+                loss += sums.total.detach()
+                num_tokens += int(batch.lengths[list(indices)].sum())
+            if self.masters is not None:
+                self.masters.collect_gradients()
+        grad_norm = self._check_gradient(loss)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if plan.update:
+            self._update(grad_norm)
+        return StepResult(
+            metrics=metrics.reduce(), grad_norm=grad_norm, learning_rate=learning_rate, num_tokens=num_tokens
+        )
+
+    def _micro_batch(
+        self, batch: BatchedDataDict, loss_fn: LossFunction, plan: StepPlan, needs: frozenset[str]
+    ) -> LossSums | None:
+        """Forward and backward; None for an empty micro-batch, which only keeps the collectives aligned."""
+        if len(batch) == 0:
+            if self.ranks.dp_size > 1:
+                row = Row.of(_one_token(), device=self.device, only_trained=True)
+                self.network(row, temperature=plan.temperature, needs=frozenset())["anchor"].backward()
+            return None
+        row = Row.of(batch, device=self.device, only_trained=True)
+        out = self.network(row, temperature=plan.temperature, needs=needs)
+        outputs = ModelOutputs(logprobs=out.get("logprobs"), entropy=out.get("entropy"), logits=out.get("logits"))
+        sums = loss_fn(outputs, batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True))
+        total = sums.total if sums.total.requires_grad else sums.total + out["anchor"]
+        (total if plan.gradient_scale == 1.0 else total * plan.gradient_scale).backward()
+        return sums
+
+    def _gradients(self) -> list[Tensor]:
+        """Gradients of what is trained, laid out as their parameters."""
+        found = [p for p in self._trained() if p.grad is not None]
+        for parameter in found:
+            parameter.grad = self.ranks.as_parameter(parameter, parameter.grad)
+        return [p.grad for p in found]
+
+    def _check_gradient(self, loss: Tensor) -> float:
+        """Global norm of the gradient; raises if it or any rank's loss is not finite."""
+        gradients = self._gradients()
+        squared = self.ranks.squared_norm(gradients)
+        total, bad = torch.stack([squared, self.ranks.any_rank(~loss.isfinite())]).tolist()
+        if bad or not math.isfinite(total):
+            found = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {math.sqrt(abs(total))}"
+            self.optimizer.zero_grad(set_to_none=True)
+            raise InvariantViolation(
+                f"The training step is not finite ({found}); the weights were not changed. Usual causes: a learning "
+                "rate that is too high, a reward or advantage that is not finite, a logprob of -inf among the trained "
+                "tokens."
+            )
+        return math.sqrt(total)
+
+    def _update(self, grad_norm: float) -> None:
+        """Clip, step, and forget the gradient."""
+        limit = self.config.max_grad_norm
+        if limit is not None and grad_norm > limit:
+            parts = [local_part(gradient) for gradient in self._gradients()]
+            torch._foreach_mul_(parts, limit / (grad_norm + 1e-6))  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.masters is not None:
+            self.masters.publish()
+
+    # -- logprobs -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_logprobs(
+        self, batch: BatchedDataDict, *, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """[N] float32 logprobs of `batch["input_ids"]`, on the CPU, without gradient.
+
+        If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0, as is the first
+        token of each sequence.
+        """
+        out = torch.zeros(batch.num_tokens)
+        parts = micro_batches if micro_batches is not None else _by_budget(batch, self.config.max_tokens_per_microbatch)
+        offsets = batch.offsets
+        for indices in parts:
+            selected = batch.select(indices)
+            row = Row.of(
+                selected if len(selected) else _one_token(), device=self.device, only_trained="loss_mask" in batch
+            )
+            found = self.network(row, temperature=temperature, needs=frozenset({"logprobs"}))["logprobs"]
+            if len(selected):
+                starts = offsets[:-1][torch.as_tensor(indices, dtype=torch.int64)]
+                places = selected.position_ids + selected.expand_to_tokens(starts)
+                out[places] = found.cpu()
+        self.ranks.reshard(self.network)
+        return out
+
+    # -- weights out --------------------------------------------------------------------------
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face name, full tensor) in the precision that computes; tied weights come once.
+
+        On one process these are the live tensors.
+        """
+        for name, parameter in self.weights.items():
+            yield name, self.ranks.full(parameter, self.dtype)
+
+    def export_model(self, path: Path) -> None:
+        """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
+        weights = dict(self.export_weights())
+        if not self.ranks.is_first:
+            return
+        for name, buffer in self.model.named_buffers():
+            if name in self.model.state_dict():
+                weights[name] = buffer
+        try:
+            self.model.save_pretrained(path, state_dict=weights)
+        except OSError as error:
+            raise CheckpointError(f"Cannot write the model to {path}: {error}. Check free space.") from error
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write weights, optimizer, scheduler and RNG into the existing folder `path`."""
+        state = {
+            "format": _FORMAT,
+            "precision": self.config.precision,
+            "layout": self.ranks.layout,
+            "weights": {name: local_part(p.detach()) for name, p in self.weights.items()},
+            "masters": None if self.masters is None else [local_part(m) for m in self.masters.masters],
+            "optimizer": local_optimizer_state(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": checkpoint.capture_rng(self.device),
+        }
+        checkpoint.write(Path(path) / self.ranks.file_name, state)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Restore what `save_checkpoint` wrote, into the tensors that are there.
+
+        Raises:
+            CheckpointError: Names the file that is missing, damaged or of another model or layout.
+        """
+        file = Path(path) / self.ranks.file_name
+        state = checkpoint.read(file)
+        try:
+            self._check_fits(state)
+            self._restore(state)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"The checkpoint file {file} does not fit this run ({error}). It was written for another model, "
+                "optimizer, precision or number of workers; start in a new run_dir, or with "
+                "checkpointing.resume: never."
+            ) from error
+
+    def _check_fits(self, state: dict[str, Any]) -> None:
+        expected = {"format": _FORMAT, "precision": self.config.precision, "layout": self.ranks.layout}
+        for name, value in expected.items():
+            if state[name] != value:
+                raise ValueError(f"its {name} is {state[name]!r}, here it is {value!r}")
+        if self.weights.keys() != state["weights"].keys():
+            raise ValueError(f"other parameters: {sorted(self.weights.keys() ^ state['weights'].keys())[:4]}")
+        wrong = [name for name, p in self.weights.items() if local_part(p).shape != state["weights"][name].shape]
+        if wrong:
+            raise ValueError(f"other shapes: {wrong[:4]}")
+        if (state["masters"] is None) != (self.masters is None):
+            raise ValueError("policy.options.master_weights differs")
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.ranks.reshard(self.network)
+        for name, parameter in self.weights.items():
+            local_part(parameter).copy_(state["weights"][name])
+        if self.masters is not None:
+            for master, saved in zip(self.masters.masters, state["masters"], strict=True):
+                local_part(master).copy_(saved)
+        self.optimizer.load_state_dict(optimizer_state(state["optimizer"], self.optimizer))
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.optimizer.zero_grad(set_to_none=True)
+        checkpoint.restore_rng(state["rng"], self.device)
+
+    # -- place --------------------------------------------------------------------------------
+
+    def data_parallel_layout(self) -> tuple[int, int]:
+        """(index, size) of this rank's shard of the batch."""
+        return self.ranks.dp_index, self.ranks.dp_size
+
+    def shutdown(self) -> None:
+        """Leave the process group and free the model; may be called twice."""
+        if getattr(self, "_closed", True):
+            return
+        self._closed = True
+        self.ranks.close()
+        del self.network, self.optimizer, self.scheduler, self.weights, self.parameters, self.masters
+
+
+def _join(config: PolicyConfig, context: WorkerContext, device: torch.device) -> OneProcess:
+    """This process's place among the ranks."""
+    if context.world_size > 1:
+        return Mesh(device, context, tensor_parallel_size=config.tensor_parallel_size)
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"policy.tensor_parallel_size is {config.tensor_parallel_size}, but policy.num_workers is 1. Set "
+            f"policy.num_workers: {config.tensor_parallel_size} (or a multiple)."
+        )
+    return OneProcess(device)
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _one_token() -> BatchedDataDict:
+    """The smallest row a model can be run on."""
+    ids = torch.zeros(1, dtype=torch.int64)
+    return BatchedDataDict([1], {"input_ids": ids, "loss_mask": torch.zeros(1, dtype=torch.bool)})
+
+
+def _by_budget(batch: BatchedDataDict, budget: int) -> list[list[int]]:
+    """Sequences in order, as many at a time as `budget` tokens allow."""
+    parts: list[list[int]] = []
+    used = budget
+    for i, length in enumerate(batch.lengths.tolist()):
+        if used + length > budget or not parts:
+            parts.append([])
+            used = 0
+        parts[-1].append(i)
+        used += length
+    return parts

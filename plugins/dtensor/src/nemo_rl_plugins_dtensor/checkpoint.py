@@ -1,0 +1,111 @@
+"""Writing and reading checkpoint files: atomically, with a checksum for each.
+
+`torch.load` does not notice a changed byte inside a tensor, so each file has its size and CRC-32 beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_rl_core._errors import CheckpointError
+
+__all__ = ["capture_rng", "read", "restore_rng", "write"]
+
+_BLOCK = 1 << 22
+
+
+def write(path: Path, state: Any) -> None:
+    """Write `state` to `path`: either the whole new file is there afterwards, or the old one.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written; no part of a file is left.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    seal = _seal_path(path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        size, checksum = _measure(partial)
+        text = json.dumps({"file": path.name, "size": size, "crc32": checksum})
+        seal_partial = seal.with_name(f".{seal.name}.partial")
+        seal_partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        os.replace(seal_partial, seal)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"Cannot write the checkpoint file {path}: {error}. Check free space and permissions of {path.parent}."
+        ) from error
+
+
+def read(path: Path, *, map_location: str | torch.device = "cpu") -> Any:
+    """Read what `write` wrote.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, changed or not one of ours; names it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint file {path} is missing. Give a folder that a finished save has written.")
+    try:
+        seal = json.loads(_seal_path(path).read_text(encoding="utf-8"))
+        expected = (int(seal["size"]), int(seal["crc32"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"The checksum file {_seal_path(path)} of the checkpoint is missing or unreadable ({error}); the save was "
+            "not finished. Resume from an older checkpoint."
+        ) from error
+    found = _measure(path)
+    if found != expected:
+        what = "truncated" if found[0] < expected[0] else "damaged"
+        raise CheckpointError(
+            f"The checkpoint file {path} is {what}: it has {found[0]} bytes (CRC-32 {found[1]:08x}), written were "
+            f"{expected[0]} (CRC-32 {expected[1]:08x}). Resume from an older checkpoint."
+        )
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # whatever the unpickler meets, the file is at fault
+        raise CheckpointError(f"The checkpoint file {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _seal_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.crc.json")
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
+    size = checksum = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                size += len(block)
+                checksum = zlib.crc32(block, checksum)
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint file {path} cannot be read: {error}") from error
+    return size, checksum
+
+
+def capture_rng(device: torch.device) -> dict[str, Any]:
+    """State of this process's random number generators."""
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Undo what was drawn since `capture_rng`."""
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

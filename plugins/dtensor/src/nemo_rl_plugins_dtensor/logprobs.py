@@ -1,0 +1,175 @@
+"""Log-probabilities of given tokens from hidden states, a chunk of tokens at a time.
+
+Legend: M tokens whose logprob is wanted, E hidden size, V vocabulary, C chunk size.
+
+The [M, V] logits never exist: the forward pass keeps one float per token, and the backward pass computes the
+logits of each chunk again. Only when all tokens fit into one chunk are its probabilities kept instead.
+The gradient of log-softmax is (onehot - softmax), so no autograd graph is built over the vocabulary. The idea is that
+of Liger Kernel's fused linear cross entropy (arXiv:2410.10989); unlike there, the gradient is taken in the backward
+pass, since a policy loss weighs each token by what is only known then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+__all__ = ["LogitTransform", "linear_logprobs"]
+
+
+@frozen(kw_only=True)
+class LogitTransform:
+    """What stands between the output layer and the softmax: `cap(logits) * scale / temperature`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """`softcap * tanh(logits / softcap)`, before the temperature."""
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Transform float32 logits in place."""
+        factor = self.scale
+        if self.softcap is not None:
+            logits.mul_(self.scale / self.softcap).tanh_()
+            factor = self.softcap
+        factor /= self.temperature
+        return logits if factor == 1.0 else logits.mul_(factor)
+
+    def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient in place with respect to the raw logits, given the transformed ones."""
+        factor = self.scale / self.temperature
+        if self.softcap is not None:
+            ratio = logits * (self.temperature / self.softcap)
+            grad.mul_(1 - ratio.square_())
+        return grad if factor == 1.0 else grad.mul_(factor)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    chunk_size: int = 1024,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-softmax of `hidden @ weight.T` at `targets`, and the entropy of the distribution.
+
+    Both carry gradient. The softmax is computed in float32 whatever the dtype of the weights.
+
+    Args:
+        hidden: [M, E] hidden states that predict.
+        weight: [V, E] output layer.
+        targets: [M] int64 predicted tokens.
+        bias: [V] of the output layer.
+        transform: See `LogitTransform`.
+        chunk_size: Tokens whose [C, V] float32 logits are held at a time.
+        with_entropy: Also return the entropies.
+
+    Returns:
+        [M] float32 logprobs, and [M] float32 entropies in nats or None.
+    """
+    logprobs, entropy = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, transform or LogitTransform(), chunk_size, with_entropy
+    )
+    return logprobs, entropy if with_entropy else None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    return transform(torch.nn.functional.linear(hidden, weight, bias).float())
+
+
+def _entropy(logits: Tensor, lse: Tensor, probabilities: Tensor) -> Tensor:
+    """-sum p log p = lse - sum p * logit; a logit of -inf has p = 0 and counts nothing."""
+    return lse - torch.einsum("mv,mv->m", probabilities, logits.clamp_min(torch.finfo(logits.dtype).min))
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk_size: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens = hidden.shape[0]
+        logprobs = hidden.new_empty(num_tokens, dtype=torch.float32)
+        lse = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+        kept: Tensor | None = None
+        for start in range(0, num_tokens, chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = _logits(hidden[rows], weight, bias, transform)
+            lse[rows] = torch.logsumexp(logits, dim=-1)
+            logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
+            if with_entropy:
+                entropy[rows] = _entropy(logits, lse[rows], (logits - lse[rows, None]).exp_())
+            kept = logits
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy, kept if num_tokens <= chunk_size else None)
+        ctx.transform, ctx.chunk_size, ctx.with_entropy = transform, chunk_size, with_entropy
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
+        hidden, weight, bias, targets, lse, entropy, kept = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        # Chunks add up in float32: a bfloat16 sum over many chunks would lose the small ones.
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
+        for start in range(0, hidden.shape[0], ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            chunk = hidden[rows]
+            logits = kept if kept is not None else _logits(chunk, weight, bias, ctx.transform)
+            grad = _softmax_gradient(
+                logits,
+                lse[rows],
+                targets[rows],
+                d_logprobs[rows],
+                (entropy[rows], d_entropy[rows]) if ctx.with_entropy else None,
+            )
+            grad = ctx.transform.backward(grad, logits)
+            if d_bias is not None:
+                d_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(grad, weight, out=d_hidden[rows])
+            if d_weight is not None:
+                _add_outer(d_weight, grad, chunk)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            *(None,) * 4,
+        )
+
+
+def _add_outer(total: Tensor, grad: Tensor, chunk: Tensor) -> None:
+    """`total += grad.T @ chunk`, [V, E]."""
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.T, chunk)
+    else:
+        total += grad.T @ chunk
+
+
+def _softmax_gradient(
+    logits: Tensor, lse: Tensor, targets: Tensor, d_logprobs: Tensor, entropy: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """[C, V] gradient with respect to the transformed logits."""
+    probabilities = (logits - lse[:, None]).exp_()
+    factor = -d_logprobs[:, None]
+    if entropy is not None:
+        # d H / d logit = -p (log p + H)
+        value, d_value = entropy
+        factor = factor - d_value[:, None] * ((logits - lse[:, None]).clamp_min_(-1e30) + value[:, None])
+    grad = probabilities.mul_(factor)
+    grad.scatter_add_(1, targets[:, None], d_logprobs[:, None].to(grad.dtype))
+    return grad

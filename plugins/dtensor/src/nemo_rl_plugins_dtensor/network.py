@@ -1,0 +1,242 @@
+"""The policy: a Hugging Face decoder without its output layer, and logprobs in chunks on top.
+
+Legend: N tokens of a micro-batch, B sequences, T longest length, M tokens whose logprob is wanted, E hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME, Packing
+from nemo_rl_plugins_dtensor.logprobs import LogitTransform, linear_logprobs
+
+__all__ = ["PolicyNetwork", "Row"]
+
+_log = logging.getLogger(__name__)
+_KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+
+@frozen
+class Row:
+    """One micro-batch on the device, ready for the model."""
+
+    input_ids: Tensor
+    """[N]"""
+    packing: Packing
+    wanted: Tensor
+    """[M] tokens whose logprob is wanted, never the first of a sequence."""
+    predictors: Tensor
+    """[M] for each wanted token the one before it, whose hidden state predicts it."""
+    targets: Tensor
+    """[M] the wanted tokens."""
+
+    @staticmethod
+    def of(batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool) -> Row:
+        """Prepare a micro-batch that lies on the CPU.
+
+        Args:
+            batch: At least one sequence; its `input_ids`, and `loss_mask` if there is one.
+            device: Where the model is.
+            only_trained: Want only the tokens whose `loss_mask` is True.
+        """
+        packing = Packing.of(batch.lengths.tolist())
+        want = packing.position_ids > 0
+        if only_trained and "loss_mask" in batch:
+            want = want & batch["loss_mask"]
+        wanted = want.nonzero().squeeze(1)
+        ids = batch["input_ids"]
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return Row(move(ids), packing.to(device), move(wanted), move(wanted - 1), move(ids[wanted]))
+
+
+class PolicyNetwork(nn.Module):
+    """Hidden states from the decoder, logprobs from the output layer, chunk by chunk.
+
+    Args:
+        model: A causal language model of `transformers`.
+        attention: See `DTensorConfig.attention`.
+        chunk_size: Tokens whose logits are held at a time.
+
+    Raises:
+        ConfigError: The model has no output layer, does something unknown to its logits, or cannot be run packed
+            although `attention` demands it.
+    """
+
+    def __init__(self, model: Any, *, attention: Literal["auto", "packed", "padded"], chunk_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_size = chunk_size
+        if model.get_output_embeddings() is None or model.base_model is model:
+            raise ConfigError(
+                f"{type(model).__name__} is not a causal language model with an output layer; the dtensor backend "
+                "cannot train it. Give a model that AutoModelForCausalLM loads."
+            )
+        config = model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self.transform = LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+        self.packed = False
+        self._choose_attention(attention)
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def forward(self, row: Row, *, temperature: float = 1.0, needs: frozenset[str]) -> dict[str, Tensor]:
+        """Run one micro-batch.
+
+        Args:
+            row: The micro-batch.
+            temperature: Divides the logits; 0 counts as 1, as when tokens are drawn greedily.
+            needs: Of "logprobs", "entropy", "logits".
+
+        Returns:
+            Per need a tensor [N] (logits: [N, V]); 0 where no value is wanted. `anchor` [] is 0 with a gradient path to
+            the parameters, for a loss that selects nothing.
+        """
+        hidden = self.hidden_states(row)
+        out = {"anchor": hidden[:1].sum().float() * 0.0}
+        transform = LogitTransform(
+            scale=self.transform.scale, softcap=self.transform.softcap, temperature=temperature or 1.0
+        )
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        predictors = hidden.index_select(0, row.predictors)
+        if needs & {"logprobs", "entropy"}:
+            logprobs, entropy = linear_logprobs(
+                predictors,
+                head.weight,
+                row.targets,
+                bias=bias,
+                transform=transform,
+                chunk_size=self.chunk_size,
+                with_entropy="entropy" in needs,
+            )
+            out["logprobs"] = _spread(logprobs, row)
+            if entropy is not None:
+                out["entropy"] = _spread(entropy, row)
+        if "logits" in needs:
+            logits = nn.functional.linear(predictors, head.weight, bias).float()
+            out["logits"] = _spread(_differentiable(transform, logits), row)
+        return out
+
+    def hidden_states(self, row: Row) -> Tensor:
+        """[N, E] hidden states of the row's tokens, after the last norm."""
+        base = self.model.base_model
+        if self.packed:
+            states = base(
+                input_ids=row.input_ids[None],
+                position_ids=row.packing.position_ids[None],
+                use_cache=False,
+                packing=row.packing,
+            )
+            return states.last_hidden_state[0]  # type: ignore[no-any-return]
+        lengths = torch.tensor(row.packing.lengths)
+        width = row.packing.max_length
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths).to(row.input_ids.device)
+        place = sequence * width + row.packing.position_ids
+        ids = row.input_ids.new_zeros(len(lengths) * width).index_copy_(0, place, row.input_ids)
+        mask = torch.zeros_like(ids).index_fill_(0, place, 1)
+        shape = (len(lengths), width)
+        states = base(input_ids=ids.view(shape), attention_mask=mask.view(shape), use_cache=False)
+        flat = states.last_hidden_state.reshape(len(lengths) * width, -1)
+        return flat.index_select(0, place)  # type: ignore[no-any-return]
+
+    # -- choosing the attention ---------------------------------------------------------------
+
+    @torch.no_grad()
+    def _choose_attention(self, wish: str) -> None:
+        """Keep packed attention only if it gives the logits that the model itself gives."""
+        probe = _probe(self.model)
+        expected = torch.cat([self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in probe])
+        reason = "policy.options.attention is 'padded'"
+        if wish != "padded":
+            reason = self._try_packed(probe, expected)
+            if not reason:
+                return
+            if wish == "packed":
+                raise ConfigError(
+                    f"policy.options.attention is 'packed', but {type(self.model).__name__} cannot be run packed: "
+                    f"{reason}. Set it to auto or padded."
+                )
+        _log.info("%s is run padded: %s.", type(self.model).__name__, reason)
+        found = self._probe_logits(probe)
+        if not _close(found, expected):
+            raise ConfigError(
+                f"{type(self.model).__name__} changes its logits in a way the dtensor backend does not know (largest "
+                f"difference {float((found - expected).abs().max()):.3g} on a probe), so its logprobs would be wrong."
+            )
+
+    def _try_packed(self, probe: list[Tensor], expected: Tensor) -> str:
+        """Switch to packed attention; if it does not fit, switch back and return why."""
+        config = self.model.config.get_text_config()
+        before = config._attn_implementation
+        layer_types = getattr(config, "layer_types", None) or []
+        if unknown := set(layer_types) - _KNOWN_LAYERS:
+            return f"it has layers of type {', '.join(sorted(unknown))}"
+        try:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            self.packed = True
+            recorded: list[int | None] = []
+            found = self._probe_logits(probe, record=recorded)
+            reason = _windows_missing(config, layer_types, recorded)
+            if not reason and not _close(found, expected):
+                reason = "packed attention gives other logits"
+        except Exception as error:  # any model code may refuse in its own way; padded is always there
+            reason = f"it refuses packed attention ({type(error).__name__}: {error})"
+        if reason:
+            self.packed = False
+            self.model.set_attn_implementation(before)
+        return reason
+
+    def _probe_logits(self, probe: list[Tensor], record: list[int | None] | None = None) -> Tensor:
+        lengths = [len(ids) for ids in probe]
+        batch = BatchedDataDict(lengths, {"input_ids": torch.cat(probe)})
+        row = Row.of(batch, device=probe[0].device, only_trained=False)
+        if record is not None:
+            row.packing.record = record
+        head = self.model.get_output_embeddings()
+        logits = nn.functional.linear(self.hidden_states(row), head.weight, getattr(head, "bias", None))
+        return self.transform(logits.float()).to(logits.dtype)
+
+
+def _spread(values: Tensor, row: Row) -> Tensor:
+    """[M, ...] values of the wanted tokens to [N, ...], 0 elsewhere."""
+    out = values.new_zeros(row.input_ids.shape[0], *values.shape[1:])
+    return out.index_copy(0, row.wanted, values)
+
+
+def _differentiable(transform: LogitTransform, logits: Tensor) -> Tensor:
+    """The transform out of place, for autograd."""
+    logits = logits * transform.scale
+    if transform.softcap is not None:
+        logits = torch.tanh(logits / transform.softcap) * transform.softcap
+    return logits / transform.temperature
+
+
+def _probe(model: Any) -> list[Tensor]:
+    """Two short sequences of different lengths."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(3, 3 + 9, device=model.get_input_embeddings().weight.device) * 7 % vocab
+    return [ids[:5], ids[5:]]
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = 5e-2 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
+
+
+def _windows_missing(config: Any, layer_types: list[str], recorded: list[int | None]) -> str:
+    """Why the windows that attention was told are not those of the configuration; empty if they are."""
+    if not recorded:
+        return "its layers do not call the attention interface"
+    expected = layer_types.count("sliding_attention")
+    if not layer_types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        expected = len(recorded)
+    told = sum(window is not None for window in recorded)
+    return "" if told >= expected else f"{expected} of its layers have a sliding window, but only {told} say so"

@@ -1,0 +1,135 @@
+"""Our own forward for decoders of the Llama shape (Llama, Mistral, Qwen2, Qwen3).
+
+It reads the Hugging Face module's parameters where they lie, so that aliased weights stay aliased, and
+calls a fraction of the operators: one rotation for queries and keys, packed rows, no module calls.
+
+Legend: N tokens of a pass, H query heads, K kv heads, D head size, T positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear, rms_norm, silu
+
+from nemo_rl_plugins_torch_engine.attention import attend_cache, attend_packed, length_mask
+from nemo_rl_plugins_torch_engine.attention_decoder import UnsupportedModel
+from nemo_rl_plugins_torch_engine.cache import KVCache, LayerShape
+from nemo_rl_plugins_torch_engine.passes import DecodePass, PrefillPass
+
+__all__ = ["LeanDecoder"]
+
+_CLASSES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+_FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+class LeanDecoder:
+    """A Llama-shaped model over our cache.
+
+    Raises:
+        UnsupportedModel: The model is of another shape.
+    """
+
+    def __init__(self, model: Any, *, num_rows: int, max_length: int, cache_dtype: torch.dtype) -> None:
+        config = model.config
+        _refuse_by_config(model)
+        self._model = model
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
+        self._head_size = model.model.layers[0].self_attn.head_dim
+        self._eps = config.rms_norm_eps
+        weight = model.model.embed_tokens.weight
+        shape = LayerShape(self._kv_heads, self._head_size, self._head_size)
+        self.cache = KVCache(
+            [shape] * config.num_hidden_layers,
+            num_rows=num_rows,
+            max_length=max_length,
+            dtype=cache_dtype,
+            device=weight.device,
+        )
+        with torch.no_grad():
+            cos, sin = model.model.rotary_emb(weight, torch.arange(max_length, device=weight.device)[None])
+        # rotate_half(x) * sin = roll(x, D/2) * signed sin
+        half = self._head_size // 2
+        self._cos = cos[0, :, None].to(weight.dtype)
+        self._sin = torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1).to(weight.dtype)
+
+    def prefill(self, batch: PrefillPass) -> Tensor:
+        """See `Decoder.prefill`."""
+        hidden = self._run(batch.token_ids, batch.positions, batch)
+        return self._logits(hidden[batch.last])
+
+    def decode(self, batch: DecodePass) -> Tensor:
+        """See `Decoder.decode`."""
+        return self._logits(self._run(batch.token_ids, batch.positions, batch))
+
+    def refresh(self) -> None:
+        """Nothing is derived from the weights."""
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        model = self._model
+        return linear(self._norm(hidden, model.model.norm), model.lm_head.weight)
+
+    def _norm(self, x: Tensor, module: Any) -> Tensor:
+        return rms_norm(x, (x.shape[-1],), module.weight, self._eps)
+
+    def _run(self, token_ids: Tensor, positions: Tensor, batch: PrefillPass | DecodePass) -> Tensor:
+        hidden = embedding(token_ids, self._model.model.embed_tokens.weight)
+        cos, sin = self._cos[positions], self._sin[positions]
+        mask = None
+        if isinstance(batch, DecodePass):
+            mask = length_mask(positions, batch.length, hidden.dtype)
+        for index, layer in enumerate(self._model.model.layers):
+            attended = self._attend(
+                index, layer.self_attn, self._norm(hidden, layer.input_layernorm), cos, sin, batch, mask
+            )
+            hidden = hidden + linear(attended, layer.self_attn.o_proj.weight, layer.self_attn.o_proj.bias)
+            x = self._norm(hidden, layer.post_attention_layernorm)
+            mlp = layer.mlp
+            gate = silu(linear(x, mlp.gate_proj.weight, mlp.gate_proj.bias), inplace=True)
+            gate *= linear(x, mlp.up_proj.weight, mlp.up_proj.bias)
+            hidden = hidden + linear(gate, mlp.down_proj.weight, mlp.down_proj.bias)
+        return hidden
+
+    def _attend(
+        self, index: int, module: Any, x: Tensor, cos: Tensor, sin: Tensor,
+        batch: PrefillPass | DecodePass, mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        size = self._head_size
+        query = linear(x, module.q_proj.weight, module.q_proj.bias).view(-1, self._heads, size)
+        key = linear(x, module.k_proj.weight, module.k_proj.bias).view(-1, self._kv_heads, size)
+        value = linear(x, module.v_proj.weight, module.v_proj.bias).view(-1, self._kv_heads, size)
+        if hasattr(module, "q_norm"):
+            query, key = self._norm(query, module.q_norm), self._norm(key, module.k_norm)
+        both = torch.cat([query, key], dim=1)
+        both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
+        query, key = both[:, : self._heads], both[:, self._heads :]
+        keys, values = self.cache.keys[index], self.cache.values[index]
+        if isinstance(batch, PrefillPass):
+            keys[batch.rows, :, batch.row_positions] = key[batch.source].to(keys.dtype)
+            values[batch.rows, :, batch.row_positions] = value[batch.source].to(values.dtype)
+            out = attend_packed(query, key, value, batch.runs, scale=module.scaling)
+        else:
+            assert mask is not None
+            keys[batch.rows, :, batch.positions] = key.to(keys.dtype)
+            values[batch.rows, :, batch.positions] = value.to(values.dtype)
+            count, length = batch.rows.shape[0], batch.length
+            out = attend_cache(query, keys[:count, :, :length], values[:count, :, :length], mask, scale=module.scaling)
+        return out.flatten(1)
+
+
+def _refuse_by_config(model: Any) -> None:
+    config = model.config
+    if type(model).__name__ not in _CLASSES:
+        raise UnsupportedModel(f"{type(model).__name__} is not one of {sorted(_CLASSES)}")
+    if config.hidden_act != "silu":
+        raise UnsupportedModel(f"its activation is {config.hidden_act!r}")
+    if model.model.rotary_emb.rope_type not in _FIXED_ROPE:
+        raise UnsupportedModel(f"its rotary embedding of type {model.model.rotary_emb.rope_type!r} changes with length")
+    if any(getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers):
+        raise UnsupportedModel("it has a sliding window")
+    if getattr(config, "sliding_window", None) and type(model).__name__ == "MistralForCausalLM":
+        raise UnsupportedModel("it has a sliding window")
