@@ -77,7 +77,15 @@ def test_what_it_accepts(saved, files, tmp_path):
     for source in (str(saved), str(files), "openai/gsm8k", "nvidia/OpenMathInstruct-2"):
         assert HuggingFaceSource.accepts(source)
     (tmp_path / "empty").mkdir()
-    for source in (str(tmp_path / "empty"), "gsm8k", "a/b/c", "data/train.parquet", "./x/y", "https://x.org/y"):
+    for source in (
+        str(tmp_path / "empty"),
+        "gsm8k",
+        "a/b/c",
+        "data/train.parquet",
+        "data/notes.txt",
+        "./x/y",
+        "https://x.org/y",
+    ):
         assert not HuggingFaceSource.accepts(source)
 
 
@@ -132,5 +140,5 @@ def test_a_wrong_column_of_a_file_names_the_file(tmp_path):
 
 def test_an_unknown_option_is_told(saved):
     config = DataConfig(train=DatasetConfig(source=str(saved), options={"splt": "test"}))
-    with pytest.raises(ValueError, match=r"(?s)splt.*Allowed: path, name, split"):
+    with pytest.raises(ValueError, match=r"(?s)options\.splt.*did you mean `split`"):
         DataModule(config, seed=0, registry=Registry()).next(1)

@@ -15,6 +15,7 @@ from nemo_rl_core._errors import DataError
 __all__ = ["HuggingFaceOptions", "HuggingFaceSource"]
 
 _DATA_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".jsonl.gz")
+_NOT_HUB_SUFFIXES = (*_DATA_SUFFIXES, ".gz", ".zip", ".tar", ".tsv", ".ndjson", ".txt", ".yaml", ".yml", ".py")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,7 +52,9 @@ class HuggingFaceSource:
         """A folder of data files or one written by `save_to_disk`, or what looks like `owner/name`."""
         if os.path.isdir(source):
             return _is_saved(source) or any(str(p).endswith(_DATA_SUFFIXES) for p in Path(source).rglob("*"))
-        return not os.path.exists(source) and bool(_HUB_NAME.fullmatch(source)) and not source.endswith(_DATA_SUFFIXES)
+        return (
+            not os.path.exists(source) and bool(_HUB_NAME.fullmatch(source)) and not source.endswith(_NOT_HUB_SUFFIXES)
+        )
 
     def load(self) -> Any:
         """A `datasets.Dataset`, or an `IterableDataset` when streaming.
