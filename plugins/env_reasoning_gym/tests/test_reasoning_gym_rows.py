@@ -15,11 +15,12 @@ import pytest
 from nemo_rl_plugins_env_reasoning_gym import hooks, named
 from nemo_rl_plugins_env_reasoning_gym.dataset import CurriculumStage, ReasoningGymData, ReasoningGymSource
 from nemo_rl_plugins_env_reasoning_gym.scoring import score_task
+from nemo_rl_plugins_env_reasoning_gym.seeded import HASH_DEPENDENT, SeededGenerator
 from nemo_rl_plugins_env_reasoning_gym.tasks import TASKS
 from reasoning_gym.factory import DATASETS
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core._errors import ConfigError, DataError
 
 WITHOUT_A_SOLUTION = {"boxnet", "rush_hour"}
 """Generators that can check an answer but do not know one themselves."""
@@ -73,6 +74,31 @@ def test_a_task_that_sets_the_decimal_precision_does_not_spoil_another():
             assert score_task(row["answer"], row).score == 1.0
     finally:
         decimal.getcontext().prec = precision
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "1"])
+def test_rows_do_not_depend_on_the_hash_seed_of_the_process(hash_seed):
+    code = (
+        "import json\n"
+        "from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymSource\n"
+        "from nemo_rl_plugins_env_reasoning_gym.seeded import HASH_DEPENDENT\n"
+        "for task in sorted(HASH_DEPENDENT):\n"
+        "    print(json.dumps(ReasoningGymSource({'task': task, 'size': 12, 'seed': 5}).load()[:]))\n"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    made = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    here = [rows_of(task=task, size=12, seed=5)[:] for task in sorted(HASH_DEPENDENT)]
+    assert [json.loads(line) for line in made.splitlines()] == json.loads(json.dumps(here))
+
+
+def test_a_generator_in_its_own_process_tells_what_failed():
+    rows = SeededGenerator("ransom_note", DATASETS["ransom_note"][1](seed=1, size=3))
+    with pytest.raises(DataError, match=r"ransom_note.*row None.*TypeError"):
+        rows[None]
+    assert "question" in rows[2]
+    broken = SeededGenerator("no_such_task", None)
+    with pytest.raises(DataError, match=r"no_such_task.*died"):
+        broken[0]
 
 
 def test_options_reach_the_generator():

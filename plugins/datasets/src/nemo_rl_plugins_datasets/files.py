@@ -188,7 +188,7 @@ class _ParquetRows(Sequence[Mapping[str, Any]]):
     """Reads one row group at a time and keeps the last few."""
 
     def __init__(self, path: str) -> None:
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq
 
         self.path = path
         try:

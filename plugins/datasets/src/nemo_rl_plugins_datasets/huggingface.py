@@ -64,7 +64,7 @@ class HuggingFaceSource:
                 says which there are.
         """
         try:
-            import datasets  # type: ignore[import-untyped]
+            import datasets
         except ImportError as e:
             raise DataError("Reading Hugging Face datasets needs the package `datasets`: pip install datasets.") from e
         path = os.path.expanduser(self.config.path)
