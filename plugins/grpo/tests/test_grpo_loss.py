@@ -13,6 +13,7 @@ from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_grpo.config import ClippedPGConfig
+from nemo_rl_plugins_grpo.kl import kl_estimate
 from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 
 
@@ -296,6 +297,12 @@ def test_mismatch_metrics():
     assert got["sampling_importance_ratio"] == approx(1.25)
     assert got["gen_kl_error"] == approx(((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2))) / 2)
     assert got["approx_entropy"] == approx((2 * 1 + 0.5 * 2) / 2)
+
+
+def test_a_tiny_mismatch_keeps_its_digits():
+    """k3 of 1e-4 is 5e-9; exp(x) - 1 in float32 has no digit of it."""
+    kl = kl_estimate(torch.tensor([1e-4, -1e-4]), "k3")
+    assert kl.tolist() == approx([5e-9, 5e-9], rel=1e-2)
 
 
 # -- masks, batches, gradients -------------------------------------------------------------------------------
