@@ -88,6 +88,13 @@ def test_clip_metrics_count_the_tokens_that_lost_their_gradient():
     assert (got["probs_ratio_min"], got["probs_ratio_max"]) == approx((0.5, 1.5))
 
 
+@pytest.mark.parametrize("ratio", [0.9, 1.1])
+def test_masked_tokens_are_no_extremum(ratio):
+    sums, _ = run({}, [math.log(ratio), 0.0], mask=[True, False], logprobs=[0.0, 0.0])
+    assert value(sums.metrics["probs_ratio_min"]) == approx(ratio)
+    assert value(sums.metrics["probs_ratio_max"]) == approx(ratio)
+
+
 def test_a_huge_ratio_stays_finite_where_the_advantage_is_zero():
     sums, grad = run({}, [0.0, 0.0], advantages=[0.0, 1.0], logprobs=[-1e4, -1.0])
     assert sums.total.item() == approx(-1.2)
@@ -291,12 +298,12 @@ def test_a_weight_that_is_not_finite_drops_its_token(engine):
 
 def test_mismatch_metrics():
     # trainer - engine: log 2 and -log 2
-    sums, _ = run({}, [-1.0, -2.0], rollout=[-1 - math.log(2), -2 + math.log(2)])
+    sums, _ = run({}, [-1.0, -3.0], rollout=[-1 - math.log(2), -3 + math.log(2)])
     got = {name: value(metric) for name, metric in sums.metrics.items()}
     assert got["token_mult_prob_error"] == approx(2.0)
     assert got["sampling_importance_ratio"] == approx(1.25)
     assert got["gen_kl_error"] == approx(((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2))) / 2)
-    assert got["approx_entropy"] == approx((2 * 1 + 0.5 * 2) / 2)
+    assert got["approx_entropy"] == approx((2 * 1 + 0.5 * 3) / 2)
 
 
 def test_a_tiny_mismatch_keeps_its_digits():
