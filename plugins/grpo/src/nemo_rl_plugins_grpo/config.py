@@ -225,14 +225,10 @@ class GRPOConfig(RunConfig):
         return self.num_generations_per_prompt
 
     @property
-    def num_updates_per_step(self) -> int:
-        """Optimizer steps of one step."""
-        return self.updates_per_step * self.epochs_per_step
-
-    @property
-    def num_passes_per_step(self) -> int:
-        """How often each rollout is trained on."""
-        return self.epochs_per_step
+    def max_response_length(self) -> int:
+        """Tokens a response may have, for shaping by length."""
+        shaping, generation = self.reward_shaping, self.generation
+        return shaping.max_response_length or generation.max_new_tokens or self.policy.max_sequence_length
 
     def check(self) -> Iterator[Any]:
         """Yield every mistake that lies between fields, each with its path, value and fix."""
