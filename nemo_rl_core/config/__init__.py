@@ -1,1 +1,102 @@
-"""Typed configuration: classes, loading, errors."""
+"""Typed configuration: classes, loading, errors, difference, reference.
+
+The classes are imported at once; the functions, with YAML and cattrs behind them, when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_core.config.schema import (
+    CheckpointConfig,
+    ClusterConfig,
+    ComponentChoice,
+    DataConfig,
+    DatasetConfig,
+    GenerationConfig,
+    InvariantsConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RolloutConfig,
+    RunConfig,
+    SchedulerConfig,
+    ValidationConfig,
+    component,
+)
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.components import Resolver, resolve_choice
+    from nemo_rl_core.config.derived import ArithmeticRow, arithmetic
+    from nemo_rl_core.config.dump import Difference, diff, to_dict, to_yaml
+    from nemo_rl_core.config.load import finalize, load_config
+    from nemo_rl_core.config.mistakes import InvalidConfig, Mistake, Position, mistake
+    from nemo_rl_core.config.reference import FieldRow, describe, json_schema
+
+__all__ = [
+    "ArithmeticRow",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "ComponentChoice",
+    "DataConfig",
+    "DatasetConfig",
+    "Difference",
+    "FieldRow",
+    "GenerationConfig",
+    "InvalidConfig",
+    "InvariantsConfig",
+    "LoggingConfig",
+    "Mistake",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "Position",
+    "Resolver",
+    "RolloutConfig",
+    "RunConfig",
+    "SchedulerConfig",
+    "ValidationConfig",
+    "arithmetic",
+    "component",
+    "describe",
+    "diff",
+    "finalize",
+    "json_schema",
+    "load_config",
+    "mistake",
+    "resolve_choice",
+    "to_dict",
+    "to_yaml",
+]
+
+_LAZY = {
+    "ArithmeticRow": "derived",
+    "Difference": "dump",
+    "FieldRow": "reference",
+    "InvalidConfig": "mistakes",
+    "Mistake": "mistakes",
+    "Position": "mistakes",
+    "Resolver": "components",
+    "arithmetic": "derived",
+    "describe": "reference",
+    "diff": "dump",
+    "finalize": "load",
+    "json_schema": "reference",
+    "load_config": "load",
+    "mistake": "mistakes",
+    "resolve_choice": "components",
+    "to_dict": "dump",
+    "to_yaml": "dump",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,8 @@ import os
 from typing import Any, Literal
 
 from attrs import Factory, field, frozen
-from attrs.validators import ge, gt, in_, le, optional
+
+from nemo_rl_core.config.validators import ge, gt, le, optional
 
 __all__ = [
     "CheckpointConfig",
@@ -57,9 +58,13 @@ class OptimizerConfig:
     name: str = "torch.optim.AdamW"
     """Any `torch.optim` class, or another by import path."""
     lr: float = field(default=1e-6, validator=ge(0))
+    """Peak learning rate; `scheduler` scales it."""
     weight_decay: float = field(default=0.01, validator=ge(0))
+    """Decoupled weight decay per step, times the learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     eps: float = field(default=1e-8, validator=gt(0))
+    """Added to the denominator of the update."""
     options: dict[str, Any] = Factory(dict)
     """Further keyword arguments; `betas` and `eps` are passed only if the class takes them."""
 
@@ -69,9 +74,11 @@ class SchedulerConfig:
     """Learning rate over optimizer steps."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after the warm-up."""
     warmup_steps: int = field(default=0, validator=ge(0))
-    total_steps: int | None = field(default=None, validator=optional(gt(0)))
-    """Steps to the end of the decay; None takes the run's `max_steps`."""
+    """Optimizer steps over which the rate rises from 0 in a line."""
+    total_steps: int | None = field(default=None, validator=optional(gt(0)), metadata={"derived_from": "max_steps"})
+    """Optimizer steps to the end of the decay; None takes those of the run's `max_steps`."""
     min_lr_ratio: float = field(default=0.0, validator=[ge(0), le(1)])
     """Final learning rate as a share of `optimizer.lr`."""
 
@@ -86,41 +93,60 @@ class PolicyConfig:
     """None is the model's own."""
     backend: Any = None
     """Training backend: name, `dist:name`, `module:attr` or class; None is the installed default."""
-    options: Any = field(factory=dict, metadata={"options_of": ("training_backends", "backend")})
+    options: Any = field(factory=dict, metadata={"options_of": ("training_backends", "backend"), "required": True})
+    """Settings of the training backend, structured by its `config_class`."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights and activations in the forward and backward pass."""
     num_workers: int = field(default=1, validator=ge(1))
     """Processes (one per device) that train the policy."""
     tensor_parallel_size: int = field(default=1, validator=ge(1))
+    """Workers that share each layer of one replica of the model; divides `num_workers`."""
     max_sequence_length: int = field(default=2048, validator=ge(2))
     """Tokens of prompt and completions together; a longer prompt is a recorded failure."""
     max_tokens_per_microbatch: int = field(default=16384, validator=ge(1))
     """Token budget of one forward-backward; a longer sequence goes alone."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: float | None = field(default=1.0, validator=optional(gt(0)))
+    """The gradient is scaled down to this global L2 norm; None never."""
     logprob_chunk_size: int = field(default=1024, validator=ge(1))
     """Tokens whose [chunk, V] logits are held at a time."""
     optimizer: OptimizerConfig = Factory(OptimizerConfig)
+    """The optimizer of the policy."""
     scheduler: SchedulerConfig = Factory(SchedulerConfig)
+    """The learning rate over optimizer steps."""
 
 
 @frozen(kw_only=True)
 class GenerationConfig:
     """The engine that samples, and how it samples."""
 
-    model_name: str | None = None
+    model_name: str | None = field(default=None, metadata={"derived_from": "policy.model_name"})
     """Filled from the policy; do not set it."""
     backend: Any = None
+    """Generation backend: name, `dist:name`, `module:attr` or class; None is the installed default."""
     options: Any = field(factory=dict, metadata={"options_of": ("generation_backends", "backend")})
-    precision: Literal["float32", "bfloat16"] | None = None
+    """Settings of the generation backend, structured by its `config_class`."""
+    precision: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"derived_from": "policy.precision"}
+    )
     """None is the policy's."""
-    max_new_tokens: int = field(default=512, validator=ge(1))
+    max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
+    """Tokens of one completion at most; None is 512, or half of `policy.max_sequence_length` if that is less."""
     temperature: float = field(default=1.0, validator=ge(0))
+    """Divides the logits; 0 takes the most likely token. Training logprobs are taken at it too."""
     top_p: float = field(default=1.0, validator=[gt(0), le(1)])
+    """Sample from the smallest set of tokens with at least this probability."""
     top_k: int = field(default=0, validator=ge(0))
+    """Sample from the k most likely tokens; 0 is no limit."""
     stop: tuple[str, ...] = ()
+    """Texts that end a completion and stay in it."""
     stop_token_ids: tuple[int, ...] = ()
-    max_sequence_length: int | None = None
-    """None is the policy's."""
+    """Token ids that end a completion, beside the model's own."""
+    max_sequence_length: int | None = field(
+        default=None, validator=optional(ge(2)), metadata={"derived_from": "policy.max_sequence_length"}
+    )
+    """Tokens of prompt and completion together; None is the policy's."""
 
 
 @frozen(kw_only=True)
@@ -130,12 +156,14 @@ class DatasetConfig:
     source: Any = None
     """Dataset component (`huggingface`, `jsonl`, ...), a file or folder or hub name (the source is told from
     it), or rows in Python."""
-    options: Any = field(factory=dict, metadata={"options_of": ("datasets", "source")})
+    options: Any = field(factory=dict, metadata={"options_of": ("datasets", "source"), "open": True})
+    """Settings of the dataset component, structured by its `config_class`."""
     columns: dict[str, str] = Factory(dict)
     """Our name to the column's name in the data, such as `{prompt: question, answer: solution}`."""
     prompt_template: str | None = None
     """Python format string over the row's columns, such as "Solve: {question}"."""
     system_prompt: str | None = None
+    """Text of a system message put before each prompt; None is none."""
     limit: int | None = field(default=None, validator=optional(ge(1)))
     """Use only the first rows."""
 
@@ -145,12 +173,16 @@ class DataConfig:
     """Training and validation data."""
 
     train: DatasetConfig = Factory(DatasetConfig)
+    """Rows to train on."""
     validation: DatasetConfig | None = None
+    """Rows to validate on; None is none."""
     shuffle: bool = True
+    """Take the training rows in a new order each epoch, fixed by `seed`."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one; None is the tokenizer's. Without any, the contents of
     the messages are joined as they are."""
     chat_template_kwargs: dict[str, Any] = Factory(dict)
+    """Further variables of the chat template."""
 
 
 @frozen(kw_only=True)
@@ -158,6 +190,7 @@ class RolloutConfig:
     """How episodes are run."""
 
     max_turns: int = field(default=1, validator=ge(1))
+    """Turns of the policy in one episode at most."""
     max_in_flight: int = field(default=1024, validator=ge(1))
     """Episodes admitted at a time."""
     staleness: int = field(default=0, validator=ge(0))
@@ -169,6 +202,7 @@ class RolloutConfig:
     reward_timeout_s: float = field(default=30.0, validator=gt(0))
     """Deadline of one call in the process pool; the process is killed at it."""
     num_reward_workers: int = field(default=1, validator=ge(1))
+    """Processes that run reward functions and CPU-bound scoring."""
     max_failed_fraction: float = field(default=0.5, validator=[ge(0), le(1)])
     """The run stops, naming the errors, when more of a step's rollouts than this fail."""
     record: bool = True
@@ -182,12 +216,17 @@ class ValidationConfig:
     every: int = field(default=0, validator=ge(0))
     """Steps between validations; 0 is never."""
     at_start: bool = False
+    """Validate before the first step."""
     at_end: bool = False
+    """Validate after the last step."""
     max_samples: int = field(default=256, validator=ge(1))
+    """Prompts of one validation at most."""
     num_generations_per_prompt: int = field(default=1, validator=ge(1))
+    """Rollouts per prompt; more than one also gives pass@k."""
     temperature: float = field(default=0.0, validator=ge(0))
-    max_new_tokens: int | None = None
-    """None is `generation.max_new_tokens`."""
+    """Divides the logits; 0 takes the most likely token."""
+    max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
+    """Tokens of one completion at most; None is `generation.max_new_tokens`."""
 
 
 @frozen(kw_only=True)
@@ -195,13 +234,17 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     enabled: bool = True
+    """Write checkpoints."""
     every: int = field(default=0, validator=ge(0))
     """Steps between checkpoints; 0 saves only at the end and on an interrupt."""
     keep_last: int = field(default=2, validator=ge(1))
+    """Newest checkpoints that are kept."""
     keep_best: int = field(default=0, validator=ge(0))
+    """Checkpoints kept beside them because of their `metric`."""
     metric: str | None = None
     """Metric that ranks checkpoints for `keep_best`, such as `validation/accuracy`."""
     higher_is_better: bool = True
+    """Whether a larger `metric` is the better one."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto continues from the newest valid checkpoint of `run_dir` if there is one."""
     export_model: bool = True
@@ -213,8 +256,11 @@ class LoggingConfig:
     """What is shown and written."""
 
     loggers: tuple[ComponentChoice, ...] = field(default=(), metadata={"kind": "loggers"})
+    """Where metrics go beside the run folder, such as `[tensorboard]`."""
     progress: Literal["auto", "bar", "lines", "json", "none"] = "auto"
+    """What the terminal shows: auto is a bar on a terminal, lines otherwise."""
     num_samples_to_show: int = field(default=0, validator=ge(0))
+    """Rollouts printed after each step."""
 
 
 @frozen(kw_only=True)
@@ -222,9 +268,10 @@ class InvariantsConfig:
     """Checks of a run; all on by default and cheap."""
 
     enabled: bool = True
+    """Run the checks."""
     mismatch_warn: float = field(default=1.05, validator=gt(1))
     """Warn when mean exp|trainer logprob - engine logprob| exceeds this."""
-    mismatch_abort: float | None = 2.0
+    mismatch_abort: float | None = field(default=2.0, validator=optional(gt(1)))
     """Stop the run at this; None never."""
     zero_signal_steps: int = field(default=10, validator=ge(1))
     """Warn after this many steps in a row in which no group's rewards vary."""
@@ -239,11 +286,15 @@ class ClusterConfig:
     launcher: Any = "local"
     """Launcher: name, `dist:name`, `module:attr` or class."""
     options: Any = field(factory=dict, metadata={"options_of": ("launchers", "launcher")})
+    """Settings of the launcher, structured by its `config_class`."""
     num_nodes: int = field(default=1, validator=ge(1))
+    """Machines of the cluster."""
     gpus_per_node: int | None = field(default=None, validator=optional(ge(0)))
     """None takes what is found; 0 is CPU only."""
     cpus_per_node: int | None = field(default=None, validator=optional(ge(1)))
+    """CPU cores used on each machine; None takes what is found."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run: auto is cuda if there is a GPU."""
     colocated: bool = True
     """Training and generation share devices."""
     roles: dict[str, int] = Factory(dict)
@@ -264,31 +315,46 @@ class RunConfig:
 
     algorithm: Any = None
     """Name of the algorithm; it picks the root configuration class."""
-    model: str | None = None
+    model: str | None = field(default=None, metadata={"shorthand_for": "policy.model_name"})
     """Shorthand for `policy.model_name`."""
-    learning_rate: float | None = field(default=None, validator=optional(ge(0)))
+    learning_rate: float | None = field(
+        default=None, validator=optional(ge(0)), metadata={"shorthand_for": "policy.optimizer.lr"}
+    )
     """Shorthand for `policy.optimizer.lr`."""
     max_steps: int | None = field(default=None, validator=optional(ge(1)))
     """Steps of the run loop; None is decided by `max_epochs`."""
     max_epochs: int | None = field(default=1, validator=optional(ge(1)))
     """Passes over the training data; the run ends at whichever of the two comes first."""
     seed: int = 42
+    """Everything random follows from it."""
     name: str | None = None
     """Name of the run; None is the algorithm's."""
     run_dir: str | None = None
     """Folder of checkpoints, metrics and rollouts; None is `runs/<name>`."""
     policy: PolicyConfig = Factory(PolicyConfig)
+    """The model that is trained and the backend that trains it."""
     generation: GenerationConfig = Factory(GenerationConfig)
+    """The engine that samples, and how it samples."""
     data: DataConfig = Factory(DataConfig)
-    environment: ComponentChoice = component("environments")
-    reward: ComponentChoice = component("rewards")
+    """Training and validation data."""
+    environment: ComponentChoice = component("environments")  # noqa: RUF009
+    """What answers and scores the policy; None takes the run's default or a plain reward."""
+    reward: ComponentChoice = component("rewards")  # noqa: RUF009
+    """A function that scores responses, used in place of the environment's score."""
     rollouts: RolloutConfig = Factory(RolloutConfig)
+    """How episodes are run."""
     validation: ValidationConfig = Factory(ValidationConfig)
+    """Validation during the run."""
     checkpointing: CheckpointConfig = Factory(CheckpointConfig)
+    """Saving and resuming."""
     logging: LoggingConfig = Factory(LoggingConfig)
+    """What is shown and written."""
     invariants: InvariantsConfig = Factory(InvariantsConfig)
+    """Checks of a run."""
     cluster: ClusterConfig = Factory(ClusterConfig)
-    weight_sync: ComponentChoice = component("weight_syncs", "in_process")
+    """The machines."""
+    weight_sync: ComponentChoice = component("weight_syncs", "in_process")  # noqa: RUF009
+    """How new weights reach the engine."""
     plugins: dict[str, str] = Factory(dict)
     """Bare name to qualified `dist:name` where two distributions provide one, as `{grpo: my-dist:grpo}`."""
 
@@ -296,6 +362,16 @@ class RunConfig:
     def num_items_per_step(self) -> int:
         """Prompts (or examples) consumed by one step; an algorithm's class overrides it."""
         raise NotImplementedError(f"{type(self).__name__} must define num_items_per_step")
+
+    @property
+    def num_updates_per_step(self) -> int:
+        """Optimizer steps of one step, all passes together; an algorithm's class with minibatches overrides it."""
+        return 1
+
+    @property
+    def num_passes_per_step(self) -> int:
+        """Times the rollouts of one step are trained on; an algorithm's class with epochs overrides it."""
+        return 1
 
     @property
     def group_size(self) -> int:

@@ -54,9 +54,9 @@ class RowFormat:
     def task(self, row: Mapping[str, Any], *, where: str = "a row") -> dict[str, Any]:
         """The row as an environment takes it: `prompt` (string or messages) and its own columns.
 
-        The prompt is, first found: the template; the column `prompt`; a `messages` column (a trailing
-        assistant message is cut off and becomes `answer` if the row has none); the input of a NeMo Gym
-        row; a column named problem, question, instruction or query.
+        The prompt is, first found: the template; the column mapped to `prompt`; the input of a NeMo Gym
+        row; the column `prompt`; a `messages` column (a trailing assistant message is cut off and becomes
+        `answer` if the row has none); a column named problem, question, instruction or query.
 
         Args:
             row: Columns by name; not changed.
@@ -68,6 +68,8 @@ class RowFormat:
         task = self._mapped(row, where)
         if self.prompt_template is not None:
             task["prompt"] = self._filled(task, where)
+        elif "prompt" not in self.columns and _asks_by_input(task):
+            task["prompt"] = gym_messages(task["responses_create_params"], where=f"{where} of {self.source}")
         elif "prompt" in task:
             task["prompt"] = self._prompt(task["prompt"], where)
         elif "messages" in task:
@@ -228,6 +230,11 @@ def gym_messages(params: Any, *, where: str = "a row") -> list[Message]:
     for item in items:
         _add_item(messages, item, where)
     return messages
+
+
+def _asks_by_input(task: Mapping[str, Any]) -> bool:
+    params = task.get("responses_create_params")
+    return isinstance(params, Mapping) and bool(params.get("input"))
 
 
 def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> None:

@@ -81,5 +81,15 @@ def _sums(tensor: Tensor) -> list[Tensor]:
     # A short tensor (or the last, incomplete row) is taken as it is.
     parts = [words[num_rows * _COLUMNS :], tail]
     if num_rows:
-        parts += [body.sum(dim=0), body.sum(dim=1)]
+        parts += _row_and_column_sums(body)
     return parts
+
+
+def _row_and_column_sums(body: Tensor) -> list[Tensor]:
+    """Sums modulo 2**64; NumPy's integer sums run at memory speed on a CPU, torch's do not."""
+    import torch
+
+    if body.device.type != "cpu":
+        return [body.sum(dim=0), body.sum(dim=1)]
+    words = body.numpy()
+    return [torch.from_numpy(words.sum(axis=0)), torch.from_numpy(words.sum(axis=1))]

@@ -87,6 +87,12 @@ def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Toke
         folder = _scratch_folder(model_name)
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokenizer", "char")
         source = str(folder if (folder / "tokenizer.json").is_file() else _SCRATCH / "tokenizers" / name)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        raise ConfigError(
+            f"The folder {folder} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab file). "
+            "Copy the model's tokenizer there, or set policy.tokenizer_name."
+        )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -122,6 +128,9 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
     config = load_model_config(model_name)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}

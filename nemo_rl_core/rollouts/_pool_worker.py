@@ -15,6 +15,7 @@ package. Frames in both directions are an 8-byte length and a body; the first by
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -96,12 +97,10 @@ def _call(sock: socket.socket, body: bytes, functions: dict[bytes, Any]) -> None
 def _die_with_parent(parent: int) -> None:
     """Kill this process group when the parent is gone, even while a call hangs."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(ImportError, OSError, AttributeError):
             import ctypes
 
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        except (ImportError, OSError, AttributeError):
-            pass
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -12,7 +12,7 @@ from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
-from nemo_rl_core.rollouts.episode import Episode
+from nemo_rl_core.rollouts.episode import Episode, Gauge
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
 from nemo_rl_core.rollouts.seeds import stable_seed
@@ -63,6 +63,9 @@ class RolloutEngine:
         self.max_sequence_length = max_sequence_length
         self.num_in_flight = 0
         """Episodes running now."""
+        self.generating = Gauge()
+        """Episodes that wait for the generation backend."""
+        self._num_unadmitted = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots = asyncio.Semaphore(config.max_in_flight)
         self._admission = asyncio.Lock()
@@ -94,6 +97,7 @@ class RolloutEngine:
         params = sampling or self.sampling
         asked = perf_counter()
         tasks: list[asyncio.Task[Rollout]] = []
+        self._num_unadmitted += 1
         try:
             async with self._admission:
                 for index in range(group_size):
@@ -103,13 +107,30 @@ class RolloutEngine:
                     running = asyncio.create_task(episode.run(), name=episode.name)
                     running.add_done_callback(self._release)
                     tasks.append(running)
+            self._num_unadmitted -= 1
             rollouts = await asyncio.gather(*tasks)
         except BaseException:
+            if len(tasks) < group_size:
+                self._num_unadmitted -= 1
             await _cancel(tasks)
             raise
         return RolloutGroup(
             group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version
         )
+
+    async def settled(self, timeout_s: float) -> None:
+        """Return when every group that was asked for is admitted (or no place is left) and each of its episodes
+        waits for the generation backend; at the latest after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._is_settled():
+                    await asyncio.sleep(0.0005)
+        except TimeoutError:
+            _log.debug("not all episodes asked for tokens within %g s", timeout_s)
+
+    def _is_settled(self) -> bool:
+        admitted = self._num_unadmitted == 0 or self._slots.locked()
+        return admitted and self.num_in_flight == self.generating.count
 
     def _bind_loop(self) -> None:
         """Waiting primitives belong to one event loop; start afresh on another."""
@@ -137,6 +158,8 @@ class RolloutEngine:
             environment=self.environment,
             context=EpisodeContext(self.pool, reward_timeout_s=self.config.reward_timeout_s),
             generation=self.generation,
+            generating=self.generating,
+            order=(group_id, index),
             chat=self.chat,
             config=self.config,
             sampling=sampling,

@@ -33,11 +33,18 @@ from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
 from nemo_rl_core.rollouts.seeds import stable_seed
 
-__all__ = ["Episode", "finite_rewards"]
+__all__ = ["Episode", "Gauge", "finite_rewards"]
 
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
 _T = TypeVar("_T")
+
+
+class Gauge:
+    """A number that goes up and down."""
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 @define(eq=False, kw_only=True)
@@ -50,6 +57,10 @@ class Episode:
     environment: EnvironmentFactory
     context: EpisodeContext
     generation: GenerationBackend
+    generating: Gauge
+    """Counts the episodes that wait for the generation backend."""
+    order: tuple[int, int]
+    """(group id, index): place among waiting requests."""
     chat: ChatFormatter
     config: RolloutConfig
     sampling: SamplingParams
@@ -136,8 +147,10 @@ class Episode:
             request_id=request_id,
             prompt_ids=self._token_ids,
             sampling=_for_turn(self.sampling, self._room, stable_seed(self.rollout.seed, turn)),
+            order=(*self.order, turn),
         )
         started = perf_counter()
+        self.generating.count += 1
         try:
             async with asyncio.timeout(self.config.generation_timeout_s) as deadline:
                 completion = await self.generation.generate(request)
@@ -149,6 +162,7 @@ class Episode:
                 f"{self.config.generation_timeout_s:g} s (rollouts.generation_timeout_s)."
             ) from error
         finally:
+            self.generating.count -= 1
             self._generation_s += perf_counter() - started
         _check(completion)
         return completion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import functools
 import hashlib
 import logging
@@ -233,10 +234,8 @@ class ProcessPool:
         self._thread.start()
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full: it is awake already; closed: it is over
             self._wake_in.send(b"x")
-        except OSError:  # full: it is awake already; closed: it is over
-            pass
 
     def _serve_once(self) -> bool:
         """One round of the service thread; False ends it."""
@@ -262,10 +261,8 @@ class ProcessPool:
         return True
 
     def _drain_wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._wake_out.recv(4096)
-        except BlockingIOError:
-            pass
 
     def _spawn(self) -> None:
         wanted = min(self.num_workers - len(self._workers), len(self._queue) - len(self._starting))
@@ -332,10 +329,8 @@ class ProcessPool:
 
     def _remove(self, worker: WorkerProcess) -> _Call | None:
         for channel in (worker.socket, worker.output_fd):
-            try:
+            with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(channel)
-            except (KeyError, ValueError):
-                pass
         if worker in self._idle:
             self._idle.remove(worker)
         worker.kill()

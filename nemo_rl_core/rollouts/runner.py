@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
@@ -76,6 +78,21 @@ class RolloutRunner:
             )
         )
 
+    @contextmanager
+    def gathering(self, timeout_s: float = 1.0) -> Iterator[None]:
+        """Hold the generation backend while the block submits groups.
+
+        It starts when every episode that may run has asked for its first tokens, so that all of them wait
+        before the first is admitted and the batches are formed alike in every run; or after `timeout_s`, if
+        environments take longer than that to begin.
+        """
+        self.engine.generation.pause()
+        try:
+            yield
+            self.run(self.engine.settled(timeout_s)).result()
+        finally:
+            self.engine.generation.resume()
+
     def run(self, work: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         """Run any coroutine on the rollout loop, such as a call to the engine under it."""
         with self._lock:
@@ -102,10 +119,8 @@ class RolloutRunner:
         """
         self._closing.set()
         self.cancel_all()
-        try:
+        with contextlib.suppress(RuntimeError):  # it has ended already
             self._loop.call_soon_threadsafe(self._loop.stop)
-        except RuntimeError:
-            pass
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             _log.warning("the rollout loop did not end in %g s; it stands at %s", timeout_s, self._position())
@@ -180,8 +195,5 @@ class RolloutRunner:
                 self._failure = error
             pending, self._pending = list(self._pending), set()
         for future in pending:
-            try:
-                if not future.cancelled():
-                    future.set_exception(error)
-            except concurrent.futures.InvalidStateError:
-                pass
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                future.set_exception(error)

@@ -169,7 +169,7 @@ class ScriptedGeneration:
                 for stop in sampling.stop:
                     if stop in text:
                         return token_ids[: i + 1], "stop", stop
-        if len(token_ids) > sampling.max_new_tokens:
+        if len(token_ids) >= sampling.max_new_tokens:
             return token_ids[: sampling.max_new_tokens], "length", None
         return token_ids, "stop", None
 

@@ -101,7 +101,7 @@ def sampling_params(config: RunConfig, **changes: Any) -> SamplingParams:
     """How the run samples, from `generation`."""
     generation = config.generation
     params = SamplingParams(
-        max_new_tokens=generation.max_new_tokens,
+        max_new_tokens=generation.max_new_tokens or config.policy.max_sequence_length,
         temperature=generation.temperature,
         top_p=generation.top_p,
         top_k=generation.top_k,

@@ -52,6 +52,7 @@ def evaluate(config: RunConfig, inputs: RunInputs, *, output: Path | None = None
             config.validation,
             sampling=sampling_params(config, **changes),
             weight_version=0,
+            max_failed_fraction=config.rollouts.max_failed_fraction,
         )
     finally:
         parts.close()

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import ConfigError, EnvironmentFailure
+from nemo_rl_core._errors import ConfigError, InvariantViolation
 from nemo_rl_core.rollouts.buffer import GroupBuffer
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
+from nemo_rl_core.training.failures import check_failures
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import RunConfig
     from nemo_rl_core.data.module import DataModule, TaskItem
     from nemo_rl_core.protocols.algorithm import Algorithm
+    from nemo_rl_core.rollouts.records import RolloutGroup
     from nemo_rl_core.rollouts.runner import RolloutRunner
 
 __all__ = ["ExampleFeed", "RolloutFeed"]
-
-logger = logging.getLogger(__name__)
 
 
 class ExampleFeed:
@@ -37,7 +34,7 @@ class ExampleFeed:
         """Where the next step begins."""
         return {"data": self.data.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:
         """Continue from `state_dict`."""
         self.data.load_state_dict(state["data"])
 
@@ -73,7 +70,8 @@ class RolloutFeed:
         self._buffer = GroupBuffer(
             capacity=self.num_prompts * (self.staleness + 1) * max(2, max_batches), staleness=self.staleness
         )
-        self._pending: dict[int, tuple[TaskItem, Future[RolloutGroup]]] = {}
+        self._under_way: dict[int, TaskItem] = {}
+        """Prompts submitted whose groups were not taken yet, by group id."""
         self._exhausted = False
 
     def next(self, version: int) -> list[RolloutGroup]:
@@ -89,12 +87,12 @@ class RolloutFeed:
         for _ in range(self.max_batches):
             missing = self.num_prompts - len(kept)
             self._submit(missing + self.staleness * self.num_prompts, version)
-            wanted = min(missing, len(self._pending) + len(self._buffer))
+            wanted = min(missing, len(self._under_way))
             if wanted == 0:
                 raise StopIteration
             groups = self._take(wanted, version)
             self.all_groups += groups
-            self._check_failures(self.all_groups)
+            check_failures(self.all_groups, self.config.rollouts.max_failed_fraction)
             kept += [group for group in groups if group.valid and self.algorithm.keep_group(group)]
             self.discarded = len(self.all_groups) - len(kept)
             if len(kept) == self.num_prompts:
@@ -107,27 +105,26 @@ class RolloutFeed:
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to begin the next step again: data order, finished groups, prompts under way."""
+        buffer = self._buffer.state_dict()
+        finished = {group["group_id"] for group in buffer["groups"]}
         return {
             "data": self.data.state_dict(),
-            "buffer": self._buffer.state_dict(),
-            "pending": [item for item, _ in self._pending.values()],
+            "buffer": buffer,
+            "finished": [item for group_id, item in self._under_way.items() if group_id in finished],
+            "unfinished": [item for group_id, item in self._under_way.items() if group_id not in finished],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; prompts that were under way are sampled again."""
+    def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:
+        """Continue from `state_dict`; prompts that were under way are sampled again, with weights `version`."""
         self.data.load_state_dict(state["data"])
         self._buffer.load_state_dict(state["buffer"])
-        for item in state["pending"]:
-            self._start(item, 0)
-
-    def cancel(self) -> None:
-        """Give up everything under way."""
-        self.runner.cancel_all()
-        self._pending.clear()
+        self._under_way = {item.index: item for item in state["finished"]}
+        for item in state["unfinished"]:
+            self._start(item, version)
 
     def _submit(self, num: int, version: int) -> None:
         """Have `num` groups finished or under way."""
-        missing = num - len(self._pending) - len(self._buffer)
+        missing = num - len(self._under_way)
         if missing <= 0 or self._exhausted:
             return
         items: list[TaskItem] = []
@@ -143,29 +140,39 @@ class RolloutFeed:
         future = self.runner.submit(
             item.index, item.task_id, item.task, group_size=self.config.group_size, weight_version=version
         )
-        self._pending[item.index] = (item, future)
+        self._under_way[item.index] = item
+        future.add_done_callback(self._arrived)
+
+    def _arrived(self, future: Future[RolloutGroup]) -> None:
+        """Called in the rollout thread; whatever went wrong reaches the trainer through the buffer."""
+        if future.cancelled():
+            return
+        try:
+            self._buffer.put(future.result())
+        except Exception as error:
+            self._buffer.fail(error)
 
     def _take(self, num: int, version: int) -> list[RolloutGroup]:
-        """The `num` groups of lowest id; those that finished meanwhile go into the buffer."""
-        first = sorted([*self._pending, *self._buffer.ids])[:num]
-        for group_id in first:
-            if group_id in self._pending:
-                group = self._pending[group_id][1].result()
-                del self._pending[group_id]
-                self._buffer.put(group)
-        return self._buffer.take(num, current_version=version, timeout_s=1.0, waiting_for=first)
+        """The `num` groups of lowest id; those that became too old are sampled again first."""
+        while True:
+            try:
+                groups = self._buffer.take(
+                    num, current_version=version, timeout_s=self._deadline_s(), waiting_for=sorted(self._under_way)
+                )
+                break
+            except InvariantViolation:
+                stale = self._buffer.take_evicted()
+                if not stale:
+                    raise
+                for group in stale:
+                    self._start(self._under_way[group.group_id], version)
+        for group in groups:
+            del self._under_way[group.group_id]
+        return groups
 
-    def _check_failures(self, groups: list[RolloutGroup]) -> None:
-        rollouts: list[Rollout] = [rollout for group in groups for rollout in group.rollouts]
-        errors = [rollout.error for rollout in rollouts if rollout.error is not None]
-        if not errors:
-            return
-        counted = Counter(f"{e.stage}: {e.type}: {e.message}" for e in errors).most_common(3)
-        listing = "; ".join(f"{count} x {text}" for text, count in counted)
-        if len(errors) > self.config.rollouts.max_failed_fraction * len(rollouts):
-            raise EnvironmentFailure(
-                f"{len(errors)} of {len(rollouts)} rollouts of this step failed, more than "
-                f"rollouts.max_failed_fraction={self.config.rollouts.max_failed_fraction:g} allows. "
-                f"Most frequent: {listing}. Mend the reward or environment, or raise the bound."
-            )
-        logger.warning("%d of %d rollouts failed and are left out: %s", len(errors), len(rollouts), listing)
+    def _deadline_s(self) -> float:
+        """No group may take longer: every turn at its deadline, for each round of admissions."""
+        limits = self.config.rollouts
+        rounds = 1 + len(self._under_way) * self.config.group_size // limits.max_in_flight
+        one = limits.max_turns * (limits.generation_timeout_s + limits.environment_timeout_s)
+        return rounds * (one + 2 * limits.environment_timeout_s)

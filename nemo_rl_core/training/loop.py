@@ -18,6 +18,7 @@ from nemo_rl_core.registry import RunHooks, get_registry
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.training.assembly import RunParts, sampling_params
 from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
+from nemo_rl_core.training.export import export_model
 from nemo_rl_core.training.feeds import ExampleFeed, RolloutFeed
 from nemo_rl_core.training.interrupts import InterruptGuard
 from nemo_rl_core.training.invariants import Invariants
@@ -253,6 +254,7 @@ class RunLoop:
                 config,
                 sampling=sampling_params(self.config, **changes),
                 weight_version=run.weight_version,
+                max_failed_fraction=self.config.rollouts.max_failed_fraction,
             )
             self._keep_samples(groups)
         self.hooks.call("on_validation", run=run, metrics=metrics)
@@ -319,7 +321,7 @@ class RunLoop:
         _report_changes(state.get("manifest", []), get_registry().manifest(self.parts.components))
         self.parts.policy.load(checkpoint.path / "policy")
         loop = _read_loop_state(checkpoint)
-        self.feed.load_state_dict(loop["feed"])
+        self.feed.load_state_dict(loop["feed"], version=int(state["weight_version"]))
         self.invariants.load_state_dict(loop["invariants"])
         torch.set_rng_state(loop["torch_rng"])
         random.setstate(loop["python_rng"])
@@ -330,7 +332,7 @@ class RunLoop:
 
     def _export(self) -> None:
         if self.config.checkpointing.enabled and self.config.checkpointing.export_model:
-            self.parts.policy.export_model(self.run_state.run_dir / "model")
+            export_model(self.parts.policy, self.parts.tokenizer, self.run_state.run_dir / "model")
 
     def _result(self, status: str) -> RunResult:
         run = self.run_state

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "make_progress", "summary"]
 
 _SHOWN = (
-    ("rollouts/reward_mean", "reward", "{:.3f}"),
+    ("reward/mean", "reward", "{:.3f}"),
     ("train/loss", "loss", "{:.4f}"),
     ("performance/tokens_per_s", "tok/s", "{:,.0f}"),
     ("train/token_mult_prob_error", "mismatch", "{:.4f}"),
@@ -24,7 +24,7 @@ _SHOWN = (
 def summary(metrics: dict[str, float]) -> str:
     """One line: reward, loss, tokens/s, mismatch, and the time of each stage."""
     parts = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
-    stages = {n.removeprefix("timing/"): v for n, v in metrics.items() if n.startswith("timing/") and "/" not in n[7:]}
+    stages = {name.removeprefix("timing/"): value for name, value in metrics.items() if name.startswith("timing/")}
     total = stages.pop("step", None)
     timing = " ".join(f"{name} {seconds:.2f}s" for name, seconds in stages.items() if seconds >= 0.005)
     if total is not None:

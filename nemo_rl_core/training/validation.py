@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.rollouts.metrics import rollout_metrics
+from nemo_rl_core.training.failures import check_failures
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import ValidationConfig
@@ -29,6 +30,7 @@ def validate_rollouts(
     *,
     sampling: SamplingParams,
     weight_version: int,
+    max_failed_fraction: float,
 ) -> tuple[dict[str, float], list[RolloutGroup]]:
     """Sample every validation prompt and average the rewards.
 
@@ -51,6 +53,7 @@ def validate_rollouts(
             for item in items
         ]
     groups = [future.result() for future in futures]
+    check_failures(groups, max_failed_fraction)
     metrics = rollout_metrics(groups)
     rewards = [rollout.reward for group in groups for rollout in group.valid]
     values = {f"validation/{name.removeprefix('rollouts/')}": value for name, value in metrics.items()}

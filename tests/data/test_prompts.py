@@ -169,6 +169,10 @@ def test_gym_errors():
 def test_gym_rows_keep_their_other_fields():
     task = RowFormat().task({"responses_create_params": {"input": [USER]}, "expected_answer": "4"})
     assert task["prompt"] == [USER] and task["expected_answer"] == "4" and "responses_create_params" in task
+    both = {"responses_create_params": {"input": [USER]}, "prompt": "raw", "text": "mapped"}
+    assert RowFormat().task(both)["prompt"] == [USER]
+    assert RowFormat(columns={"prompt": "text"}).task(both)["prompt"] == "mapped"
+    assert RowFormat().task({**both, "responses_create_params": {"input": []}})["prompt"] == "raw"
 
 
 def test_every_recorded_gym_example_becomes_a_task():
@@ -178,5 +182,7 @@ def test_every_recorded_gym_example_becomes_a_task():
         pytest.skip("recorded NeMo Gym examples (shared/data/gym) are not above this checkout")
     for path in sorted(folder.glob("*/example.jsonl")):
         for line in path.read_text().splitlines():
-            task = RowFormat(source=str(path)).task(json.loads(line))
-            assert task["prompt"] and all("role" in m for m in task["prompt"])
+            row = json.loads(line)
+            prompt = RowFormat(source=str(path)).task(row)["prompt"]
+            assert all("role" in m for m in prompt)
+            assert bool(prompt) == bool(row["responses_create_params"]["input"])

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from nemo_rl_plugins_grpo.config import ClippedPGConfig
-from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 from pytest import approx
 
 from nemo_rl_core._errors import ConfigError, ShapeMismatch
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_plugins_grpo.config import ClippedPGConfig
+from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 
 
 def run(options, current, *, lengths=None, mask=None, advantages=None, rollout=None, dtype=torch.float32, **fields):
@@ -129,6 +129,8 @@ def test_ratio_against_the_engine():
         {"ratio_against": "rollout"}, [math.log(1.1) - 1], advantages=[2.0], rollout=[-1.0], logprobs=[-7.0]
     )
     assert (sums.total.item(), grad.item()) == approx((-2.2, -2.2))
+    assert value(sums.metrics["rollout_probs_ratio"]) == approx(1.1)
+    assert "probs_ratio" not in sums.metrics  # which the run loop expects to be 1 on the first update
 
 
 # -- aggregation ----------------------------------------------------------------------------------------

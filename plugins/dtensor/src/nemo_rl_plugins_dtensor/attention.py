@@ -121,12 +121,12 @@ class _Pad(torch.autograd.Function):
     """`x[pad]`. The gradient in padding is 0, so its gradient is a selection too, not an addition."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pad: Tensor, unpad: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, pad: Tensor, unpad: Tensor) -> Tensor:
         ctx.save_for_backward(unpad)
         return x.index_select(0, pad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (unpad,) = ctx.saved_tensors
         return grad.index_select(0, unpad), None, None
 
@@ -135,13 +135,13 @@ class _Unpad(torch.autograd.Function):
     """`x[unpad]`, with gradient 0 in padding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, unpad: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, unpad: Tensor) -> Tensor:
         ctx.save_for_backward(unpad)
         ctx.num_places = x.shape[0]
         return x.index_select(0, unpad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (unpad,) = ctx.saved_tensors
         out = grad.new_zeros(ctx.num_places, *grad.shape[1:])
         return out.index_copy_(0, unpad, grad), None

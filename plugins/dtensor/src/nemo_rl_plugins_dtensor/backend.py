@@ -22,8 +22,14 @@ from nemo_rl_plugins_dtensor import checkpoint
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 from nemo_rl_plugins_dtensor.metrics import StepMetrics
 from nemo_rl_plugins_dtensor.network import PolicyNetwork, Row
-from nemo_rl_plugins_dtensor.optimizer import MasterWeights, make_optimizer, make_scheduler
-from nemo_rl_plugins_dtensor.parallel import OneProcess
+from nemo_rl_plugins_dtensor.optimizer import (
+    MasterWeights,
+    local_optimizer_state,
+    make_optimizer,
+    make_scheduler,
+    optimizer_state,
+)
+from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
@@ -57,7 +63,7 @@ class DTensorBackend(TrainingBackend):
         self.config = config
         self.options = config.options if isinstance(config.options, DTensorConfig) else DTensorConfig(**config.options)
         self.device = torch.device(context.device)
-        self.ranks = OneProcess(self.device)
+        self.ranks = _join(config, context, self.device)
         bfloat16 = config.precision == "bfloat16"
         keeps_masters = bfloat16 and self.options.master_weights
         dtype = torch.bfloat16 if bfloat16 and not keeps_masters else torch.float32
@@ -67,8 +73,12 @@ class DTensorBackend(TrainingBackend):
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.network.train().to(self.device)
-        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self.masters = MasterWeights(self.parameters) if keeps_masters else None
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        self.ranks.shard(self.network, bfloat16=keeps_masters)
+        # FSDP keeps float32 shards and computes in bfloat16 by itself; these names outlive its gathering of weights.
+        self.weights = dict(self.network.model.named_parameters())
+        self.parameters = [p for p in self.weights.values() if p.requires_grad]
+        self.masters = MasterWeights(self.parameters) if keeps_masters and self.ranks.dp_size == 1 else None
         self.optimizer = make_optimizer(config.optimizer, self._trained())
         self.scheduler = make_scheduler(config.scheduler, self.optimizer)
         self._closed = False
@@ -100,7 +110,7 @@ class DTensorBackend(TrainingBackend):
         loss = torch.zeros((), device=self.device)
         num_tokens = 0
         for index, indices in enumerate(plan.micro_batches):
-            self.ranks.expect_reduction(last=index == len(plan.micro_batches) - 1)
+            self.ranks.expect_reduction(self.network, last=index == len(plan.micro_batches) - 1)
             sums = self._micro_batch(batch.select(indices), loss_fn, plan, needs)
             if sums is not None:
                 metrics.add(sums.metrics)
@@ -134,13 +144,17 @@ class DTensorBackend(TrainingBackend):
         return sums
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._trained() if p.grad is not None]
+        """Gradients of what is trained, laid out as their parameters."""
+        found = [p for p in self._trained() if p.grad is not None]
+        for parameter in found:
+            parameter.grad = self.ranks.as_parameter(parameter, parameter.grad)
+        return [p.grad for p in found]
 
     def _check_gradient(self, loss: Tensor) -> float:
         """Global norm of the gradient; raises if it or any rank's loss is not finite."""
         gradients = self._gradients()
         squared = self.ranks.squared_norm(gradients)
-        total, bad = torch.stack([squared, self.ranks.sum_over_ranks((~loss.isfinite()).float())]).tolist()
+        total, bad = torch.stack([squared, self.ranks.any_rank(~loss.isfinite())]).tolist()
         if bad or not math.isfinite(total):
             found = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {math.sqrt(abs(total))}"
             self.optimizer.zero_grad(set_to_none=True)
@@ -155,7 +169,8 @@ class DTensorBackend(TrainingBackend):
         """Clip, step, and forget the gradient."""
         limit = self.config.max_grad_norm
         if limit is not None and grad_norm > limit:
-            torch._foreach_mul_(self._gradients(), limit / (grad_norm + 1e-6))  # type: ignore[attr-defined]
+            parts = [local_part(gradient) for gradient in self._gradients()]
+            torch._foreach_mul_(parts, limit / (grad_norm + 1e-6))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -186,6 +201,7 @@ class DTensorBackend(TrainingBackend):
                 starts = offsets[:-1][torch.as_tensor(indices, dtype=torch.int64)]
                 places = selected.position_ids + selected.expand_to_tokens(starts)
                 out[places] = found.cpu()
+        self.ranks.reshard(self.network)
         return out
 
     # -- weights out --------------------------------------------------------------------------
@@ -195,16 +211,17 @@ class DTensorBackend(TrainingBackend):
 
         On one process these are the live tensors.
         """
-        for name, parameter in self.model.named_parameters():
-            yield name, self.ranks.full(parameter)
+        for name, parameter in self.weights.items():
+            yield name, self.ranks.full(parameter, self.dtype)
 
     def export_model(self, path: Path) -> None:
         """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
         weights = dict(self.export_weights())
         if not self.ranks.is_first:
             return
-        for name in self.model.state_dict():  # tied names, which save_pretrained knows how to drop
-            weights.setdefault(name, self.model.state_dict()[name])
+        for name, buffer in self.model.named_buffers():
+            if name in self.model.state_dict():
+                weights[name] = buffer
         try:
             self.model.save_pretrained(path, state_dict=weights)
         except OSError as error:
@@ -217,51 +234,57 @@ class DTensorBackend(TrainingBackend):
         state = {
             "format": _FORMAT,
             "precision": self.config.precision,
-            "weights": {name: p.detach() for name, p in self.network.named_parameters()},
-            "masters": None if self.masters is None else list(self.masters.masters),
-            "optimizer": self.optimizer.state_dict(),
+            "layout": self.ranks.layout,
+            "weights": {name: local_part(p.detach()) for name, p in self.weights.items()},
+            "masters": None if self.masters is None else [local_part(m) for m in self.masters.masters],
+            "optimizer": local_optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "rng": checkpoint.capture_rng(self.device),
         }
-        checkpoint.write(Path(path) / "trainer.pt", state)
+        checkpoint.write(Path(path) / self.ranks.file_name, state)
 
     def load_checkpoint(self, path: Path) -> None:
         """Restore what `save_checkpoint` wrote, into the tensors that are there.
 
         Raises:
-            CheckpointError: Names the file that is missing, damaged or of another model.
+            CheckpointError: Names the file that is missing, damaged or of another model or layout.
         """
-        file = Path(path) / "trainer.pt"
+        file = Path(path) / self.ranks.file_name
         state = checkpoint.read(file)
         try:
+            self._check_fits(state)
             self._restore(state)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"The checkpoint file {file} does not fit this run ({error}). It was written for another model, "
-                "optimizer or precision; start in a new run_dir, or with checkpointing.resume: never."
+                "optimizer, precision or number of workers; start in a new run_dir, or with "
+                "checkpointing.resume: never."
             ) from error
+
+    def _check_fits(self, state: dict[str, Any]) -> None:
+        expected = {"format": _FORMAT, "precision": self.config.precision, "layout": self.ranks.layout}
+        for name, value in expected.items():
+            if state[name] != value:
+                raise ValueError(f"its {name} is {state[name]!r}, here it is {value!r}")
+        if self.weights.keys() != state["weights"].keys():
+            raise ValueError(f"other parameters: {sorted(self.weights.keys() ^ state['weights'].keys())[:4]}")
+        wrong = [name for name, p in self.weights.items() if local_part(p).shape != state["weights"][name].shape]
+        if wrong:
+            raise ValueError(f"other shapes: {wrong[:4]}")
+        if (state["masters"] is None) != (self.masters is None):
+            raise ValueError("policy.options.master_weights differs")
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["format"] != _FORMAT:
-            raise ValueError(f"format {state['format']}, this version reads {_FORMAT}")
-        if state["precision"] != self.config.precision:
-            raise ValueError(f"precision {state['precision']}, the run has {self.config.precision}")
-        own = dict(self.network.named_parameters())
-        if own.keys() != state["weights"].keys():
-            raise ValueError(f"other parameters: {sorted(own.keys() ^ state['weights'].keys())[:4]}")
-        if (state["masters"] is None) != (self.masters is None):
-            raise ValueError("master_weights differs")
-        shapes = [name for name, p in own.items() if p.shape != state["weights"][name].shape]
-        if shapes:
-            raise ValueError(f"other shapes: {shapes[:4]}")
-        for name, parameter in own.items():
-            parameter.copy_(state["weights"][name])
+        self.ranks.reshard(self.network)
+        for name, parameter in self.weights.items():
+            local_part(parameter).copy_(state["weights"][name])
         if self.masters is not None:
             for master, saved in zip(self.masters.masters, state["masters"], strict=True):
-                master.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+                local_part(master).copy_(saved)
+        self.optimizer.load_state_dict(optimizer_state(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
+        self.optimizer.zero_grad(set_to_none=True)
         checkpoint.restore_rng(state["rng"], self.device)
 
     # -- place --------------------------------------------------------------------------------
@@ -276,7 +299,19 @@ class DTensorBackend(TrainingBackend):
             return
         self._closed = True
         self.ranks.close()
-        del self.network, self.optimizer, self.scheduler, self.parameters, self.masters
+        del self.network, self.optimizer, self.scheduler, self.weights, self.parameters, self.masters
+
+
+def _join(config: PolicyConfig, context: WorkerContext, device: torch.device) -> OneProcess:
+    """This process's place among the ranks."""
+    if context.world_size > 1:
+        return Mesh(device, context, tensor_parallel_size=config.tensor_parallel_size)
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"policy.tensor_parallel_size is {config.tensor_parallel_size}, but policy.num_workers is 1. Set "
+            f"policy.num_workers: {config.tensor_parallel_size} (or a multiple)."
+        )
+    return OneProcess(device)
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

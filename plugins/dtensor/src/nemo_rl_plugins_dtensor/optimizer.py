@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nemo_rl_core._errors import ConfigError
+from nemo_rl_plugins_dtensor.parallel import local_part, mesh_groups
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import OptimizerConfig, SchedulerConfig
 
-__all__ = ["MasterWeights", "learning_rate_factor", "make_optimizer", "make_scheduler"]
+__all__ = [
+    "MasterWeights",
+    "learning_rate_factor",
+    "local_optimizer_state",
+    "make_optimizer",
+    "make_scheduler",
+    "optimizer_state",
+]
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -39,7 +48,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[Tensor]) -> tor
         options.pop("fused", None)
     options.update(config.options)
     try:
-        return cls(list(parameters), **options)  # type: ignore[no-any-return]
+        return cls([{"params": group} for group in mesh_groups(parameters)], **options)  # type: ignore[no-any-return]
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"policy.optimizer: {config.name} does not accept {options}: {error}. "
@@ -91,6 +100,40 @@ def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) ->
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
 
 
+def local_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's `state_dict` with this rank's part of each tensor."""
+    found = optimizer.state_dict()
+    state = {
+        index: {name: local_part(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+        for index, entry in found["state"].items()
+    }
+    return {"state": state, "param_groups": found["param_groups"]}
+
+
+def optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Undo `local_optimizer_state` for the layout of the optimizer's parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        index: {name: _like(parameters[index], value) for name, value in entry.items()}
+        for index, entry in saved["state"].items()
+    }
+    return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def _like(parameter: Tensor, value: Any) -> Any:
+    """A state tensor laid out as its parameter; a count or a number as it is."""
+    if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim() > 0):
+        return value
+    return DTensor.from_local(
+        value.to(parameter.to_local().device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 class MasterWeights:
     """float32 weights and gradients beside the bfloat16 ones that compute.
 
@@ -103,8 +146,8 @@ class MasterWeights:
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.masters = [p.detach().clone() for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        for parameter in self.parameters:  # `.data =` would leave a DTensor's dtype as it was
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.detach().to(torch.bfloat16)))
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -121,4 +164,4 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the weights that compute, in place."""
-        torch._foreach_copy_([p.data for p in self.parameters], self.masters)  # type: ignore[attr-defined]
+        torch._foreach_copy_([local_part(p) for p in self.parameters], [local_part(m) for m in self.masters])  # type: ignore[attr-defined]

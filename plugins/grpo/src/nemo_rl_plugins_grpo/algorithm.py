@@ -47,11 +47,6 @@ class GRPO(BaseAlgorithm):
         one_update = self.config.updates_per_step * self.config.epochs_per_step == 1
         return self._loss_fields - ({"logprobs"} if one_update else frozenset())
 
-    @property
-    def max_sampling_batches(self) -> int | None:
-        """Batches of prompts the run loop may sample to fill one step; None without dynamic sampling."""
-        return self.config.dynamic_sampling.max_batches if self.config.dynamic_sampling.enabled else None
-
     def keep_group(self, group: RolloutGroup) -> bool:
         """With dynamic sampling: whether the rewards vary, before any shaping. Else every group."""
         if not self.config.dynamic_sampling.enabled:
@@ -88,12 +83,13 @@ class GRPO(BaseAlgorithm):
         """Whole groups, in their order, cut into `updates_per_step` steps of nearly equal count, each epoch alike."""
         from nemo_rl_plugins_grpo.minibatches import split_by_groups
 
-        return split_by_groups(batch["group_ids"], self.config.updates_per_step) * self.config.epochs_per_step
+        config: GRPOConfig = self.config
+        return split_by_groups(batch["group_ids"], config.updates_per_step) * config.epochs_per_step
 
     def _shaped_rewards(self, batch: BatchedDataDict) -> Tensor:
         from nemo_rl_plugins_grpo import shaping
 
-        rewards = batch["rewards"]
+        rewards: Tensor = batch["rewards"]
         if self.config.reward_scaling.enabled:
             rewards = shaping.scale_rewards(rewards, self.config.reward_scaling)
         options = self.config.reward_shaping

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from attrs import Attribute, Factory, field, frozen
-from attrs.validators import ge, gt, in_, le, optional
 
 from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import ComponentChoice, RunConfig, component
+from nemo_rl_core.config.validators import ge, gt, le, one_of, optional
 
 __all__ = [
     "AdvantageClipConfig",
@@ -85,7 +85,7 @@ class ClippedPGConfig:
     clip-higher (DAPO takes 0.28)."""
     ratio_clip_c: float | None = field(default=None, validator=optional(gt(1)))
     """Dual clip: where the advantage is negative the term never exceeds -advantage * ratio_clip_c."""
-    aggregation: Aggregation = field(default="token", validator=in_(("token", "sequence", "constant")))
+    aggregation: Aggregation = field(default="token", validator=one_of("token", "sequence", "constant"))
     """token: every trained token of the global batch counts the same (DAPO); sequence: every sequence
     does, by the mean over its tokens (original GRPO); constant: sum over tokens / constant_length, mean
     over sequences (Dr. GRPO)."""
@@ -96,15 +96,15 @@ class ClippedPGConfig:
     force_on_policy_ratio: bool = False
     """Take the ratio as 1 (with its gradient) even when `logprobs` are in the batch."""
     ratio_against: Literal["step_start", "rollout"] = field(
-        default="step_start", validator=[in_(("step_start", "rollout")), _one_correction]
+        default="step_start", validator=[one_of("step_start", "rollout"), _one_correction]
     )
     """Denominator of the ratio: the policy before this step's updates (three policies, mismatch left to
     `correction`), or the logprobs of the engine (two policies, mismatch inside the ratio)."""
     reference_kl_beta: float = field(default=0.0, validator=ge(0))
     """Weight of the KL to the reference policy; 0 needs no reference model."""
-    reference_kl_type: KLType = field(default="k3", validator=in_(("k1", "k2", "k3")))
+    reference_kl_type: KLType = field(default="k3", validator=one_of("k1", "k2", "k3"))
     """Estimator of the KL's value."""
-    reference_kl_gradient: KLGradient = field(default="unbiased", validator=in_(("unbiased", "importance", "direct")))
+    reference_kl_gradient: KLGradient = field(default="unbiased", validator=one_of("unbiased", "importance", "direct"))
     """unbiased: differentiates the expectation (a score-function weight of value 1); importance: the same,
     weighted by current over sampling policy; direct: differentiates the estimator alone (k1 then has zero
     expected gradient, k3 that of the other direction's KL)."""
@@ -113,7 +113,7 @@ class ClippedPGConfig:
     kl_output_clamp: float = field(default=10.0, validator=gt(0))
     """Bound on the KL of a token."""
     correction: Correction = field(
-        default="none", validator=in_(("none", "importance", "tis", "icepop", "seq_mask_tis"))
+        default="none", validator=one_of("none", "importance", "tis", "icepop", "seq_mask_tis")
     )
     """Weight for the mismatch of trainer and engine: none; importance: exp(trainer - engine) as it is;
     tis: clamped to the bounds; icepop: tokens outside the bounds dropped; seq_mask_tis: sequences whose
@@ -143,6 +143,7 @@ class DynamicSamplingConfig:
     """Train only on groups whose rewards vary (DAPO); others are sampled in place of the rest."""
 
     enabled: bool = False
+    """Leave groups out whose rewards are all equal."""
     max_batches: int = field(default=10, validator=ge(1))
     """The run stops when so many batches of prompts did not give one batch of varied groups."""
 
@@ -152,10 +153,15 @@ class RewardScalingConfig:
     """Clamp rewards to the source range, then map it linearly to the target range."""
 
     enabled: bool = False
+    """Scale the reward before it is shaped."""
     source_min: float = 0.0
+    """Reward that becomes `target_min`; lower ones are raised to it."""
     source_max: float = 1.0
+    """Reward that becomes `target_max`; higher ones are lowered to it."""
     target_min: float = 0.0
+    """What `source_min` becomes."""
     target_max: float = 1.0
+    """What `source_max` becomes."""
 
 
 @frozen(kw_only=True)
@@ -163,6 +169,7 @@ class RewardShapingConfig:
     """Make long or truncated responses worth less."""
 
     enabled: bool = False
+    """Shape the (scaled) reward."""
     overlong_buffer_length: int = field(default=128, validator=ge(1))
     """Tokens before the maximum over which the penalty rises from 0 (DAPO's soft overlong punishment)."""
     overlong_penalty: float = field(default=1.0, validator=ge(0))
@@ -178,7 +185,9 @@ class AdvantageClipConfig:
     """Bounds on the advantages, after normalisation."""
 
     low: float | None = None
+    """Lower bound; None is none."""
     high: float | None = None
+    """Upper bound; None is none."""
 
 
 @frozen(kw_only=True)
@@ -195,7 +204,9 @@ class GRPOConfig(RunConfig):
     epochs_per_step: int = field(default=1, validator=ge(1))
     """Passes over the rollouts of a step."""
     loss: ComponentChoice = component("losses", "clipped_pg")
+    """The objective."""
     advantage: ComponentChoice = component("advantages", "grpo")
+    """The advantage estimator."""
     dynamic_sampling: DynamicSamplingConfig = Factory(DynamicSamplingConfig)
     overlong_filtering: bool = False
     """Do not train on truncated rollouts; they still count in their group's baseline."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nemo_rl_core._errors import ConfigError
@@ -19,7 +20,7 @@ __all__ = ["correct", "importance_weights"]
 
 
 def importance_weights(log_ratio: Tensor) -> Tensor:
-    """exp of trainer - engine logprob, [N]; 0 where that is not a finite number."""
+    """[N] the exponential of trainer - engine logprob; 0 where that is not a finite number."""
     return log_ratio.exp().nan_to_num(nan=0.0, posinf=0.0)
 
 
@@ -41,8 +42,8 @@ def correct(
         kind: "none"; "importance": the weights as they are; "tis": clamped to the bounds (truncated
             importance sampling, F. Yao et al. 2025); "icepop": 0 outside the bounds; "seq_mask_tis":
             0 for sequences whose geometric mean weight is outside the bounds.
-        low: Lower bound.
-        high: Upper bound.
+        low: Lower bound; None is 0.
+        high: Upper bound; None is none.
 
     Returns:
         [N], or None for no correction.
@@ -51,8 +52,9 @@ def correct(
         return None
     if kind == "importance":
         return weights
+    low, high = low or 0.0, torch.inf if high is None else high
     if kind == "tis":
-        return weights.clamp(low or 0.0, high)
+        return weights.clamp(low, high)
     if kind == "icepop":
         return weights.masked_fill((weights < low) | (weights > high), 0.0)
     if kind == "seq_mask_tis":

@@ -141,7 +141,10 @@ class ClippedPolicyGradientLoss:
         if self.config.ratio_clip_c is not None:
             bounded = torch.minimum(terms, -advantages * self.config.ratio_clip_c)
             terms = torch.where(advantages < 0, bounded, terms)
-        return terms, _ratio_metrics(ratio.detach(), advantages, tokens.mask, low, high)
+        metrics = _ratio_metrics(ratio.detach(), advantages, tokens.mask, low, high)
+        if self.config.ratio_against == "rollout":  # not 1 on the first update, and so another name
+            metrics = {f"rollout_{name}": metric for name, metric in metrics.items()}
+        return terms, metrics
 
     def _ratio(self, tokens: _Tokens) -> Tensor:
         against = tokens.start_logprobs

@@ -26,7 +26,4 @@ def split_by_groups(group_ids: Tensor, num_parts: int) -> list[Sequence[int]]:
     groups = list(members.values())
     num_parts = min(num_parts, len(groups))
     bounds = [len(groups) * part // num_parts for part in range(num_parts + 1)] if num_parts else []
-    return [
-        [index for group in groups[start:end] for index in group]
-        for start, end in pairwise(bounds)
-    ]
+    return [[index for group in groups[start:end] for index in group] for start, end in pairwise(bounds)]

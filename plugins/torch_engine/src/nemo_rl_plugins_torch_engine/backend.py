@@ -120,6 +120,14 @@ class TorchEngine(GenerationBackend):
 
         self._running().call(load, what=f"Weight update to version {version}", timeout_s=self._options.refit_timeout_s)
 
+    def pause(self) -> None:
+        """Take requests but start on none until `resume`."""
+        self._running().pause()
+
+    def resume(self) -> None:
+        """Start on what waits, in the order of the requests."""
+        self._running().resume()
+
     def fingerprint(self) -> str:
         """Digest of the weights the engine now samples from."""
         from nemo_rl_core.infra.fingerprint import fingerprint

@@ -56,6 +56,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._incoming: deque[Sequence] = deque()
         self._commands: deque[_Command] = deque()
+        self._paused = False
         self._stopping = False
         self._broken: GenerationError | None = None
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
@@ -71,6 +72,17 @@ class EngineLoop:
             if self._stopping or self._broken is not None:
                 raise self._refusal()
             self._incoming.extend(sequences)
+            self._changed.notify()
+
+    def pause(self) -> None:
+        """Queue what comes, and start no step, until `resume`."""
+        with self._changed:
+            self._paused = True
+
+    def resume(self) -> None:
+        """Undo `pause`; what was queued enters in its order."""
+        with self._changed:
+            self._paused = False
             self._changed.notify()
 
     def cancel(self, sequence: Sequence) -> None:
@@ -116,7 +128,7 @@ class EngineLoop:
         try:
             with torch.inference_mode():
                 while self._wait():
-                    if not self._scheduler.idle:
+                    if not (self._paused or self._scheduler.idle):
                         _deliver(list(self._scheduler.step()))
         except BaseException as error:
             self._broken = GenerationError(
@@ -129,16 +141,21 @@ class EngineLoop:
     def _wait(self) -> bool:
         """Take what was queued; sleep while there is nothing; False when stopping."""
         with self._changed:
-            while not (self._stopping or self._incoming or self._commands or not self._scheduler.idle):
+            while not (self._stopping or self._commands or self._has_work()):
                 self._changed.wait()
             if self._stopping:
                 return False
-            while self._incoming:
-                self._scheduler.add(self._incoming.popleft())
+            if not self._paused:
+                for sequence in sorted(self._incoming, key=lambda s: s.request.order):
+                    self._scheduler.add(sequence)
+                self._incoming.clear()
             commands = [self._commands.popleft() for _ in range(len(self._commands))]
         for command in commands:
             command.run()
         return True
+
+    def _has_work(self) -> bool:
+        return not self._paused and bool(self._incoming or not self._scheduler.idle)
 
     def _abort_all(self) -> None:
         with self._changed:

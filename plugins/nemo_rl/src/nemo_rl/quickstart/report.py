@@ -102,7 +102,7 @@ def write_report(result: QuickstartResult) -> None:
         "<h2>Accuracy on held-out tasks</h2>"
         '<table><tr><th></th><th class="n">After warm start</th><th class="n">After GRPO</th></tr>'
         f"{accuracy}</table>"
-        + curve("Reward during GRPO", _series(history, "rollouts/reward_mean"), low=0.0, high=1.0)
+        + curve("Reward during GRPO", _series(history, "reward/mean"), low=0.0, high=1.0)
         + curve("Loss of the warm start", _series(result.sft.history, "train/loss"))
         + curve("Trainer against engine: mean exp|logprob difference|", _series(history, "train/token_mult_prob_error"))
         + curve("Tokens per second during GRPO", _series(history, "performance/tokens_per_s"), low=0.0)

@@ -1,0 +1,131 @@
+"""The error boundary: what a user reads when a command ends in an exception."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from nemo_rl_core._errors import NemoRLError
+
+__all__ = ["DEBUG_VARIABLE", "run"]
+
+DEBUG_VARIABLE = "NEMO_RL_DEBUG"
+
+UNEXPECTED, INTERRUPTED = 70, 130
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Run a command; see `nemo_rl_core.cli.main`."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `module:attr` of the user's folder; last, so that it shadows nothing
+    try:
+        from nemo_rl_core.cli._app import command
+
+        result = command().main(args=None if argv is None else list(argv), prog_name="nemo-rl", standalone_mode=False)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _drop_stdout()
+        return 1
+    except NemoRLError as error:
+        return _known(error)
+    except Exception as error:
+        return _from_parser(error)
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _debug() -> bool:
+    return bool(os.environ.get(DEBUG_VARIABLE))
+
+
+def _say(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+def _trace(error: Exception, status: int) -> int:
+    import traceback
+
+    traceback.print_exception(error)
+    return status
+
+
+def _known(error: NemoRLError) -> int:
+    if _debug():
+        return _trace(error, error.exit_code)
+    more = "\n(nemo-rl --debug ... shows the traceback)" if error.__cause__ is not None else ""
+    return _say(f"error: {error}{more}", error.exit_code)
+
+
+def _from_parser(error: Exception) -> int:
+    """Exceptions of the command-line library, told by what they have: it comes in two packages."""
+    name, status, show = type(error).__name__, getattr(error, "exit_code", None), getattr(error, "show", None)
+    if name == "Abort":
+        return _say("interrupted", INTERRUPTED)
+    if name == "Exit" and isinstance(status, int):
+        return status
+    if isinstance(status, int) and callable(show):
+        show()
+        return status
+    return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    if _debug():
+        return _trace(error, UNEXPECTED)
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    lines = [f"error: unexpected {type(error).__name__}: {error}"]
+    plugin = _plugin_at_fault(error.__traceback__)
+    lines.append(f"It was raised in {plugin}." if plugin else "This is a bug of nemo-rl.")
+    try:
+        handle, path = tempfile.mkstemp(prefix="nemo-rl-error-", suffix=".txt", text=True)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{' '.join(sys.argv)}\n\n{text}")
+        lines.append(f"The traceback is in {path}; please report it{_tracker(plugin)}.")
+    except OSError:  # the disk may be what failed
+        lines.append(text)
+    return _say("\n".join(lines), UNEXPECTED)
+
+
+def _plugin_at_fault(frames: TracebackType | None) -> str | None:
+    """The plugin distribution whose code is innermost in a traceback."""
+    from nemo_rl_core.registry import get_registry
+    from nemo_rl_core.registry._index import CORE
+
+    packages = {
+        entry.value.partition(":")[0].partition(".")[0]: entry.distribution
+        for entries in get_registry().index.entries.values()
+        for entry in entries
+        if entry.distribution.name != CORE
+    }
+    found = None
+    while frames is not None:
+        dist = packages.get(str(frames.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        found = f"plugin {dist.name} {dist.version}" if dist is not None else found
+        frames = frames.tb_next
+    return found
+
+
+def _tracker(plugin: str | None) -> str:
+    """Where to report: the issue tracker of the distribution's metadata, if it names one."""
+    from nemo_rl_core.registry import get_registry
+
+    dist = get_registry().distribution(plugin.split()[1] if plugin else "nemo-rl-core")
+    for line in ((dist.read("METADATA") if dist else None) or "").splitlines():
+        key, _, value = line.partition(":")
+        label, _, address = value.partition(",")
+        if key == "Project-URL" and label.strip().lower() in ("issues", "issue tracker", "bug tracker"):
+            return f" at {address.strip()}"
+    return " to its authors" if plugin else " on the project's issue tracker"
+
+
+def _drop_stdout() -> None:
+    """The reader of our output has gone (`| head`): nothing more can be flushed at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,103 @@
+"""A group of commands that are imported only when invoked."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command as typer_command
+
+from nemo_rl_core.registry._index import Entry, Index, Selection
+
+__all__ = ["CORE_COMMANDS", "CoreCommand", "LazyCommand", "LazyGroup", "as_command"]
+
+
+class CoreCommand(NamedTuple):
+    """A command of the core, known before its module is imported."""
+
+    target: str
+    """`module:attr` of a typer app."""
+    help: str
+    command: str | None = None
+    """The one command of that app that is meant; None is the whole app."""
+
+
+CORE_COMMANDS: dict[str, CoreCommand] = {
+    "train": CoreCommand("nemo_rl_core.cli.train:app_train", "Train a model from a configuration.", "train"),
+    "eval": CoreCommand("nemo_rl_core.cli.train:app_train", "Evaluate a model without training it.", "eval"),
+    "config": CoreCommand("nemo_rl_core.cli.config:app", "Validate and show configurations."),
+    "plugins": CoreCommand("nemo_rl_core.cli.plugins:app", "List and describe what is installed."),
+}
+
+
+class LazyCommand(TyperCommand):
+    """Stands for a command in listings and completion; the real one is made when it is invoked."""
+
+    def __init__(self, name: str, help: str, load: Callable[[], Any]) -> None:
+        super().__init__(name=name, help=help, short_help=help)
+        self._load = load
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the real command, which is imported here."""
+        return self._load().make_context(info_name, args, parent=parent, **extra)
+
+
+class LazyGroup(TyperGroup):
+    """The core's commands and those of group `nemo_rl.commands`, listed from metadata alone."""
+
+    @cached_property
+    def _plugins(self) -> list[Entry]:
+        return Index(Selection.from_environment()).of("commands")
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Core commands in their order, then plugin commands by name."""
+        return list(dict.fromkeys([*CORE_COMMANDS, *(entry.name for entry in self._plugins)]))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A stand-in for the command, or None if there is none of that name."""
+        core = CORE_COMMANDS.get(cmd_name)
+        if core is not None:
+            return LazyCommand(cmd_name, core.help, lambda: _load_core(core))
+        providers = [e for e in self._plugins if cmd_name in (e.name, f"{e.distribution.name}:{e.name}")]
+        if not providers:
+            return None
+        names = ", ".join(f"{entry.distribution.name} {entry.distribution.version}" for entry in providers)
+        return LazyCommand(cmd_name, f"(from {names})", lambda: _load_plugin(cmd_name))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As usual; a name whose plugin is not installed says which package to install."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            from nemo_rl_core.registry._messages import known_package
+
+            if known_package("commands", args[0]) is not None:
+                from nemo_rl_core.registry import get_registry
+
+                get_registry().resolve("commands", args[0])  # raises, with the package to install
+        return super().resolve_command(ctx, args)
+
+
+def _load_core(core: CoreCommand) -> Any:
+    module, _, attribute = core.target.partition(":")
+    command = as_command(getattr(importlib.import_module(module), attribute))
+    return command if core.command is None else command.commands[core.command]
+
+
+def _load_plugin(name: str) -> Any:
+    from nemo_rl_core.registry import get_registry
+
+    return as_command(get_registry().resolve("commands", name).load(), name)
+
+
+def as_command(found: Any, name: str | None = None) -> Any:
+    """The command object of a typer app, a command, or a plain function with annotated parameters."""
+    if isinstance(found, typer.Typer):
+        return typer_command(found)
+    if hasattr(found, "make_context"):
+        return found
+    app = typer.Typer(add_completion=False)
+    app.command(name)(found)
+    return typer_command(app)

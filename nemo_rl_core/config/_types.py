@@ -1,0 +1,121 @@
+"""The fields and types of configuration classes."""
+
+from __future__ import annotations
+
+import types
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+import attrs
+
+from nemo_rl_core._errors import ConfigError
+
+__all__ = ["alternatives", "config_class_of", "default_of", "derived", "fields_of", "same", "shorthands", "type_name"]
+
+
+def fields_of(cls: Any) -> tuple[attrs.Attribute[Any], ...]:
+    """The fields of an attrs class that its constructor takes, annotations resolved."""
+    return _fields_of(cls)
+
+
+@cache
+def _fields_of(cls: Any) -> tuple[attrs.Attribute[Any], ...]:
+    try:
+        attrs.resolve_types(cls)
+    except (NameError, AttributeError) as error:
+        raise ConfigError(
+            f"The annotations of {cls.__module__}.{cls.__qualname__} cannot be resolved: {error}. "
+            "Import the types of its fields outside of `if TYPE_CHECKING:`."
+        ) from error
+    return tuple(f for f in attrs.fields(cls) if f.init)
+
+
+def alternatives(tp: Any) -> tuple[Any, ...]:
+    """The members of a union; a type alone otherwise."""
+    return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
+
+
+def config_class_of(tp: Any) -> type | None:
+    """The one attrs class of a field's type, through `X | None`."""
+    classes = [arm for arm in alternatives(tp) if isinstance(arm, type) and attrs.has(arm)]
+    return classes[0] if len(classes) == 1 else None
+
+
+def shorthands(cls: Any) -> dict[str, tuple[str, ...]]:
+    """Field name to the path of the value that it stands for."""
+    named = ((f.name, f.metadata.get("shorthand_for")) for f in fields_of(cls))
+    return {name: tuple(long.split(".")) for name, long in named if long}
+
+
+def default_of(attribute: attrs.Attribute[Any]) -> Any:
+    """The default value; `attrs.NOTHING` if there is none or it depends on the object."""
+    default: Any = attribute.default
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        return attrs.NOTHING if default.takes_self else default.factory()
+    return default
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equality that holds for arrays and tables too, which answer `==` with another."""
+    if left is right:
+        return True
+    try:
+        return bool(left == right)
+    except (ValueError, TypeError, RuntimeError):
+        return False
+
+
+def derived(cls: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Path of each value that `finalize` fills to the path of the value it comes from."""
+    return _derived(cls)
+
+
+@cache
+def _derived(cls: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for f in fields_of(cls):
+        if "derived_from" in f.metadata:
+            found[(f.name,)] = tuple(f.metadata["derived_from"].split("."))
+        nested = config_class_of(f.type)
+        for path, source in derived(nested).items() if nested is not None else ():
+            found[(f.name, *path)] = source
+    return found
+
+
+def type_name(tp: Any) -> str:
+    """A type in words a reader of YAML knows: `integer or null`, `list of text`."""
+    if tp is Any:
+        return "anything"
+    arms = alternatives(tp)
+    if len(arms) > 1:
+        return " or ".join(type_name(arm) for arm in arms)
+    origin, args = get_origin(tp), get_args(tp)
+    if origin is Literal:
+        return "one of " + ", ".join(_plain(a) for a in args)
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return f"list of {len(args)} ({', '.join(type_name(a) for a in args)})"
+    base = origin or tp
+    if isinstance(base, type):
+        if base in _NAMES:
+            return _NAMES[base]
+        if issubclass(base, dict):
+            return f"mapping of text to {type_name(args[1])}" if args else "mapping"
+        if issubclass(base, (list, tuple, set, frozenset)):
+            return f"list of {type_name(args[0])}" if args else "list"
+        if base.__name__ == "ComponentChoice":
+            return "component"
+        return str(base.__name__)
+    return str(tp).replace("typing.", "").replace("collections.abc.", "")
+
+
+def _plain(value: Any) -> str:
+    return str(value) if isinstance(value, str) else "null" if value is None else str(value).lower()
+
+
+_NAMES: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}

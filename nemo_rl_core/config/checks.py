@@ -1,0 +1,128 @@
+"""Arithmetic that spans fields: what each value allows alone but the run does not.
+
+Any configuration class, a plugin's too, may add its own by a method `check(self)` that yields mistakes made
+with `mistake(path, problem, fix)`, paths relative to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+
+from nemo_rl_core.config._types import fields_of
+from nemo_rl_core.config.mistakes import Mistake, mistake
+from nemo_rl_core.config.schema import CheckpointConfig, ClusterConfig, PolicyConfig, RunConfig
+
+__all__ = ["check_tree"]
+
+
+def check_tree(config: RunConfig) -> list[Mistake]:
+    """The mistakes between the fields of a finished configuration."""
+    found = [*_length_of_run(config), *_lengths(config), *_ranks(config.policy, config.cluster)]
+    found += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
+    return [*found, *_own_checks(config)]
+
+
+def _own_checks(node: Any) -> Iterator[Mistake]:
+    """What the classes of the tree check themselves."""
+    check = getattr(node, "check", None)
+    if callable(check):
+        yield from check()
+    for f in fields_of(type(node)):
+        value = getattr(node, f.name)
+        for keys, child in (
+            [((f.name,), value)]
+            if not isinstance(value, tuple)
+            else [((f.name, i), item) for i, item in enumerate(value)]
+        ):
+            if attrs.has(type(child)):
+                for m in _own_checks(child):
+                    yield m.under(*keys)
+
+
+def _length_of_run(config: RunConfig) -> Iterator[Mistake]:
+    if config.policy.model_name is None:
+        fix = "Set `model`, such as `model: Qwen/Qwen2.5-0.5B-Instruct` or a local folder."
+        yield mistake("policy.model_name", "no model is chosen", fix, related=["model"])
+    if config.max_steps is None and config.max_epochs is None:
+        problem = "max_steps and max_epochs are both null, so the run would never end"
+        yield mistake("max_steps", problem, "Set one of them.", related=["max_epochs"])
+
+
+def _lengths(config: RunConfig) -> Iterator[Mistake]:
+    limit = config.policy.max_sequence_length
+    generation = config.generation
+    fix = "Raise `policy.max_sequence_length`, or lower this; the prompt needs room too."
+    sampled = {
+        "generation.max_new_tokens": generation.max_new_tokens,
+        "validation.max_new_tokens": config.validation.max_new_tokens,
+    }
+    for path, tokens in sampled.items():
+        if tokens is not None and tokens >= limit:
+            problem = f"{tokens} new tokens leave no room for a prompt in policy.max_sequence_length = {limit}"
+            yield mistake(path, problem, fix, related=["policy.max_sequence_length"])
+    if generation.max_sequence_length is not None and generation.max_sequence_length > limit:
+        problem = (
+            f"the engine may make sequences of {generation.max_sequence_length} tokens, "
+            f"but the policy trains on at most {limit}"
+        )
+        fix = "Remove it; it is the policy's."
+        yield mistake("generation.max_sequence_length", problem, fix, related=["policy.max_sequence_length"])
+    if generation.model_name not in (None, config.policy.model_name):
+        problem = f"the engine samples from the policy, {config.policy.model_name!r}, not {generation.model_name!r}"
+        yield mistake("generation.model_name", problem, "Remove it.", related=["policy.model_name", "model"])
+
+
+def _ranks(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[Mistake]:
+    workers, parallel = policy.num_workers, policy.tensor_parallel_size
+    if workers % parallel:
+        problem = f"{workers} workers cannot be divided into replicas of tensor_parallel_size = {parallel}"
+        fix = f"Use a multiple of {parallel}, such as {-(-workers // parallel) * parallel}."
+        yield mistake("policy.num_workers", problem, fix, related=["policy.tensor_parallel_size"])
+    if cluster.device == "cuda" and cluster.gpus_per_node == 0:
+        fix = "Set `cluster.device: cpu`, or the number of GPUs."
+        yield mistake("cluster.gpus_per_node", "cluster.device is cuda but there are 0 GPUs", fix)
+    if not cluster.gpus_per_node or cluster.device == "cpu":
+        return
+    devices = cluster.num_nodes * cluster.gpus_per_node
+    if workers > devices:
+        problem = (
+            f"{workers} workers need {workers} devices, the cluster has {cluster.num_nodes} x {cluster.gpus_per_node}"
+        )
+        related = ["cluster.gpus_per_node", "cluster.num_nodes"]
+        yield mistake("policy.num_workers", problem, f"Use at most {devices}, or more nodes.", related=related)
+    if not cluster.colocated and sum(cluster.roles.values()) > devices:
+        total = " + ".join(f"{role} {count}" for role, count in cluster.roles.items())
+        problem = f"the roles need {sum(cluster.roles.values())} devices ({total}), the cluster has {devices}"
+        yield mistake("cluster.roles", problem, "Lower a role, or add nodes.", related=["cluster.gpus_per_node"])
+
+
+def _schedule(config: RunConfig) -> Iterator[Mistake]:
+    scheduler = config.policy.scheduler
+    if scheduler.name != "constant" and scheduler.total_steps is None and config.max_steps is None:
+        problem = f"a {scheduler.name} schedule must know when it ends, but max_steps is not set either"
+        fix = "Set `max_steps`, or `policy.scheduler.total_steps` (optimizer steps)."
+        yield mistake("policy.scheduler.total_steps", problem, fix, related=["policy.scheduler.name"])
+    if scheduler.total_steps is not None and scheduler.warmup_steps > scheduler.total_steps:
+        problem = f"{scheduler.warmup_steps} warm-up steps of {scheduler.total_steps} steps in all"
+        related = ["policy.scheduler.total_steps", "max_steps"]
+        yield mistake("policy.scheduler.warmup_steps", problem, "Lower it.", related=related)
+
+
+def _checkpoints(checkpointing: CheckpointConfig) -> Iterator[Mistake]:
+    if checkpointing.keep_best and checkpointing.metric is None:
+        problem = f"the best {checkpointing.keep_best} checkpoints are kept, but no metric ranks them"
+        fix = "Set `checkpointing.metric`, such as `validation/accuracy`."
+        yield mistake("checkpointing.metric", problem, fix, related=["checkpointing.keep_best"])
+
+
+def _thresholds(config: RunConfig) -> Iterator[Mistake]:
+    warn, abort = config.invariants.mismatch_warn, config.invariants.mismatch_abort
+    if abort is not None and abort < warn:
+        problem = f"the run would stop at {abort:g} before it warns at {warn:g}"
+        related = ["invariants.mismatch_warn"]
+        yield mistake(
+            "invariants.mismatch_abort", problem, "Use a value above mismatch_warn, or null.", related=related
+        )

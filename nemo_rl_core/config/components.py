@@ -1,0 +1,202 @@
+"""Components chosen in a configuration: names resolved, options structured by the component's own class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import attrs
+
+from nemo_rl_core._errors import PluginError
+from nemo_rl_core.config._types import fields_of
+from nemo_rl_core.config.mistakes import Key, Mistake, suggest
+from nemo_rl_core.config.schema import ComponentChoice
+from nemo_rl_core.config.structure import structure
+
+__all__ = ["Reference", "Resolver", "default_resolver", "resolve_choice", "resolve_tree"]
+
+
+class Reference(Protocol):
+    """A component found by name and not yet imported."""
+
+    def load(self) -> Any:
+        """Import it. Raises `PluginBroken` if that fails."""
+        ...
+
+
+class Resolver(Protocol):
+    """What configuration needs of the registry."""
+
+    def resolve(self, kind: str, choice: Any, *, plugins: Mapping[str, str] | None = None) -> Reference:
+        """The component of that name or object, names settled by `plugins`. Raises a `PluginError`."""
+        ...
+
+    def default(self, kind: str) -> str | None:
+        """The name used when none is chosen. Raises `PluginConflict` if that is not clear."""
+        ...
+
+    def names(self, kind: str) -> Sequence[str]:
+        """All names of a kind."""
+        ...
+
+
+def default_resolver() -> Resolver:
+    """The registry of this process."""
+    from nemo_rl_core.registry import get_registry
+
+    resolver: Resolver = get_registry()
+    return resolver
+
+
+def resolve_choice(
+    choice: ComponentChoice, kind: str, *, resolver: Resolver | None = None, pins: Mapping[str, str] | None = None
+) -> tuple[ComponentChoice, list[Mistake]]:
+    """Fill the default name of the kind and structure the options by the component's `config_class`.
+
+    Args:
+        choice: As configured; without a name it takes the default of its kind, if there is one.
+        kind: Such as "environments".
+        resolver: The registry; None is that of this process.
+        pins: `RunConfig.plugins`.
+
+    Returns:
+        The choice, and its mistakes with paths relative to it.
+    """
+    pass_ = _Pass(resolver or default_resolver(), pins or {})
+    name = choice.name
+    if name is None:
+        name = pass_.resolver.default(kind)
+    options, mistakes = pass_.options(kind, name, choice.options, ("name",), ("options",))
+    return ComponentChoice(name=name, options=options), mistakes
+
+
+def resolve_tree(config: Any, resolver: Resolver, pins: Mapping[str, str]) -> tuple[Any, list[Mistake]]:
+    """A copy of an attrs tree with the options of every chosen component structured, and the mistakes."""
+    return _Pass(resolver, pins).tree(config)
+
+
+class _Pass:
+    """One walk over a configuration."""
+
+    def __init__(self, resolver: Resolver, pins: Mapping[str, str]) -> None:
+        self.resolver = resolver
+        self.pins = pins
+
+    def tree(self, node: Any) -> tuple[Any, list[Mistake]]:
+        changes: dict[str, Any] = {}
+        mistakes: list[Mistake] = []
+        for f in fields_of(type(node)):
+            value = getattr(node, f.name)
+            if "options_of" in f.metadata:
+                changed, found = self.pair(node, f)
+                changes.update(changed)
+            elif "kind" in f.metadata:
+                changes[f.name], found = self.choices(f.metadata["kind"], value, f.name)
+            elif attrs.has(type(value)) and type(value).__module__ is not None and _is_config(f, value):
+                changes[f.name], found = self.tree(value)
+                found = [m.under(f.name) for m in found]
+            else:
+                continue
+            mistakes += found
+        return (attrs.evolve(node, **changes) if changes else node), mistakes
+
+    def pair(self, node: Any, f: attrs.Attribute[Any]) -> tuple[dict[str, Any], list[Mistake]]:
+        """Two fields: the name of a component and its options."""
+        kind, selector = f.metadata["options_of"]
+        name, options = getattr(node, selector), getattr(node, f.name)
+        if f.metadata.get("open") and not self.is_component(kind, name):
+            return {}, []
+        try:
+            chosen = name if name is not None else self.resolver.default(kind)
+        except PluginError as error:  # several are installed
+            needed = bool(options) or f.metadata.get("required")
+            return {}, [Mistake(keys=(selector,), problem=str(error), error=error)] if needed else []
+        if chosen is None:
+            return {}, self.no_default(kind, options, f.name, selector)
+        structured, mistakes = self.options(kind, chosen, options, (selector,), (f.name,))
+        if mistakes and name is None and not options and not f.metadata.get("required"):
+            return {}, []  # nobody chose it: the run says so if it needs it
+        return {selector: chosen, f.name: structured}, mistakes
+
+    def choices(self, kind: str, value: Any, name: str) -> tuple[Any, list[Mistake]]:
+        """A `ComponentChoice`, or a tuple of them."""
+        if isinstance(value, tuple):
+            pairs = [self.choice(kind, item, (name, i)) for i, item in enumerate(value)]
+            return tuple(item for item, _ in pairs), [m for _, found in pairs for m in found]
+        return self.choice(kind, value, (name,)) if isinstance(value, ComponentChoice) else (value, [])
+
+    def choice(self, kind: str, value: ComponentChoice, at: tuple[Key, ...]) -> tuple[Any, list[Mistake]]:
+        name = value.name
+        if name is None:
+            if not value.options:
+                return value, []  # the run decides whether it needs one
+            try:
+                name = self.resolver.default(kind)
+            except PluginError as error:
+                return value, [Mistake(keys=(*at, "name"), problem=str(error), error=error)]
+            if name is None:
+                return value, [m.under(*at) for m in self.no_default(kind, value.options, "options", "name")]
+        options, mistakes = self.options(kind, name, value.options, ("name",), ("options",))
+        return ComponentChoice(name=name, options=options), [m.under(*at) for m in mistakes]
+
+    def options(
+        self, kind: str, name: Any, options: Any, name_at: tuple[Key, ...], options_at: tuple[Key, ...]
+    ) -> tuple[Any, list[Mistake]]:
+        """Structure `options` by the class of the component; mistakes of finding it are mistakes too."""
+        try:
+            component = self.find(kind, name).load()
+        except PluginError as error:
+            return options, [self.not_found(kind, name, error, name_at)]
+        config_class = getattr(component, "config_class", None)
+        if not (isinstance(config_class, type) and attrs.has(config_class)):
+            if options is None or isinstance(options, Mapping) or attrs.has(type(options)):
+                return {} if options is None else options, []
+            return options, [Mistake(keys=options_at, problem=f"expected a mapping of settings, found {options!r}")]
+        given = {} if options is None else options
+        structured, mistakes = structure(given, config_class)
+        if mistakes:
+            return options, [m.under(*options_at) for m in mistakes]
+        nested, mistakes = self.tree(structured)
+        return nested, [m.under(*options_at) for m in mistakes]
+
+    def find(self, kind: str, name: Any) -> Reference:
+        return self.resolver.resolve(kind, name, plugins=self.pins)
+
+    def is_component(self, kind: str, name: Any) -> bool:
+        """Whether `name` is a component of `kind` and not, as in `data.train.source`, data."""
+        if not isinstance(name, str):
+            return isinstance(name, type) or (callable(name) and hasattr(name, "config_class"))
+        if name in self.resolver.names(kind) or (":" in name and "/" not in name):
+            return True
+        if not re.fullmatch(r"[\w-]+", name) or os.path.exists(name):
+            return False
+        try:  # one that is known only at run time, or a data set's name on a hub
+            self.find(kind, name)
+        except PluginError:
+            return False
+        return True
+
+    def not_found(self, kind: str, name: Any, error: PluginError, at: tuple[Key, ...]) -> Mistake:
+        text = str(error)
+        meant = None
+        if isinstance(name, str) and isinstance(error, LookupError) and "did you mean" not in text.lower():
+            meant = suggest(name, self.resolver.names(kind))
+        return Mistake(keys=at, problem=text.rstrip(".") if meant else text, suggestion=meant, error=error)
+
+    def no_default(self, kind: str, options: Any, options_name: str, selector: str) -> list[Mistake]:
+        if not options:
+            return []
+        names = ", ".join(self.resolver.names(kind)) or "none is installed"
+        word = kind.replace("_", " ")
+        problem = f"options are set but no component is chosen (installed {word}: {names})"
+        return [Mistake(keys=(options_name,), problem=problem, fix=f"Set `{selector}` beside it.")]
+
+
+def _is_config(f: attrs.Attribute[Any], value: Any) -> bool:
+    """Whether the field is declared as a configuration class, not as anything."""
+    from nemo_rl_core.config._types import config_class_of
+
+    declared = config_class_of(f.type)
+    return declared is not None and isinstance(value, declared)

@@ -1,0 +1,127 @@
+"""Limits of a field, with an error a person can act on, and their description for the reference.
+
+They serve like those of `attrs.validators`, in `field(validator=...)`. Validators of attrs itself work too;
+these add the sentence "num_workers must be >= 1, found 0" when a class is built in Python.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from attrs import Attribute, frozen
+
+from nemo_rl_core._errors import ConfigError
+
+__all__ = ["choices", "ge", "gt", "le", "limits", "lt", "one_of", "optional"]
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
+
+
+@frozen
+class _Bound:
+    """A value on the right side of a bound."""
+
+    compare_op: str
+    bound: float
+
+    def __call__(self, instance: Any, attribute: Attribute[Any], value: Any) -> None:
+        try:
+            holds = _OPERATORS[self.compare_op](value, self.bound)
+        except TypeError:
+            holds = False
+        if not holds:
+            raise ConfigError(f"{attribute.name} must be {self.compare_op} {self.bound:g}, found {value!r}.")
+
+
+@frozen
+class _OneOf:
+    """One of a fixed set of values."""
+
+    options: tuple[Any, ...]
+
+    def __call__(self, instance: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value not in self.options:
+            allowed = ", ".join(map(repr, self.options))
+            raise ConfigError(f"{attribute.name} must be one of {allowed}, found {value!r}.")
+
+
+@frozen
+class _Optional:
+    """None, or what another validator takes."""
+
+    validator: Any
+
+    def __call__(self, instance: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value is not None:
+            for validator in self.validator if isinstance(self.validator, list) else [self.validator]:
+                validator(instance, attribute, value)
+
+
+def ge(bound: float) -> Any:
+    """At least `bound`."""
+    return _Bound(">=", bound)
+
+
+def gt(bound: float) -> Any:
+    """More than `bound`."""
+    return _Bound(">", bound)
+
+
+def le(bound: float) -> Any:
+    """At most `bound`."""
+    return _Bound("<=", bound)
+
+
+def lt(bound: float) -> Any:
+    """Less than `bound`."""
+    return _Bound("<", bound)
+
+
+def one_of(*options: Any) -> Any:
+    """One of `options`."""
+    return _OneOf(options)
+
+
+def optional(validator: Any) -> Any:
+    """None, or what `validator` (or each of a list of them) takes."""
+    return _Optional(validator)
+
+
+def limits(validator: Any) -> list[tuple[str, float]]:
+    """The bounds a validator sets, such as `[(">", 0), ("<=", 1)]`; those of attrs are understood too."""
+    found: list[tuple[str, float]] = []
+    for part in _parts(validator):
+        op, bound = getattr(part, "compare_op", None), getattr(part, "bound", None)
+        if op in _OPERATORS and bound is not None:
+            found.append((op, bound))
+    return found
+
+
+def choices(validator: Any) -> tuple[Any, ...] | None:
+    """The values a validator allows, or None if it names none."""
+    for part in _parts(validator):
+        options = getattr(part, "options", None)
+        if options is not None:
+            return tuple(options)
+    return None
+
+
+def _parts(validator: Any) -> list[Any]:
+    """The simple validators inside `optional`, lists and `and_`."""
+    if validator is None:
+        return []
+    nested: Sequence[Any] | None = None
+    if isinstance(validator, (list, tuple)):
+        nested = validator
+    elif hasattr(validator, "_validators"):
+        nested = validator._validators
+    elif hasattr(validator, "validator"):
+        nested = [validator.validator]
+    return [validator] if nested is None else [p for v in nested for p in _parts(v)]

@@ -1,0 +1,362 @@
+"""A group of worker processes on this machine: one per device, each with a connection to the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve
+
+from nemo_rl_core._errors import DeadlineExceeded, NemoRLError, WorkerDied
+from nemo_rl_core.infra import _worker
+from nemo_rl_core.infra._wire import receive, send
+from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
+
+__all__ = ["ProcessGroup"]
+
+_log = logging.getLogger(__name__)
+_TAIL_LINES = 20
+_SHUTDOWN_S = 10.0
+
+
+class ProcessGroup:
+    """Running worker processes of one role. Make it with `ProcessGroup.start`.
+
+    After a worker died, hung or left the others waiting, the whole group is ended: what remains of a collective
+    cannot go on.
+    """
+
+    def __init__(self, role: str, *, size: int, failure_grace_s: float) -> None:
+        self.role = role
+        self.size = size
+        self.failure_grace_s = failure_grace_s
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        self._logs: list[Path] = []
+        self._ended: str | None = None
+
+    @classmethod
+    def start(
+        cls,
+        spec: WorkerSpec,
+        contexts: Sequence[WorkerContext],
+        *,
+        start_timeout_s: float,
+        failure_grace_s: float,
+    ) -> ProcessGroup:
+        """Start one process per context and run `setup` in each.
+
+        Raises:
+            WorkerDied: A process ended during its start.
+            DeadlineExceeded: A worker was not ready in time.
+            Exception: What a worker's `setup` raised, with its rank.
+        """
+        group = cls(spec.role, size=len(contexts), failure_grace_s=failure_grace_s)
+        port = _free_port()
+        folder = _log_folder(spec)
+        try:
+            for context in contexts:
+                group._spawn(spec, evolve(context, master_port=port), folder)
+            group._collect("setup", start_timeout_s)
+        except BaseException:
+            group._end("its start failed")
+            raise
+        return group
+
+    @property
+    def local(self) -> None:
+        """None: the workers live in other processes."""
+        return
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, by rank."""
+        return [int(p.pid) for p in self._processes]
+
+    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+        """Call `method` on every worker with the same arguments; results in rank order.
+
+        Raises:
+            DeadlineExceeded: Names the ranks that did not answer in `timeout_s`.
+            WorkerDied: Names the rank, its exit status and the tail of its standard error.
+            Exception: What a worker raised, with its rank in the message.
+        """
+        self._tell([("call", method, args, kwargs)] * self.size)
+        return self._collect(method, timeout_s)
+
+    def call_each(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
+    ) -> list[Any]:
+        """Call `method` on worker r with the positional arguments `arguments[r]`; raises as `call`."""
+        if len(arguments) != self.size:
+            raise ValueError(
+                f"{method}: {len(arguments)} tuples of arguments for {self.size} workers of {self.role!r}."
+            )
+        self._tell([("call", method, args, {}) for args in arguments])
+        return self._collect(method, timeout_s)
+
+    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
+        """Run a generator method on every worker; yield what rank 0 yields, one item at a time.
+
+        The deadline holds for all of it, the caller's own time between items left out. A caller that stops early
+        still lets the workers run their generators to the end. Raises as `call`.
+        """
+        self._tell([("iterate", method, args, rank == 0) for rank in range(self.size)])
+        spent = 0.0
+        finished = False
+        try:
+            while True:
+                started = time.monotonic()
+                left = None if timeout_s is None else timeout_s - spent
+                found = self._gather(method, {0: self._connections[0]}, left)
+                spent += time.monotonic() - started
+                kind, value = found[0]
+                if kind != "item":
+                    break
+                yield value
+                del value, found  # free the shared memory of the item before the next
+                self._reply("next")
+            finished = True
+            self._collect(method, None if timeout_s is None else timeout_s - spent, answered={0: (kind, value)})
+        except GeneratorExit:
+            if not finished and self._ended is None:
+                self._reply("enough")
+                self._collect(method, timeout_s)
+            raise
+
+    def shutdown(self) -> None:
+        """Call `shutdown` on the workers and end their processes; does nothing the second time."""
+        if self._ended is not None:
+            return
+        try:
+            self._tell([("stop",)] * self.size)
+            self._collect("shutdown", _SHUTDOWN_S)
+        except Exception as error:  # the processes are ended all the same
+            _log.warning("Shutting down the %s workers: %s", self.role, error)
+        else:
+            for process in self._processes:  # let each leave by itself and release what it holds
+                process.join(_SHUTDOWN_S)
+        self._end("it was shut down")
+
+    # -- starting and ending --------------------------------------------------------------------
+
+    def _spawn(self, spec: WorkerSpec, context: WorkerContext, folder: Path) -> None:
+        import cloudpickle
+
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        log_path = folder / f"{spec.role}-rank{context.rank}.log"
+        payload = cloudpickle.dumps((spec.factory, spec.config, context))
+        process = spawn.Process(
+            target=_worker.run,
+            args=(there, payload, _environment(spec, context), str(log_path)),
+            name=f"nemo-rl-{spec.role}-{context.rank}",
+            daemon=True,
+        )
+        with _without_main():
+            process.start()
+        there.close()
+        self._processes.append(process)
+        self._connections.append(here)
+        self._logs.append(log_path)
+
+    def _end(self, reason: str) -> None:
+        """End every process, at once for those that hang."""
+        if self._ended is None:
+            self._ended = reason
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(2.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for connection in self._connections:
+            connection.close()
+
+    # -- talking --------------------------------------------------------------------------------
+
+    def _tell(self, messages: Sequence[Any]) -> None:
+        if self._ended is not None:
+            raise WorkerDied(f"The {self.role} workers are gone: {self._ended}. Start the run again to go on.")
+        for rank, (connection, message) in enumerate(zip(self._connections, messages, strict=True)):
+            try:
+                send(connection, message)
+            except OSError as error:
+                raise self._died(rank, str(message[1]) if len(message) > 1 else "shutdown") from error
+
+    def _reply(self, word: str) -> None:
+        with contextlib.suppress(OSError):  # a dead worker is noticed by the wait that follows
+            send(self._connections[0], word)
+
+    def _collect(
+        self, method: str, timeout_s: float | None, *, answered: Mapping[int, tuple[str, Any]] | None = None
+    ) -> list[Any]:
+        """Wait for every worker's answer; raise the first error among them."""
+        known = dict(answered or {})
+        waiting = {r: c for r, c in enumerate(self._connections) if r not in known}
+        known |= self._gather(method, waiting, timeout_s, failed=known)
+        while stray := [rank for rank, (kind, _) in known.items() if kind == "item"]:
+            for rank in stray:  # items of an iteration that its caller has left
+                known |= self._gather(method, {rank: self._connections[rank]}, timeout_s)
+        for rank in range(self.size):
+            kind, value = known[rank]
+            if kind == "error":
+                raise _rebuild(self.role, rank, value)
+        return [known[rank][1] for rank in range(self.size)]
+
+    def _gather(
+        self,
+        method: str,
+        waiting: Mapping[int, Connection],
+        timeout_s: float | None,
+        *,
+        failed: Mapping[int, tuple[str, Any]] | None = None,
+    ) -> dict[int, tuple[str, Any]]:
+        """One message from each of `waiting`. Once a worker has raised, the others get the grace time."""
+        left = dict(waiting)
+        found: dict[int, tuple[str, Any]] = dict(failed or {})
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if any(kind == "error" for kind, _ in found.values()):
+            deadline = _sooner(deadline, self.failure_grace_s)
+        while left:
+            gone = {r for r, (kind, _) in found.items() if kind == "error" or method == "shutdown"}
+            sentinels = {p.sentinel: r for r, p in enumerate(self._processes) if r not in gone}
+            pause = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait([*left.values(), *sentinels], pause)
+            if not ready:
+                raise self._overdue(method, sorted(left), found, timeout_s)
+            for rank, connection in list(left.items()):
+                if connection in ready:
+                    found[rank] = self._take(rank, method)
+                    del left[rank]
+                    if found[rank][0] == "error":
+                        deadline = _sooner(deadline, self.failure_grace_s)
+            for rank in (sentinels[s] for s in ready if s in sentinels):
+                if rank in left and left[rank].poll():
+                    continue  # its last message is still to be read
+                if method != "shutdown":
+                    if found.get(rank, ("", None))[0] != "error":
+                        raise self._died(rank, method)
+                elif left.pop(rank, None) is not None:
+                    found[rank] = ("result", None)
+        return found
+
+    def _take(self, rank: int, method: str) -> tuple[str, Any]:
+        try:
+            kind, value = receive(self._connections[rank])
+        except (EOFError, OSError) as error:
+            raise self._died(rank, method) from error
+        return kind, value
+
+    # -- errors ---------------------------------------------------------------------------------
+
+    def _died(self, rank: int, method: str) -> WorkerDied:
+        process = self._processes[rank]
+        process.join(5.0)
+        code = process.exitcode
+        status = f"was ended by signal {-code}" if code is not None and code < 0 else f"exited with status {code}"
+        hint = " (out of memory?)" if code == -9 else ""
+        message = (
+            f"The {self.role} worker of rank {rank} {status}{hint} during {method}. Its log is {self._logs[rank]}; "
+            f"the end of it:\n{self._tail(rank)}"
+        )
+        self._end(f"rank {rank} {status} during {method}")
+        return WorkerDied(message)
+
+    def _overdue(
+        self, method: str, ranks: list[int], found: Mapping[int, tuple[str, Any]], timeout_s: float | None
+    ) -> BaseException:
+        """The deadline, or the grace time after an error, has passed: the group cannot go on."""
+        names = ", ".join(map(str, ranks))
+        for rank, (kind, value) in sorted(found.items()):
+            if kind == "error":
+                self._end(f"rank {rank} raised in {method} while ranks {names} waited for it")
+                return _rebuild(self.role, rank, value)
+        tails = "\n".join(f"rank {rank} ({self._logs[rank]}):\n{self._tail(rank)}" for rank in ranks[:4])
+        self._end(f"ranks {names} did not answer {method}")
+        return DeadlineExceeded(
+            f"{method} on the {self.role} workers passed its deadline of {timeout_s:g} s; no answer from rank(s) "
+            f"{names} of {self.size}. The group was ended. The end of their logs:\n{tails}"
+        )
+
+    def _tail(self, rank: int) -> str:
+        try:
+            lines = self._logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return "(no log)"
+        return "\n".join(lines[-_TAIL_LINES:]) or "(empty)"
+
+
+def _sooner(deadline: float | None, grace_s: float) -> float:
+    limit = time.monotonic() + grace_s
+    return limit if deadline is None else min(deadline, limit)
+
+
+def _rebuild(role: str, rank: int, described: tuple[BaseException | None, str, str]) -> BaseException:
+    """What a worker raised, of the same type, with its rank in the message and its traceback as a note."""
+    error, summary, trace = described
+    place = f"[{role} rank {rank}] "
+    if error is None:
+        error = RuntimeError(place + summary)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (place + error.args[0], *error.args[1:])
+    elif isinstance(error, NemoRLError) or not error.args:
+        error.args = (place + summary, *error.args)
+    if not isinstance(error, Exception):  # SystemExit or KeyboardInterrupt of a worker is not ours
+        error = RuntimeError(place + summary)
+    error.add_note(f"Traceback in {role} rank {rank}:\n{trace}")
+    return error
+
+
+def _environment(spec: WorkerSpec, context: WorkerContext) -> dict[str, str]:
+    found = {
+        "RANK": str(context.rank),
+        "LOCAL_RANK": str(context.local_rank),
+        "WORLD_SIZE": str(context.world_size),
+        "MASTER_ADDR": context.master_addr,
+        "MASTER_PORT": str(context.master_port),
+    }
+    if context.num_threads is not None:
+        found["OMP_NUM_THREADS"] = found["MKL_NUM_THREADS"] = str(context.num_threads)
+    return {**found, **spec.env}
+
+
+def _log_folder(spec: WorkerSpec) -> Path:
+    if spec.run_dir is None:
+        return Path(tempfile.mkdtemp(prefix="nemo-rl-logs-"))
+    folder = Path(spec.run_dir) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep a spawned process from running the user's script again.
+
+    Whatever stands in `__main__` travels by value, so that a script needs no `if __name__ == "__main__"`.
+    """
+    main = sys.modules["__main__"]
+    kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+    restore: Callable[[], None] = lambda: main.__dict__.update(kept)  # noqa: E731
+    main.__dict__.pop("__file__", None)
+    main.__dict__["__spec__"] = None
+    try:
+        yield
+    finally:
+        restore()

@@ -1,0 +1,101 @@
+"""Whether what an entry point led to is what its kind requires."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import textwrap
+from types import ModuleType
+from typing import Any
+
+from nemo_rl_core.registry._kinds import KINDS
+
+__all__ = ["Contract", "contract", "shortcoming"]
+
+
+class Contract:
+    """What a kind's protocol asks of a component.
+
+    A method of the protocol whose body is `...` must be written by the component; one with a body is a
+    default that a sub-class of the protocol inherits. Attributes marked `ClassVar` must be there; other
+    attributes may be set when the component is made, so they are not looked for.
+    """
+
+    def __init__(self, protocol: type) -> None:
+        self.protocol = protocol
+        own = {k: v for k, v in vars(protocol).items() if not k.startswith("_") or k == "__call__"}
+        self.methods = tuple(k for k, v in own.items() if inspect.isfunction(v) or isinstance(v, property))
+        annotations = vars(protocol).get("__annotations__", {})
+        self.class_attributes = tuple(k for k, v in annotations.items() if "ClassVar" in str(v))
+        self.stubs = frozenset(_stubs(protocol))
+
+    def missing(self, component: Any) -> list[str]:
+        """Members that the component lacks, in the protocol's order."""
+        cls = component if isinstance(component, type) else type(component)
+        if any("__getattr__" in vars(base) for base in cls.__mro__):
+            return []
+        found: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            if base is not self.protocol:  # an annotation promises that instances will have it
+                found.update(dict.fromkeys(vars(base).get("__annotations__", {})))
+            found.update(vars(base))
+        if cls is not component:
+            found.update(getattr(component, "__dict__", {}))
+        return [name for name in (*self.class_attributes, *self.methods) if not self._provided(name, found)]
+
+    def _provided(self, name: str, found: dict[str, Any]) -> bool:
+        if name not in found:
+            return False
+        return not (name in self.stubs and found[name] is vars(self.protocol)[name])
+
+
+def _stubs(protocol: type) -> list[str]:
+    """Names of the methods whose body is only a docstring and `...`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(protocol)))
+    except (OSError, SyntaxError):  # no source at hand: nothing is taken for a stub
+        return []
+    definition = tree.body[0]
+    functions = [n for n in getattr(definition, "body", []) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f.name for f in functions if isinstance(f.body[-1], ast.Expr) and _is_ellipsis(f.body[-1].value)]
+
+
+def _is_ellipsis(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is Ellipsis
+
+
+@functools.cache
+def contract(kind: str) -> Contract | None:
+    """The contract of a kind; None for kinds without a protocol (anything callable)."""
+    path = KINDS[kind].protocol
+    if path is None:
+        return None
+    module, _, attribute = path.partition(":")
+    return Contract(getattr(importlib.import_module(module), attribute))
+
+
+def shortcoming(kind: str, component: Any) -> str | None:
+    """What keeps `component` from being of this kind, or None.
+
+    A function is taken as a factory or as the component itself; only classes and instances can be
+    compared with the protocol before they are used.
+    """
+    label = KINDS[kind].label
+    if isinstance(component, ModuleType):
+        return f"it is the module {component.__name__}, not a {label}; name the class: `{component.__name__}:<class>`"
+    if kind == "callbacks":
+        return None
+    if not callable(component) and not isinstance(component, type):
+        rules = contract(kind)
+        if rules is None or rules.missing(component):
+            return f"it is {component!r:.80} of type {type(component).__name__}, not a class or a function"
+    rules = contract(kind)
+    if rules is None or inspect.isroutine(component) or isinstance(component, functools.partial):
+        return None
+    missing = rules.missing(component)
+    if not missing:
+        return None
+    name = getattr(component, "__name__", type(component).__name__)
+    return f"{name} is not a {label}: it lacks {', '.join(missing)} (see {KINDS[kind].protocol})"
