@@ -8,12 +8,21 @@ __all__ = ["command_line_markdown"]
 
 
 def _command_tree() -> Any:
-    """The click group behind `nemo-rl`."""
-    import typer.main
+    """The root command behind `nemo-rl`."""
+    from nemo_rl_core.cli._app import command
 
-    from nemo_rl_core.cli import app
+    return command()
 
-    return typer.main.get_command(app() if callable(app) and not hasattr(app, "registered_commands") else app)
+
+def _children(command: Any) -> list[tuple[str, Any]]:
+    """Sub-commands by name, those of installed plugins too."""
+    import click
+
+    if not hasattr(command, "list_commands"):
+        return []
+    context = click.Context(command, info_name=command.name)
+    found = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
+    return [(name, child) for name, child in found if child is not None and not child.hidden]
 
 
 def _option_row(parameter: Any) -> str:
@@ -29,9 +38,8 @@ def _section(command: Any, path: str, level: int) -> list[str]:
     rows = [_option_row(p) for p in command.params if not getattr(p, "hidden", False)]
     if rows:
         out += ["| Option | Meaning |", "|---|---|", *rows, ""]
-    for name, child in sorted(getattr(command, "commands", {}).items()):
-        if not getattr(child, "hidden", False):
-            out += _section(child, f"{path} {name}", min(level + 1, 4))
+    for name, child in _children(command):
+        out += _section(child, f"{path} {name}", min(level + 1, 4))
     return out
 
 

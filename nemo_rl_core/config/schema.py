@@ -337,9 +337,9 @@ class RunConfig:
     """The engine that samples, and how it samples."""
     data: DataConfig = Factory(DataConfig)
     """Training and validation data."""
-    environment: ComponentChoice = component("environments")  # noqa: RUF009
+    environment: ComponentChoice = component("environments")
     """What answers and scores the policy; None takes the run's default or a plain reward."""
-    reward: ComponentChoice = component("rewards")  # noqa: RUF009
+    reward: ComponentChoice = component("rewards")
     """A function that scores responses, used in place of the environment's score."""
     rollouts: RolloutConfig = Factory(RolloutConfig)
     """How episodes are run."""
@@ -353,7 +353,7 @@ class RunConfig:
     """Checks of a run."""
     cluster: ClusterConfig = Factory(ClusterConfig)
     """The machines."""
-    weight_sync: ComponentChoice = component("weight_syncs", "in_process")  # noqa: RUF009
+    weight_sync: ComponentChoice = component("weight_syncs", "in_process")
     """How new weights reach the engine."""
     plugins: dict[str, str] = Factory(dict)
     """Bare name to qualified `dist:name` where two distributions provide one, as `{grpo: my-dist:grpo}`."""

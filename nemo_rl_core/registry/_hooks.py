@@ -68,7 +68,7 @@ class HookFailure(NamedTuple):
     error: Exception
 
 
-class _Manager(pluggy.PluginManager):
+class _Listeners(pluggy.PluginManager):
     """Takes an undecorated method that has a hook's name for an implementation of it."""
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
@@ -101,7 +101,7 @@ class HookPlugins:
         self.failures: list[HookFailure] = []
         self._warned: set[tuple[str, str]] = set()
         self._names = {f"{number}: {plugin.label}": plugin for number, plugin in enumerate(plugins)}
-        self._manager = _Manager("nemo_rl")
+        self._manager = _Listeners("nemo_rl")
         self._manager.add_hookspecs(hookspecs)
         for name, plugin in reversed(self._names.items()):  # pluggy calls the last one registered first
             self._register(name, plugin)

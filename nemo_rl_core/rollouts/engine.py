@@ -114,13 +114,14 @@ class RolloutEngine:
                 self._num_unadmitted -= 1
             await _cancel(tasks)
             raise
-        return RolloutGroup(
-            group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version
-        )
+        return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version)
 
     async def settled(self, timeout_s: float) -> None:
-        """Return when every group that was asked for is admitted (or no place is left) and each of its episodes
-        waits for the generation backend; at the latest after `timeout_s`."""
+        """Return when nothing more can start by itself, at the latest after `timeout_s`.
+
+        That is when every group that was asked for is admitted (or no place is left) and each of its episodes
+        waits for the generation backend.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._is_settled():

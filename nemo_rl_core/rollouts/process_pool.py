@@ -105,9 +105,7 @@ class ProcessPool:
 
     # -- calling --------------------------------------------------------------------------------
 
-    async def run(
-        self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
-    ) -> Any:
+    async def run(self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any) -> Any:
         """Call `function(*args, **kwargs)` in a worker process and return what it returns.
 
         May be awaited from any event loop of any thread.

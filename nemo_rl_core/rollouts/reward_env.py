@@ -23,9 +23,7 @@ _NUM_THREADS = 8
 Isolation = Literal["process", "thread", "inline"]
 
 
-def reward_environment(
-    reward_fn: Callable[..., Any], *, isolation: Isolation = "process"
-) -> RewardEnvironmentFactory:
+def reward_environment(reward_fn: Callable[..., Any], *, isolation: Isolation = "process") -> RewardEnvironmentFactory:
     """Make environments that ask one response and score it with `reward_fn`.
 
     Args:

@@ -223,7 +223,10 @@ def test_mistakes_of_two_files_and_the_command_line_at_once(tmp_path, registry):
 
 
 def test_toml_lines(tmp_path, registry):
-    text = 'algorithm = "toy"\nmodel = "m"\n\n[policy]\nnum_workers = 0\noptimizer.lr = "x"\n[[data.zzz]]\nnote = """\n[generation]\n"""\n'
+    text = (
+        'algorithm = "toy"\nmodel = "m"\n\n[policy]\nnum_workers = 0\noptimizer.lr = "x"\n'
+        '[[data.zzz]]\nnote = """\n[generation]\n"""\n'
+    )
     found = mistakes_of(write(tmp_path, "a.toml", text), registry)
     assert [(m.path, m.position.line) for m in found] == [
         ("policy.num_workers", 5),

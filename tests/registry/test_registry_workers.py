@@ -77,7 +77,7 @@ def test_decorated_in_main_reaches_a_spawned_process(site):
 def test_decorated_in_main_by_value_in_a_process_without_the_script(site, tmp_path):
     """As on a machine that has never seen the notebook."""
     sent = tmp_path / "ref.pickle"
-    code = SPAWN.partition("def work")[0] + f"\nimport pickle\nref = get_registry().resolve('rewards', 'triple')"
+    code = SPAWN.partition("def work")[0] + "\nimport pickle\nref = get_registry().resolve('rewards', 'triple')"
     code += f"\npickle.dump(ref, open({str(sent)!r}, 'wb'))"
     done = site.run("-c", code)
     assert done.returncode == 0, done.stderr
