@@ -14,15 +14,14 @@ def _command_tree() -> Any:
     return command()
 
 
-def _children(command: Any) -> list[tuple[str, Any]]:
-    """Sub-commands by name, those of installed plugins too."""
-    import click
-
+def _resolved(command: Any, path: str) -> tuple[Any, list[tuple[str, Any]]]:
+    """The command behind a stand-in that is loaded when invoked, and its sub-commands by name."""
+    context = command.make_context(path, [], resilient_parsing=True)
+    command = context.command
     if not hasattr(command, "list_commands"):
-        return []
-    context = click.Context(command, info_name=command.name)
+        return command, []
     found = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
-    return [(name, child) for name, child in found if child is not None and not child.hidden]
+    return command, [(name, child) for name, child in found if child is not None and not child.hidden]
 
 
 def _option_row(parameter: Any) -> str:
@@ -34,11 +33,12 @@ def _option_row(parameter: Any) -> str:
 
 
 def _section(command: Any, path: str, level: int) -> list[str]:
+    command, children = _resolved(command, path)
     out = [f"{'#' * level} `{path}`", "", " ".join((command.help or "").split()), ""]
     rows = [_option_row(p) for p in command.params if not getattr(p, "hidden", False)]
     if rows:
         out += ["| Option | Meaning |", "|---|---|", *rows, ""]
-    for name, child in _children(command):
+    for name, child in children:
         out += _section(child, f"{path} {name}", min(level + 1, 4))
     return out
 
