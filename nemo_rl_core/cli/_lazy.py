@@ -20,16 +20,14 @@ class CoreCommand(NamedTuple):
     """A command of the core, known before its module is imported."""
 
     target: str
-    """`module:attr` of a typer app."""
+    """`module:attr` of a typer app or of a function with annotated parameters."""
     help: str
-    command: str | None = None
-    """The one command of that app that is meant; None is the whole app."""
 
 
 CORE_COMMANDS: dict[str, CoreCommand] = {
-    "train": CoreCommand("nemo_rl_core.cli.train:app_train", "Train a model from a configuration.", "train"),
-    "eval": CoreCommand("nemo_rl_core.cli.train:app_train", "Evaluate a model without training it.", "eval"),
-    "config": CoreCommand("nemo_rl_core.cli.config:app", "Validate and show configurations."),
+    "train": CoreCommand("nemo_rl_core.cli.train:train", "Train what a configuration describes."),
+    "eval": CoreCommand("nemo_rl_core.cli.train:evaluate", "Score a model on the validation data."),
+    "config": CoreCommand("nemo_rl_core.cli.config:app", "Validate, show, compare and describe configurations."),
     "plugins": CoreCommand("nemo_rl_core.cli.plugins:app", "List and describe what is installed."),
 }
 
@@ -61,7 +59,7 @@ class LazyGroup(TyperGroup):
         """A stand-in for the command, or None if there is none of that name."""
         core = CORE_COMMANDS.get(cmd_name)
         if core is not None:
-            return LazyCommand(cmd_name, core.help, lambda: _load_core(core))
+            return LazyCommand(cmd_name, core.help, lambda: _load_core(cmd_name, core))
         providers = [e for e in self._plugins if cmd_name in (e.name, f"{e.distribution.name}:{e.name}")]
         if not providers:
             return None
@@ -80,10 +78,9 @@ class LazyGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _load_core(core: CoreCommand) -> Any:
+def _load_core(name: str, core: CoreCommand) -> Any:
     module, _, attribute = core.target.partition(":")
-    command = as_command(getattr(importlib.import_module(module), attribute))
-    return command if core.command is None else command.commands[core.command]
+    return as_command(getattr(importlib.import_module(module), attribute), name)
 
 
 def _load_plugin(name: str) -> Any:
@@ -94,10 +91,13 @@ def _load_plugin(name: str) -> Any:
 
 def as_command(found: Any, name: str | None = None) -> Any:
     """The command object of a typer app, a command, or a plain function with annotated parameters."""
-    if isinstance(found, typer.Typer):
-        return typer_command(found)
-    if hasattr(found, "make_context"):
+    if not isinstance(found, typer.Typer) and hasattr(found, "make_context"):
         return found
-    app = typer.Typer(add_completion=False)
-    app.command(name)(found)
-    return typer_command(app)
+    app = found
+    if not isinstance(found, typer.Typer):
+        app = typer.Typer(rich_markup_mode=None)
+        app.command(name)(found)
+    command = typer_command(app)
+    # A typer app offers to install completion for itself; only the root can.
+    command.params = [p for p in command.params if p.name not in ("install_completion", "show_completion")]
+    return command

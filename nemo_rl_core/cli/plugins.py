@@ -15,7 +15,7 @@ from nemo_rl_core.registry import KINDS, ComponentRef, Registry, get_registry
 from nemo_rl_core.registry._distributions import normalize
 from nemo_rl_core.registry._index import Entry, Selection
 
-__all__ = ["app"]
+__all__ = ["app", "list_plugins", "show"]
 
 app = typer.Typer(
     help="List and describe what is installed.",

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["evaluate", "train"]
+__all__ = ["app_train", "evaluate", "train"]
+
+app_train = typer.Typer()
 
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML, JSON or TOML).")]
 Overrides = Annotated[
@@ -17,6 +19,7 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, for programs.")]
 
 
+@app_train.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -58,6 +61,7 @@ def train(
         typer.echo(f"Model: {result.model_path}")
 
 
+@app_train.command("eval")
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,

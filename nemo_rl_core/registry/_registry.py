@@ -102,17 +102,17 @@ class Registry:
         """Names of one kind that can be asked for, sorted; see `entries`."""
         return sorted({ref.name for ref in self.entries(kind, full=full) if ref.state != "broken"})
 
-    def problems(self) -> list[PluginError]:
-        """What is wrong with installed plugins, as far as their metadata tells; nothing is imported."""
-        found: list[PluginError] = []
+    def problems(self) -> list[tuple[str, PluginError]]:
+        """What is wrong with installed plugins, as far as metadata tells: (distribution, error) each."""
+        found: list[tuple[str, PluginError]] = []
         for entry in self.index.misplaced():
             dist = entry.distribution
-            found.append(PluginBroken(f"Plugin {dist.name} {dist.version}: {entry.problem}."))
+            found.append((dist.name, PluginBroken(f"Plugin {dist.name} {dist.version}: {entry.problem}.")))
         for ref in self.entries():
             try:
                 ref.check()
             except PluginError as error:
-                found.append(error)
+                found.append((ref.distribution or ref.name, error))
         return found
 
     def check(self) -> None:
@@ -123,13 +123,13 @@ class Registry:
         """
         if self._warned:
             return
-        self._warned = True
         problems = self.problems()
         if problems and self.strict:
-            self._warned = False
-            raise PluginBroken("Broken plugins (strict mode):\n" + "\n".join(f"- {p}" for p in problems))
-        for problem in problems:
-            logger.warning("%s (It is ignored until it is used; to silence this: %s)", problem, DENY_VARIABLE)
+            listing = "\n".join(f"- {problem}" for _, problem in problems)
+            raise PluginBroken(f"Broken plugins (strict mode):\n{listing}")
+        self._warned = True
+        for distribution, problem in problems:
+            logger.warning("%s (It is not used, so this is all; %s=%s hides it.)", problem, DENY_VARIABLE, distribution)
 
     # -- resolving ----------------------------------------------------------------------------
 
@@ -298,8 +298,7 @@ class Registry:
 
         def check() -> str | None:
             if entry.problem is not None:
-                remedy = f"Upgrade it, or disable it: {DENY_VARIABLE}={dist.name}"
-                raise PluginBroken(f"Plugin {dist.name} {dist.version}: {entry.problem}. {remedy}")
+                raise PluginBroken(f"Plugin {dist.name} {dist.version}: {entry.problem}. Upgrade it or disable it.")
             return incompatibility(index, dist, kind.name)
 
         return ComponentRef(

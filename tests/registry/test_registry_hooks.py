@@ -152,7 +152,7 @@ def test_what_would_never_be_called_rightly_is_refused(hooks, callback, message)
 
 def test_wrong_calls_by_the_core_are_errors(hooks):
     run = hooks([])
-    with pytest.raises(PluginError, match="There is no hook 'on_step_ends'. Did you mean 'on_step_end'"):
+    with pytest.raises(PluginError, match=r"There is no hook 'on_step_ends'\. Did you mean 'on_step_end'"):
         run.call("on_step_ends", run=None)
     with pytest.raises(TypeError, match="takes run, metrics; got run"):
         run.call("on_step_end", run=None)
