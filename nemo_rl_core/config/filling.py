@@ -38,6 +38,7 @@ DERIVED: dict[Path, tuple[Path, Callable[[RunConfig], Any]]] = {
         lambda c: c.policy.max_sequence_length,
     ),
     ("generation", "max_new_tokens"): (("policy", "max_sequence_length"), _max_new_tokens),
+    ("max_epochs",): (("max_steps",), lambda c: 1 if c.max_steps is None else None),
     ("policy", "scheduler", "total_steps"): (("max_steps",), _total_steps),
 }
 """Path of a value that is filled when it is None, to the value it follows and how it is found."""

@@ -319,8 +319,9 @@ class RunConfig:
     """Shorthand for `policy.optimizer.lr`."""
     max_steps: int | None = field(default=None, validator=optional(ge(1)))
     """Steps of the run loop; None is decided by `max_epochs`."""
-    max_epochs: int | None = field(default=1, validator=optional(ge(1)))
-    """Passes over the training data; the run ends at whichever of the two comes first."""
+    max_epochs: int | None = field(default=None, validator=optional(ge(1)))
+    """Passes over the training data; the run ends at whichever of the two comes first. None is 1, or as many as
+    `max_steps` needs if that is set."""
     seed: int = 42
     """Everything random follows from it."""
     name: str | None = None

@@ -137,7 +137,6 @@ def test_values_set_in_python_are_checked_as_in_a_file(registry, toy):
 
 CASES = [
     (dict(model=None), "policy.model_name", "no model"),
-    (dict(max_epochs=None), "max_steps", "never end"),
     (dict(generation=GenerationConfig(max_new_tokens=2048)), "generation.max_new_tokens", "2048 new tokens"),
     (dict(validation=ValidationConfig(max_new_tokens=4000)), "validation.max_new_tokens", "4000 new tokens"),
     (dict(generation=GenerationConfig(max_sequence_length=4096)), "generation.max_sequence_length", "4096"),

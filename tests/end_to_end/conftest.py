@@ -16,11 +16,6 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def first_letter(response: str) -> float:
-    """A reward that a random model already earns now and then: a digit anywhere in the response."""
-    return float(any(c.isdigit() for c in response))
-
-
 @pytest.fixture
 def tiny(tmp_path) -> Callable[..., dict[str, Any]]:
     """A GRPO configuration as plain data; keyword arguments are merged over it."""

@@ -117,7 +117,6 @@ def _warm_start(run_dir: Path, common: dict[str, Any], seed: int) -> RunResult:
             "learning_rate": 2e-3,
             "batch_size": 256,
             "max_steps": 200,
-            "max_epochs": None,
             "run_dir": str(run_dir),
             "policy": {
                 "optimizer": {"weight_decay": 0.0, "betas": [0.9, 0.95]},
