@@ -179,6 +179,7 @@ def test_non_finite_logits_fail_their_request_only(start):
         head[50] = 0.0  # so that token 50 is never the most likely
         engine._model.lm_head.weight = torch.nn.Parameter(head)
         engine._model.model.embed_tokens.weight[50] = float("nan")
+    engine._scheduler.decoder.refresh()
     for _ in range(2):
         good, bad = generate(
             engine, request([5, 6], max_new_tokens=9, seed=1, top_k=1), request([5, 50], name="bad", max_new_tokens=9)
