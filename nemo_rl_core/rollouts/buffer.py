@@ -227,9 +227,7 @@ class GroupBuffer:
     def _describe_missing(self, num_groups: int, wanted: list[int] | None, timeout_s: float) -> str:
         held = sorted(self._groups)
         if wanted is None:
-            return (
-                f"Waited {timeout_s:g} s for {num_groups} groups of rollouts; {len(held)} are there: {_ids(held)}."
-            )
+            return f"Waited {timeout_s:g} s for {num_groups} groups of rollouts; {len(held)} are there: {_ids(held)}."
         missing = [i for i in wanted[:num_groups] if i not in self._groups]
         return f"Waited {timeout_s:g} s for rollouts: group {_ids(missing)} did not finish; held: {_ids(held)}."
 

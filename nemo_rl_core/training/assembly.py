@@ -138,6 +138,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
                 config.data,
                 seed=config.seed,
                 max_epochs=config.max_epochs,
+                feed=algorithm_class.feed if training else "rollouts",
                 train_rows=inputs.train_rows,
                 validation_rows=inputs.validation_rows,
             ),

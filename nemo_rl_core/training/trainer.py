@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.environment import Reward
     from nemo_rl_core.training.evaluation import EvaluationResult
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "default_run_dir", "run"]
 
 Self = TypeVar("Self", bound="Trainer")
 

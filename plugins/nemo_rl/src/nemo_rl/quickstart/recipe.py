@@ -18,7 +18,7 @@ from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_grpo.trainer import GRPOTrainer
 from nemo_rl_plugins_sft.trainer import SFTTrainer
 
-__all__ = ["QuickstartResult", "run_quickstart"]
+__all__ = ["QuickstartResult", "arithmetic_data", "run_quickstart"]
 
 MODEL = "scratch:qwen2-1m"
 TRAIN_SEED_OFFSET = 1_000
@@ -124,7 +124,12 @@ def _warm_start(run_dir: Path, common: dict[str, Any], seed: int) -> RunResult:
                 "scheduler": {"warmup_steps": 50},
                 "max_sequence_length": 32,
             },
-            "data": {"train": {**arithmetic_data(seed=TRAIN_SEED_OFFSET + seed, size=20_000), "columns": {"response": "answer"}}},
+            "data": {
+                "train": {
+                    **arithmetic_data(seed=TRAIN_SEED_OFFSET + seed, size=20_000),
+                    "columns": {"response": "answer"},
+                }
+            },
             **common,
         }
     )
