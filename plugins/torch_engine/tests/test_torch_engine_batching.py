@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from conftest import complete, generate, reference_logprobs, request
-from nemo_rl_plugins_torch_engine.backend import TorchEngine
+from torch_engine_kit import complete, generate, reference_logprobs, request
 
 from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 
 def test_it_is_a_generation_backend_found_by_entry_point():
@@ -179,6 +179,7 @@ def test_non_finite_logits_fail_their_request_only(start):
         head[50] = 0.0  # so that token 50 is never the most likely
         engine._model.lm_head.weight = torch.nn.Parameter(head)
         engine._model.model.embed_tokens.weight[50] = float("nan")
+    engine._scheduler.decoder.refresh()
     for _ in range(2):
         good, bad = generate(
             engine, request([5, 6], max_new_tokens=9, seed=1, top_k=1), request([5, 50], name="bad", max_new_tokens=9)

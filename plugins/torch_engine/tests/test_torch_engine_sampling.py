@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import complete, request
+from torch_engine_kit import complete, request
+
 from nemo_rl_plugins_torch_engine.noise import uniforms
 from nemo_rl_plugins_torch_engine.sampling import RowSampling, sample
 

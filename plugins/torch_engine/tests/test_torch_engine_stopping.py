@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import complete, request
-from nemo_rl_plugins_torch_engine.stopping import StopStrings
+from torch_engine_kit import complete, request
 
 from nemo_rl_core.models import load_tokenizer
+from nemo_rl_plugins_torch_engine.stopping import StopStrings
 
 
 class Pieces:

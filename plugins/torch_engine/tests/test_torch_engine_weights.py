@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from conftest import complete, generate, reference_logprobs, request
+from torch_engine_kit import complete, generate, reference_logprobs, request
 
 from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.models import load_model

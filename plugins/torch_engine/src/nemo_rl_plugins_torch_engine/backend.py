@@ -75,6 +75,7 @@ class TorchEngine(GenerationBackend):
             num_rows=num_rows,
             max_length=self._max_length,
             cache_dtype=cache_dtype,
+            cuda_graphs=options.cuda_graphs,
         )
         self._vocab_size = decoder.vocab_size
         self._scheduler = Scheduler(
