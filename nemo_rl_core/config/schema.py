@@ -77,7 +77,7 @@ class SchedulerConfig:
     """Shape of the decay after the warm-up."""
     warmup_steps: int = field(default=0, validator=ge(0))
     """Optimizer steps over which the rate rises from 0 in a line."""
-    total_steps: int | None = field(default=None, validator=optional(gt(0)), metadata={"derived_from": "max_steps"})
+    total_steps: int | None = field(default=None, validator=optional(gt(0)))
     """Optimizer steps to the end of the decay; None takes those of the run's `max_steps`."""
     min_lr_ratio: float = field(default=0.0, validator=[ge(0), le(1)])
     """Final learning rate as a share of `optimizer.lr`."""
@@ -121,15 +121,13 @@ class PolicyConfig:
 class GenerationConfig:
     """The engine that samples, and how it samples."""
 
-    model_name: str | None = field(default=None, metadata={"derived_from": "policy.model_name"})
+    model_name: str | None = None
     """Filled from the policy; do not set it."""
     backend: Any = None
     """Generation backend: name, `dist:name`, `module:attr` or class; None is the installed default."""
     options: Any = field(factory=dict, metadata={"options_of": ("generation_backends", "backend")})
     """Settings of the generation backend, structured by its `config_class`."""
-    precision: Literal["float32", "bfloat16"] | None = field(
-        default=None, metadata={"derived_from": "policy.precision"}
-    )
+    precision: Literal["float32", "bfloat16"] | None = None
     """None is the policy's."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
     """Tokens of one completion at most; None is 512, or half of `policy.max_sequence_length` if that is less."""
@@ -143,9 +141,7 @@ class GenerationConfig:
     """Texts that end a completion and stay in it."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, beside the model's own."""
-    max_sequence_length: int | None = field(
-        default=None, validator=optional(ge(2)), metadata={"derived_from": "policy.max_sequence_length"}
-    )
+    max_sequence_length: int | None = field(default=None, validator=optional(ge(2)))
     """Tokens of prompt and completion together; None is the policy's."""
 
 

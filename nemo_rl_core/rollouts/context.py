@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from nemo_rl_core.protocols.environment import Environment, EnvironmentContext
+from nemo_rl_core.rollouts.deadlines import Deadline
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 
 __all__ = ["EnvironmentFactory", "EpisodeContext"]
@@ -32,7 +32,7 @@ class EpisodeContext:
         self._pool = pool
         self.reward_timeout_s = reward_timeout_s
         self.completion_ids: list[int] = []
-        self.deadline: asyncio.Timeout | None = None
+        self.deadline: Deadline | None = None
         """Deadline of the step under way, set by the engine."""
 
     def can_run_in_pool(self, function: Callable[..., Any]) -> bool:
@@ -43,16 +43,12 @@ class EpisodeContext:
         self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
     ) -> Any:
         """Run a picklable function in a worker process; see `ProcessPool.run`."""
-        deadline = self.deadline
-        when = deadline.when() if deadline is not None else None
         budget = self.reward_timeout_s if timeout_s is None else timeout_s
-        if deadline is None or when is None:
+        deadline = self.deadline
+        if deadline is None:
             return await self._pool.run(function, *args, timeout_s=budget, **kwargs)
-        loop = asyncio.get_running_loop()
-        left = when - loop.time()
-        deadline.reschedule(None)
+        left = deadline.pause()
         try:
             return await self._pool.run(function, *args, timeout_s=budget, **kwargs)
         finally:
-            if not deadline.expired():
-                deadline.reschedule(loop.time() + left)
+            deadline.resume(left)

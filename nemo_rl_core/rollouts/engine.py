@@ -12,7 +12,8 @@ from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
-from nemo_rl_core.rollouts.episode import Episode, Gauge
+from nemo_rl_core.rollouts.deadlines import DeadlineWatch
+from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings, Gauge
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
 from nemo_rl_core.rollouts.seeds import stable_seed
@@ -54,21 +55,27 @@ class RolloutEngine:
         max_sequence_length: int,
     ) -> None:
         self.generation = generation
-        self.environment = environment
-        self.chat = chat
         self.config = config
+        self.generating = Gauge()
+        """Episodes that wait for the generation backend."""
+        self.settings = EpisodeSettings(
+            environment=environment,
+            generation=generation,
+            chat=chat,
+            config=config,
+            max_sequence_length=max_sequence_length,
+            generating=self.generating,
+        )
         self.sampling = sampling
         self.pool = pool
         self.seed = seed
-        self.max_sequence_length = max_sequence_length
         self.num_in_flight = 0
         """Episodes running now."""
-        self.generating = Gauge()
-        """Episodes that wait for the generation backend."""
         self._num_unadmitted = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots = asyncio.Semaphore(config.max_in_flight)
         self._admission = asyncio.Lock()
+        self._watch = DeadlineWatch()
 
     async def run_group(
         self,
@@ -97,30 +104,18 @@ class RolloutEngine:
         params = sampling or self.sampling
         asked = perf_counter()
         tasks: list[asyncio.Task[Rollout]] = []
-        self._num_unadmitted += 1
         try:
-            async with self._admission:
-                for index in range(group_size):
-                    await self._slots.acquire()
-                    self.num_in_flight += 1
-                    episode = self._episode(group_id, task_id, task, index, params, asked)
-                    running = asyncio.create_task(episode.run(), name=episode.name)
-                    running.add_done_callback(self._release)
-                    tasks.append(running)
-            self._num_unadmitted -= 1
+            await self._admit(group_id, task_id, task, group_size, params, asked, tasks)
             rollouts = await asyncio.gather(*tasks)
         except BaseException:
-            if len(tasks) < group_size:
-                self._num_unadmitted -= 1
             await _cancel(tasks)
             raise
         return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version)
 
     async def settled(self, timeout_s: float) -> None:
-        """Return when nothing more can start by itself, at the latest after `timeout_s`.
+        """Wait until all episodes that may run wait for the generation backend, `timeout_s` at most.
 
-        That is when every group that was asked for is admitted (or no place is left) and each of its episodes
-        waits for the generation backend.
+        That is: every group that was asked for is admitted, or no place is left.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -133,6 +128,31 @@ class RolloutEngine:
         admitted = self._num_unadmitted == 0 or self._slots.locked()
         return admitted and self.num_in_flight == self.generating.count
 
+    async def _admit(
+        self,
+        group_id: int,
+        task_id: str,
+        task: Task,
+        group_size: int,
+        sampling: SamplingParams,
+        asked: float,
+        tasks: list[asyncio.Task[Rollout]],
+    ) -> None:
+        """Start the episodes of a group as places become free, into `tasks`."""
+        environment_seed = stable_seed(self.seed, group_id, task_id, "environment", bits=31)
+        self._num_unadmitted += 1
+        try:
+            async with self._admission:
+                for index in range(group_size):
+                    await self._slots.acquire()
+                    self.num_in_flight += 1
+                    episode = self._episode(group_id, task_id, task, index, environment_seed, sampling, asked)
+                    running = asyncio.create_task(episode.run(self._watch))
+                    running.add_done_callback(self._release)
+                    tasks.append(running)
+        finally:
+            self._num_unadmitted -= 1
+
     def _bind_loop(self) -> None:
         """Waiting primitives belong to one event loop; start afresh on another."""
         loop = asyncio.get_running_loop()
@@ -140,10 +160,18 @@ class RolloutEngine:
             self._loop = loop
             self._slots = asyncio.Semaphore(self.config.max_in_flight)
             self._admission = asyncio.Lock()
-            self.num_in_flight = 0
+            self._watch = DeadlineWatch()
+            self.num_in_flight = self._num_unadmitted = self.generating.count = 0
 
     def _episode(
-        self, group_id: int, task_id: str, task: Task, index: int, sampling: SamplingParams, asked: float
+        self,
+        group_id: int,
+        task_id: str,
+        task: Task,
+        index: int,
+        environment_seed: int,
+        sampling: SamplingParams,
+        asked: float,
     ) -> Episode:
         rollout = Rollout(
             rollout_id=f"{task_id}/{index}",
@@ -153,18 +181,12 @@ class RolloutEngine:
             task=task,
         )
         return Episode(
-            rollout=rollout,
-            name=f"rollout {group_id}/{index}",
-            environment_seed=stable_seed(self.seed, group_id, task_id, "environment", bits=31),
-            environment=self.environment,
+            self.settings,
+            rollout,
+            group_id=group_id,
+            environment_seed=environment_seed,
             context=EpisodeContext(self.pool, reward_timeout_s=self.config.reward_timeout_s),
-            generation=self.generation,
-            generating=self.generating,
-            order=(group_id, index),
-            chat=self.chat,
-            config=self.config,
             sampling=sampling,
-            max_sequence_length=self.max_sequence_length,
             asked=asked,
         )
 

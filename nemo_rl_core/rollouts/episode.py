@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-from attrs import define, field
+from attrs import frozen
 
 from nemo_rl_core._errors import (
     DeadlineExceeded,
@@ -30,10 +30,11 @@ from nemo_rl_core.protocols.generation_backend import (
     SamplingParams,
 )
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
+from nemo_rl_core.rollouts.deadlines import Deadline, DeadlineWatch
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
 from nemo_rl_core.rollouts.seeds import stable_seed
 
-__all__ = ["Episode", "Gauge", "finite_rewards"]
+__all__ = ["Episode", "EpisodeSettings", "Gauge", "finite_rewards"]
 
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
@@ -43,47 +44,90 @@ _T = TypeVar("_T")
 class Gauge:
     """A number that goes up and down."""
 
+    __slots__ = ("count",)
+
     def __init__(self) -> None:
         self.count = 0
 
 
-@define(eq=False, kw_only=True)
-class Episode:
-    """The running of one rollout; `run` may be called once."""
+@frozen(kw_only=True, eq=False)
+class EpisodeSettings:
+    """What all episodes of an engine share."""
 
-    rollout: Rollout
-    name: str
-    environment_seed: int
     environment: EnvironmentFactory
-    context: EpisodeContext
     generation: GenerationBackend
-    generating: Gauge
-    """Counts the episodes that wait for the generation backend."""
-    order: tuple[int, int]
-    """(group id, index): place among waiting requests."""
     chat: ChatFormatter
     config: RolloutConfig
-    sampling: SamplingParams
     max_sequence_length: int
-    asked: float
-    """`perf_counter()` when the group was asked for."""
-    _messages: list[Message] = field(factory=list)
-    _token_ids: list[int] = field(factory=list)
-    _stage: _Stage = "reset"
-    _generation_s: float = 0.0
-    _environment_s: float = 0.0
+    generating: Gauge
+    """Counts the episodes that wait for the generation backend."""
 
-    async def run(self) -> Rollout:
+
+class Episode:
+    """The running of one rollout; `run` may be called once.
+
+    Args:
+        settings: What all episodes share.
+        rollout: The record to fill.
+        group_id: For messages and for the order of waiting requests.
+        environment_seed: One for the whole group.
+        context: Lent to the environment.
+        sampling: How completions are drawn.
+        asked: `perf_counter()` when the group was asked for.
+    """
+
+    def __init__(
+        self,
+        settings: EpisodeSettings,
+        rollout: Rollout,
+        *,
+        group_id: int,
+        environment_seed: int,
+        context: EpisodeContext,
+        sampling: SamplingParams,
+        asked: float,
+    ) -> None:
+        self.settings = settings
+        self.config = settings.config
+        self.chat = settings.chat
+        self.rollout = rollout
+        self.group_id = group_id
+        self.environment_seed = environment_seed
+        self.context = context
+        self.sampling = sampling
+        self.asked = asked
+        self._messages: list[Message] = []
+        self._token_ids: list[int] = []
+        self._stage: _Stage = "reset"
+        self._generation_s = 0.0
+        self._environment_s = 0.0
+        self._deadline: Deadline
+
+    @property
+    def name(self) -> str:
+        """How messages call this rollout."""
+        return f"rollout {self.group_id}/{self.rollout.index}"
+
+    async def run(self, watch: DeadlineWatch) -> Rollout:
         """Play the episode. Every failure is recorded in the rollout; only a cancellation is raised."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._deadline = self.context.deadline = Deadline(task)
+        watch.add(self._deadline)
+        try:
+            return await self._run(task)
+        finally:
+            watch.remove(self._deadline)
+
+    async def _run(self, task: asyncio.Task[Any]) -> Rollout:
         rollout = self.rollout
         started = perf_counter()
         environment: Environment | None = None
         try:
-            environment = self.environment(self.context)
+            environment = self.settings.environment(self.context)
             await self._play(environment)
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if task.cancelling():
                 raise
             self._fail(EnvironmentFailure(f"A task inside the episode was cancelled: {error}"))
         except Exception as error:
@@ -133,36 +177,36 @@ class Episode:
         if self._room <= 0:
             raise GenerationError(
                 f"The prompt has {len(self._token_ids)} tokens and leaves no room in a sequence of "
-                f"{self.max_sequence_length}. Raise policy.max_sequence_length or shorten the prompt."
+                f"{self.settings.max_sequence_length}. Raise policy.max_sequence_length or shorten the prompt."
             )
 
     @property
     def _room(self) -> int:
-        return self.max_sequence_length - len(self._token_ids)
+        return self.settings.max_sequence_length - len(self._token_ids)
 
     async def _generate(self, turn: int) -> Completion:
         self._stage = "generate"
-        request_id = f"{self.rollout.rollout_id}/{turn}"
         request = GenerationRequest(
-            request_id=request_id,
+            request_id=f"{self.group_id}/{self.rollout.rollout_id}/{turn}",
             prompt_ids=self._token_ids,
             sampling=_for_turn(self.sampling, self._room, stable_seed(self.rollout.seed, turn)),
-            order=(*self.order, turn),
+            order=(self.group_id, self.rollout.index, turn),
         )
         started = perf_counter()
-        self.generating.count += 1
+        self.settings.generating.count += 1
         try:
-            async with asyncio.timeout(self.config.generation_timeout_s) as deadline:
-                completion = await self.generation.generate(request)
+            completion = await self._deadline.wait(
+                self.settings.generation.generate(request), self.config.generation_timeout_s
+            )
         except TimeoutError as error:
-            if not deadline.expired():
-                raise
+            if error.args or isinstance(error, NemoRLError):
+                raise  # the engine's own
             raise DeadlineExceeded(
                 f"generation of {self.name} (turn {turn}) passed its deadline of "
                 f"{self.config.generation_timeout_s:g} s (rollouts.generation_timeout_s)."
             ) from error
         finally:
-            self.generating.count -= 1
+            self.settings.generating.count -= 1
             self._generation_s += perf_counter() - started
         _check(completion)
         return completion
@@ -217,7 +261,7 @@ class Episode:
         extension = self.chat.extend(self._messages, self._token_ids, new)
         length = len(extension.token_ids) + (0 if extension.forked else len(self._token_ids))
         self._messages.extend(new)
-        if length >= self.max_sequence_length:
+        if length >= self.settings.max_sequence_length:
             self.rollout.truncated = True
             self.rollout.segments[-1].extend(_unsampled(new, []))
             return False
@@ -248,18 +292,14 @@ class Episode:
     async def _in_time(self, stage: _Stage, waiting: Awaitable[_T]) -> _T:
         limit = self.config.environment_timeout_s
         try:
-            async with asyncio.timeout(limit) as deadline:
-                self.context.deadline = deadline
-                return await waiting
+            return await self._deadline.wait(waiting, limit)
         except TimeoutError as error:
-            if not deadline.expired():
-                raise
+            if error.args or isinstance(error, NemoRLError):
+                raise  # the environment's own
             raise DeadlineExceeded(
                 f"environment {stage} of {self.name} passed its deadline of {limit:g} s "
                 "(rollouts.environment_timeout_s)."
             ) from error
-        finally:
-            self.context.deadline = None
 
     async def _close(self, environment: Environment) -> None:
         """Close the environment; an earlier failure stays the one that is recorded."""
@@ -276,11 +316,11 @@ class Episode:
     def _fail(self, error: Exception) -> None:
         stage: _Stage = "score" if isinstance(error, RewardError) else self._stage
         message = str(error) or type(error).__name__
-        self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message)
-        expected = isinstance(error, NemoRLError)
-        if not expected:
+        if not isinstance(error, NemoRLError):
             message += _where(error)
-        _log.debug("%s failed in %s: %s", self.name, stage, message, exc_info=None if expected else error)
+        self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message)
+        self.rollout.rewards = {}
+        _log.debug("%s failed in %s: %s: %s", self.name, stage, type(error).__name__, message)
 
 
 def finite_rewards(rewards: Mapping[str, Any]) -> dict[str, float]:

@@ -208,7 +208,8 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[tuple[str, ...
             f"reward {name} has positional-only arguments {unnamed}; arguments are matched by name. "
             "Remove the `/` from its signature, or wrap it in a function."
         )
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    preset = function.keywords if isinstance(function, functools.partial) else {}
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in preset]
     required = tuple(p.name for p in named if p.default is p.empty)
     optional = tuple(p.name for p in named if p.default is not p.empty)
     return required, optional, any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -18,6 +18,7 @@ from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.rollouts.engine import RolloutEngine
+from nemo_rl_core.rollouts.garbage import relaxed_collection
 from nemo_rl_core.rollouts.records import RolloutGroup
 
 __all__ = ["RolloutRunner"]
@@ -139,9 +140,10 @@ class RolloutRunner:
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.call_soon(self._beat)
-            self._loop.run_forever()
-            self._finish_tasks()
+            with relaxed_collection():
+                self._loop.call_soon(self._beat)
+                self._loop.run_forever()
+                self._finish_tasks()
         except BaseException as error:
             _log.exception("the rollout loop failed")
             self._fail(WorkerDied(f"The rollout loop failed: {type(error).__name__}: {error}"))

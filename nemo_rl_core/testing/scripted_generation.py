@@ -67,6 +67,7 @@ class ScriptedGeneration:
         self._script = _as_function(script)
         self._tokenizer = tokenizer
         self.version = 0
+        self._paused = False
         self.requests: list[GenerationRequest] = []
         self.num_active = 0
         self.max_active = 0
@@ -94,6 +95,8 @@ class ScriptedGeneration:
         self.num_active += 1
         self.max_active = max(self.max_active, self.num_active)
         try:
+            while self._paused:
+                await asyncio.sleep(0.001)
             reply = _as_reply(self._script(request))
             if reply.hang:
                 await asyncio.Event().wait()
@@ -112,6 +115,14 @@ class ScriptedGeneration:
         """Keep the tensors and stamp later completions with `version`."""
         self.weights = dict(tensors)
         self.version = version
+
+    def pause(self) -> None:
+        """Answer no request until `resume`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._paused = False
 
     def fingerprint(self) -> str:
         """Names the version: there are no weights to digest."""

@@ -41,7 +41,7 @@ def attend_packed(
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
     for run in runs:
         span = slice(run.start, run.start + run.count * run.length)
-        q, k, v = (x[span].unflatten(0, (run.count, run.length)).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x[span].view(run.count, run.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         if softcap is None and (window is None or window >= run.length):
             result = sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         else:

@@ -1,0 +1,101 @@
+"""Deadlines of thousands of waits with one timer: each wait sets a number, and a watch looks at them all."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable
+from time import monotonic
+from typing import Any, TypeVar
+
+__all__ = ["Deadline", "DeadlineWatch"]
+
+_T = TypeVar("_T")
+_TICK_S = 0.1
+
+
+class Deadline:
+    """The deadline of whatever one task now waits for."""
+
+    __slots__ = ("_cancelling", "_task", "expired", "when")
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = task
+        self._cancelling = 0
+        self.when = math.inf
+        """`monotonic()` at which the wait is cut off; infinity is never."""
+        self.expired = False
+
+    async def wait(self, awaitable: Awaitable[_T], limit_s: float) -> _T:
+        """Await, for `limit_s` seconds at most (and up to a tenth of a second more).
+
+        Raises:
+            TimeoutError: The time is over; what was awaited has been cancelled.
+        """
+        self._cancelling = self._task.cancelling()
+        self.when = monotonic() + limit_s
+        try:
+            result = await awaitable
+        except BaseException as error:
+            self.when = math.inf
+            if self._was_cut() and not self._cancelled_from_outside(error):
+                raise TimeoutError from error
+            raise
+        self.when = math.inf
+        if self._was_cut():  # what was awaited swallowed the cancellation
+            raise TimeoutError
+        return result
+
+    def _was_cut(self) -> bool:
+        """Whether the watch ended this wait; takes its cancellation back."""
+        if not self.expired:
+            return False
+        self.expired = False
+        self._task.uncancel()
+        return True
+
+    def _cancelled_from_outside(self, error: BaseException) -> bool:
+        return isinstance(error, asyncio.CancelledError) and self._task.cancelling() > self._cancelling
+
+    def pause(self) -> float:
+        """Stop the clock; returns the seconds left (infinity if none runs) for `resume`."""
+        left = self.when - monotonic()
+        self.when = math.inf
+        return left
+
+    def resume(self, left_s: float) -> None:
+        """Let the clock run on, unless the wait is over or another one has begun meanwhile."""
+        if left_s != math.inf and self.when == math.inf and not self.expired:
+            self.when = monotonic() + left_s
+
+    def cut(self) -> None:
+        """End the wait now."""
+        self.expired = True
+        self.when = math.inf
+        self._task.cancel()
+
+
+class DeadlineWatch:
+    """Cuts off the waits of registered deadlines; belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._deadlines: set[Deadline] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, deadline: Deadline) -> None:
+        """Watch this deadline."""
+        self._deadlines.add(deadline)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._look)
+
+    def remove(self, deadline: Deadline) -> None:
+        """Watch it no more."""
+        self._deadlines.discard(deadline)
+
+    def _look(self) -> None:
+        now = monotonic()
+        for deadline in [d for d in self._deadlines if d.when <= now]:
+            deadline.cut()
+        self._timer = None
+        if self._deadlines:
+            self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._look)
