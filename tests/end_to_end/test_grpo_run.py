@@ -6,10 +6,11 @@ import json
 import math
 import time
 
-import nemo_rl
 import pytest
 import torch
 from conftest import first_letter
+
+import nemo_rl
 from nemo_rl_core._errors import CheckpointError, ConfigError, EnvironmentFailure, InvariantViolation
 from nemo_rl_core.rollouts.jsonl import read_groups
 from nemo_rl_core.training.record import read_metrics

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from nemo_rl_plugins_torch_engine.backend import TorchEngine
-from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 
 from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_plugins_torch_engine.backend import TorchEngine
+from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 
 torch.set_num_threads(1)
 

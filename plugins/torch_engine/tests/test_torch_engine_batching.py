@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 from conftest import complete, generate, reference_logprobs, request
-from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 
 def test_it_is_a_generation_backend_found_by_entry_point():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ARCHITECTURES, complete, reference_logprobs, request
+
+from nemo_rl_core._errors import ConfigError
 from nemo_rl_plugins_torch_engine.attention_decoder import AttentionDecoder
 from nemo_rl_plugins_torch_engine.lean import LeanDecoder
 from nemo_rl_plugins_torch_engine.recompute import RecomputeDecoder
-
-from nemo_rl_core._errors import ConfigError
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 8], list(range(4, 40))]
 CHOSEN = {"llama": LeanDecoder, "llama3_rope": LeanDecoder, "qwen2": LeanDecoder, "qwen3": LeanDecoder,

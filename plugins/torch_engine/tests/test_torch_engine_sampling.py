@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import complete, request
+
 from nemo_rl_plugins_torch_engine.noise import uniforms
 from nemo_rl_plugins_torch_engine.sampling import RowSampling, sample
 

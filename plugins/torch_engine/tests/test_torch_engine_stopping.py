@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from conftest import complete, request
-from nemo_rl_plugins_torch_engine.stopping import StopStrings
 
 from nemo_rl_core.models import load_tokenizer
+from nemo_rl_plugins_torch_engine.stopping import StopStrings
 
 
 class Pieces:
