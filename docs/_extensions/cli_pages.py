@@ -27,7 +27,7 @@ def _resolved(command: Any, path: str) -> tuple[Any, list[tuple[str, Any]]]:
 def _option_row(parameter: Any) -> str:
     names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     if parameter.param_type_name == "argument":
-        names = f"`{(parameter.human_readable_name or parameter.name).upper()}`"
+        names = f"`{(parameter.metavar or parameter.name).upper()}`"
     text = " ".join((getattr(parameter, "help", None) or "").split()).replace("|", "\\|")
     return f"| {names} | {text} |"
 

@@ -60,7 +60,7 @@ class ToyConfig(RunConfig):
     """Rollouts of one prompt."""
     updates_per_step: int = field(default=1, validator=ge(1))
     """Optimizer steps of one step."""
-    loss: ComponentChoice = component("losses", "clip")  # noqa: RUF009
+    loss: ComponentChoice = component("losses", "clip")
     """The objective."""
 
     @property

@@ -84,7 +84,13 @@ def uninterrupted(script, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("algorithm", "moment", "step"),
-    [("grpo", "rollouts", 3), ("grpo", "train_step", 4), ("grpo", "batch", 5), ("sft", "batch", 3), ("sft", "train_step", 5)],
+    [
+        ("grpo", "rollouts", 3),
+        ("grpo", "train_step", 4),
+        ("grpo", "batch", 5),
+        ("sft", "batch", 3),
+        ("sft", "train_step", 5),
+    ],
 )
 def test_killed_in_the_middle_of_a_step(script, uninterrupted, tmp_path, algorithm, moment, step):
     assert run(script, algorithm, tmp_path, moment, step) == -signal.SIGKILL

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
-from nemo_rl_plugins_datasets.lines import IndexedLines
 
 from nemo_rl_core._errors import DataError
+from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
+from nemo_rl_plugins_datasets.lines import IndexedLines
 
 ROWS = [{"prompt": f"p{i} é", "answer": i} for i in range(5)]
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
-from nemo_rl_plugins_datasets.huggingface import HuggingFaceSource
 
 from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
+from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
+from nemo_rl_plugins_datasets.huggingface import HuggingFaceSource
 
 datasets = pytest.importorskip("datasets")
 

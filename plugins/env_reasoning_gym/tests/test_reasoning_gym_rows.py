@@ -12,15 +12,15 @@ from collections import Counter
 
 import pluggy
 import pytest
+from reasoning_gym.factory import DATASETS
+
+from nemo_rl_core import hookspecs
+from nemo_rl_core._errors import ConfigError, DataError
 from nemo_rl_plugins_env_reasoning_gym import hooks, named
 from nemo_rl_plugins_env_reasoning_gym.dataset import CurriculumStage, ReasoningGymData, ReasoningGymSource
 from nemo_rl_plugins_env_reasoning_gym.scoring import score_task
 from nemo_rl_plugins_env_reasoning_gym.seeded import HASH_DEPENDENT, SeededGenerator
 from nemo_rl_plugins_env_reasoning_gym.tasks import TASKS
-from reasoning_gym.factory import DATASETS
-
-from nemo_rl_core import hookspecs
-from nemo_rl_core._errors import ConfigError, DataError
 
 WITHOUT_A_SOLUTION = {"boxnet", "rush_hour"}
 """Generators that can check an answer but do not know one themselves."""
@@ -172,7 +172,7 @@ def test_the_class_of_one_task():
     with pytest.raises(ConfigError, match="is one task"):
         source({"task": "lcm"})
     with pytest.raises(AttributeError, match="no_such_task"):
-        named.no_such_task  # noqa: B018
+        named.no_such_task
 
 
 def test_listing_the_tasks_does_not_import_reasoning_gym():
