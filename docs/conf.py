@@ -18,7 +18,8 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "_generated", "_extensions", "README.md", "BUILD_INSTRUCTIONS.md"]
-suppress_warnings = ["myst.header"]
+# ref.python: annotations such as `type[...]` are looked up among the fields called `type` too.
+suppress_warnings = ["myst.header", "ref.python"]
 
 html_theme = "furo"
 html_title = f"NeMo RL {release}"

@@ -8,12 +8,20 @@ __all__ = ["command_line_markdown"]
 
 
 def _command_tree() -> Any:
-    """The click group behind `nemo-rl`."""
-    import typer.main
+    """The root command behind `nemo-rl`."""
+    from nemo_rl_core.cli._app import command
 
-    from nemo_rl_core.cli import app
+    return command()
 
-    return typer.main.get_command(app() if callable(app) and not hasattr(app, "registered_commands") else app)
+
+def _resolved(command: Any, path: str) -> tuple[Any, list[tuple[str, Any]]]:
+    """The command behind a stand-in that is loaded when invoked, and its sub-commands by name."""
+    context = command.make_context(path, [], resilient_parsing=True)
+    command = context.command
+    if not hasattr(command, "list_commands"):
+        return command, []
+    found = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
+    return command, [(name, child) for name, child in found if child is not None and not child.hidden]
 
 
 def _option_row(parameter: Any) -> str:
@@ -25,13 +33,13 @@ def _option_row(parameter: Any) -> str:
 
 
 def _section(command: Any, path: str, level: int) -> list[str]:
+    command, children = _resolved(command, path)
     out = [f"{'#' * level} `{path}`", "", " ".join((command.help or "").split()), ""]
     rows = [_option_row(p) for p in command.params if not getattr(p, "hidden", False)]
     if rows:
         out += ["| Option | Meaning |", "|---|---|", *rows, ""]
-    for name, child in sorted(getattr(command, "commands", {}).items()):
-        if not getattr(child, "hidden", False):
-            out += _section(child, f"{path} {name}", min(level + 1, 4))
+    for name, child in children:
+        out += _section(child, f"{path} {name}", min(level + 1, 4))
     return out
 
 

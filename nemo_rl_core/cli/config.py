@@ -13,7 +13,7 @@ from nemo_rl_core._errors import ConfigError
 if TYPE_CHECKING:
     from nemo_rl_core.config import RunConfig
 
-__all__ = ["app"]
+__all__ = ["app", "diff", "schema", "show", "validate"]
 
 app = typer.Typer(name="config", help="Validate, show, compare and describe configurations.", no_args_is_help=True)
 
@@ -102,7 +102,7 @@ def schema(
     if algorithm is not None and (kind is not None or name is not None):
         raise ConfigError("config schema takes --algorithm, or --kind with --name, not both.")
     if algorithm is None and (kind is None) != (name is None):
-        raise ConfigError("config schema needs --kind and --name together, such as --kind losses --name clipped_pg.")
+        raise ConfigError("config schema needs --kind and --name together, such as --kind losses --name <loss>.")
     typer.echo(json.dumps(json_schema(_class_of(algorithm, kind, name)), indent=2, default=str))
 
 

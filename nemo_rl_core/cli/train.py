@@ -8,9 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["app_train", "evaluate", "train"]
-
-app_train = typer.Typer()
+__all__ = ["evaluate", "train"]
 
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML, JSON or TOML).")]
 Overrides = Annotated[
@@ -19,7 +17,6 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, for programs.")]
 
 
-@app_train.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -61,7 +58,6 @@ def train(
         typer.echo(f"Model: {result.model_path}")
 
 
-@app_train.command("eval")
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -24,7 +24,7 @@ def parse_toml(text: str, source: str) -> tuple[Any, Positions, list[Mistake]]:
         value = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         found = _LINE.search(str(error))
-        line = int(found[1]) if found else len(text.splitlines())
+        line = int(found[1]) if found else text.count("\n") + 1
         problem = f"not valid TOML: {_LINE.sub('', str(error))}" + (f", column {found[2]}" if found else "")
         fix = "Check quotes, brackets and keys there; a key may be written once."
         return None, {}, [Mistake(problem=problem, fix=fix, position=Position(source, line))]
@@ -39,7 +39,7 @@ def _positions(text: str, source: str) -> Positions:
     table: tuple[Key, ...] = ()
     lengths: dict[tuple[Key, ...], int] = {}
     quote: str | None = None  # inside a multi-line string
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if quote is None:
             header, assignment = _TABLE.match(line), _ASSIGNMENT.match(line)
             if header:

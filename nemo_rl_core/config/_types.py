@@ -10,7 +10,7 @@ import attrs
 
 from nemo_rl_core._errors import ConfigError
 
-__all__ = ["alternatives", "config_class_of", "default_of", "derived", "fields_of", "same", "shorthands", "type_name"]
+__all__ = ["alternatives", "config_class_of", "default_of", "fields_of", "same", "shorthands", "type_name"]
 
 
 def fields_of(cls: Any) -> tuple[attrs.Attribute[Any], ...]:
@@ -63,23 +63,6 @@ def same(left: Any, right: Any) -> bool:
         return bool(left == right)
     except (ValueError, TypeError, RuntimeError):
         return False
-
-
-def derived(cls: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Path of each value that `finalize` fills to the path of the value it comes from."""
-    return _derived(cls)
-
-
-@cache
-def _derived(cls: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
-    found: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for f in fields_of(cls):
-        if "derived_from" in f.metadata:
-            found[(f.name,)] = tuple(f.metadata["derived_from"].split("."))
-        nested = config_class_of(f.type)
-        for path, source in derived(nested).items() if nested is not None else ():
-            found[(f.name, *path)] = source
-    return found
 
 
 def type_name(tp: Any) -> str:

@@ -23,7 +23,7 @@ _FLOAT = re.compile(
 )
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _NULL = re.compile(r"~|null|Null|NULL|")
-_MAX_VALUES = 1_000_000
+_MAX_VALUES = 100_000
 
 
 class Loader(yaml.SafeLoader):
@@ -81,7 +81,7 @@ class _Reader:
         self.positions.setdefault(keys, self.position(node))
         self.count += 1
         if self.count > _MAX_VALUES:
-            raise yaml.YAMLError("more than a million values (aliases of aliases?)")
+            raise yaml.YAMLError("more than 100,000 values (aliases of aliases?)")
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, keys)
         if id(node) in self.open:

@@ -46,9 +46,6 @@ def _length_of_run(config: RunConfig) -> Iterator[Mistake]:
     if config.policy.model_name is None:
         fix = "Set `model`, such as `model: Qwen/Qwen2.5-0.5B-Instruct` or a local folder."
         yield mistake("policy.model_name", "no model is chosen", fix, related=["model"])
-    if config.max_steps is None and config.max_epochs is None:
-        problem = "max_steps and max_epochs are both null, so the run would never end"
-        yield mistake("max_steps", problem, "Set one of them.", related=["max_epochs"])
 
 
 def _lengths(config: RunConfig) -> Iterator[Mistake]:

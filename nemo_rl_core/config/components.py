@@ -15,7 +15,7 @@ from nemo_rl_core.config.mistakes import Key, Mistake, suggest
 from nemo_rl_core.config.schema import ComponentChoice
 from nemo_rl_core.config.structure import structure
 
-__all__ = ["Reference", "Resolver", "default_resolver", "resolve_choice", "resolve_tree"]
+__all__ = ["Reference", "Resolver", "default_resolver", "find", "resolve_choice", "resolve_tree"]
 
 
 class Reference(Protocol):
@@ -50,6 +50,11 @@ def default_resolver() -> Resolver:
     return resolver
 
 
+def find(resolver: Resolver, kind: str, name: Any, pins: Mapping[str, str]) -> Reference:
+    """The component of that name or object; `pins` is only for a resolver that knows of conflicts."""
+    return resolver.resolve(kind, name, plugins=pins) if pins else resolver.resolve(kind, name)
+
+
 def resolve_choice(
     choice: ComponentChoice, kind: str, *, resolver: Resolver | None = None, pins: Mapping[str, str] | None = None
 ) -> tuple[ComponentChoice, list[Mistake]]:
@@ -67,7 +72,12 @@ def resolve_choice(
     pass_ = _Pass(resolver or default_resolver(), pins or {})
     name = choice.name
     if name is None:
-        name = pass_.resolver.default(kind)
+        try:
+            name = pass_.resolver.default(kind)
+        except PluginError as error:
+            return choice, [Mistake(keys=("name",), problem=str(error), error=error)]
+        if name is None:
+            return choice, pass_.no_default(kind, choice.options, "options", "name")
     options, mistakes = pass_.options(kind, name, choice.options, ("name",), ("options",))
     return ComponentChoice(name=name, options=options), mistakes
 
@@ -162,7 +172,7 @@ class _Pass:
         return nested, [m.under(*options_at) for m in mistakes]
 
     def find(self, kind: str, name: Any) -> Reference:
-        return self.resolver.resolve(kind, name, plugins=self.pins)
+        return find(self.resolver, kind, name, self.pins)
 
     def is_component(self, kind: str, name: Any) -> bool:
         """Whether `name` is a component of `kind` and not, as in `data.train.source`, data."""

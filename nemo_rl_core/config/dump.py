@@ -33,7 +33,10 @@ def to_dict(config: Any, *, defaults: bool = True) -> dict[str, Any]:
         needed = f.default is attrs.NOTHING or (f.name == "algorithm" and value is not None)
         if not defaults and not needed and same(value, default_of(f)):
             continue
-        result[f.name] = _plain(value, defaults)
+        plain = _plain(value, defaults)
+        if not needed and not defaults and plain == {} and attrs.has(type(value)):
+            continue  # options of which none was changed
+        result[f.name] = plain
     return result
 
 
@@ -138,7 +141,7 @@ def _yaml_lines(config: Any, docs: bool, defaults: bool, indent: str) -> Iterato
             yield f"{indent}{name}:"
             yield from _yaml_lines(value, docs, defaults, indent + "  ")
         else:
-            for line in _dump({name: plain}).splitlines():
+            for line in _dump({name: plain}).removesuffix("\n").split("\n"):
                 yield indent + line
 
 
@@ -158,6 +161,12 @@ def _dump(value: Any) -> str:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
+    def text_node(dumper: Dumper, text: str) -> yaml.ScalarNode:
+        # Unicode's other line breaks would be folded; escaped they survive.
+        style = '"' if any(mark in text for mark in "\x85\u2028\u2029\r") else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, text_node)
     Dumper.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
     )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import attrs
-
 from nemo_rl_core._errors import ConfigError, PluginError
-from nemo_rl_core.config._types import default_of, derived, fields_of, shorthands
+from nemo_rl_core.config._types import default_of, fields_of
 from nemo_rl_core.config.checks import check_tree
-from nemo_rl_core.config.components import Resolver, default_resolver, resolve_tree
+from nemo_rl_core.config.components import Resolver, default_resolver, find, resolve_tree
+from nemo_rl_core.config.filling import filled
 from nemo_rl_core.config.layers import Layer, Overrides, override_layers, read_file, read_mapping
 from nemo_rl_core.config.merge import merge_layers
-from nemo_rl_core.config.mistakes import InvalidConfig, Key, Mistake, locate, path_of, suggest
+from nemo_rl_core.config.mistakes import InvalidConfig, Key, Mistake, locate, suggest
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.config.structure import structure, structure_partially
 
@@ -22,8 +21,6 @@ __all__ = ["Source", "finalize", "load_config"]
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
 """A file (.yaml, .yml, .json, .toml), a mapping, or a configuration."""
-
-_MAX_NEW_TOKENS = 512
 
 
 def load_config(
@@ -55,9 +52,10 @@ def load_config(
     if not any(layer.tree for layer in layers) and not complete:
         raise InvalidConfig(locate(mistakes, {}))
     resolver = resolver or default_resolver()
-    if isinstance(source, RunConfig):
-        config_class = config_class or type(source)
-    root, unknown = _root_class(layers, config_class, resolver)
+    if isinstance(source, RunConfig) and config_class is None:
+        root, unknown = type(source), list[Mistake]()
+    else:
+        root, unknown = _root_class(layers, config_class, resolver)
     mistakes += unknown if complete else []
     tree, positions, found = merge_layers(layers, root)
     mistakes += found
@@ -90,12 +88,12 @@ def finalize(config: RunConfig, *, resolver: Resolver | None = None) -> RunConfi
     if mistakes:
         raise InvalidConfig(locate(mistakes, {}))
     resolved, mistakes = resolve_tree(structured, resolver, structured.plugins)
-    filled, found = _filled(resolved)
+    final, found = filled(resolved)
     mistakes += found
-    mistakes += check_tree(filled)
+    mistakes += check_tree(final)
     if mistakes:
         raise InvalidConfig(locate(mistakes, {}))
-    return filled
+    return final
 
 
 def _layers(source: Source, overrides: Overrides) -> tuple[list[Layer], list[Mistake]]:
@@ -119,12 +117,18 @@ def _root_class(
     """The class of the whole tree; `RunConfig` stands in when the algorithm cannot be found."""
     keys: tuple[Key, ...] = ("algorithm",)
     named = [layer.tree["algorithm"] for layer in layers if layer.tree.get("algorithm") is not None]
+    pins: dict[str, str] = {}
+    for layer in layers:
+        pins.update(layer.tree["plugins"] if isinstance(layer.tree.get("plugins"), dict) else {})
     if config_class is not None:
         default = next((default_of(f) for f in fields_of(config_class) if f.name == "algorithm"), None)
-        if named and default is not None and named[-1] != default and _plain_name(named[-1]) != default:
-            problem = f"found {named[-1]!r}, but the class used is {config_class.__name__}, of {default!r}"
-            return config_class, [Mistake(keys=keys, problem=problem, fix=f"Write `algorithm: {default}`.")]
-        return config_class, []
+        if not named or default is None or default in (named[-1], _plain_name(named[-1])):
+            return config_class, []
+        root, mistakes = _class_of_algorithm(named[-1], pins, resolver)
+        if not mistakes and issubclass(root, config_class):  # another algorithm with the same settings
+            return root, []
+        problem = f"found {named[-1]!r}, but the class used is {config_class.__name__}, of {default!r}"
+        return config_class, [Mistake(keys=keys, problem=problem, fix=f"Write `algorithm: {default}`.")]
     if not named:
         names = ", ".join(resolver.names("algorithms")) or "none is installed"
         written = [key for layer in layers for key in layer.tree]
@@ -132,9 +136,6 @@ def _root_class(
         problem = "no algorithm is chosen" + (f" (is `{near}` meant for `algorithm`?)" if near else "")
         m = Mistake(keys=keys, problem=problem, allowed=names, fix="Add `algorithm: <name>`.")
         return RunConfig, [m]
-    pins: dict[str, str] = {}
-    for layer in layers:
-        pins.update(layer.tree["plugins"] if isinstance(layer.tree.get("plugins"), dict) else {})
     return _class_of_algorithm(named[-1], pins, resolver)
 
 
@@ -143,7 +144,7 @@ def _class_of_algorithm(
 ) -> tuple[type[RunConfig], list[Mistake]]:
     keys: tuple[Key, ...] = ("algorithm",)
     try:
-        algorithm = resolver.resolve("algorithms", name, plugins=pins).load()
+        algorithm = find(resolver, "algorithms", name, pins).load()
     except PluginError as error:
         meant = None
         if isinstance(name, str) and isinstance(error, LookupError) and "did you mean" not in str(error).lower():
@@ -162,8 +163,8 @@ def _checked(config: RunConfig, resolver: Resolver, before: Sequence[Mistake]) -
     resolved, mistakes = resolve_tree(config, resolver, config.plugins)
     wrong = {m.keys for m in (*before, *mistakes) if m.keys}
     wrong |= {(*m.keys[:-1], m.suggestion) for m in before if m.suggestion and m.keys}  # a typo of that key
-    filled, found = _filled(resolved)
-    later = [*found, *([] if unknown_root else check_tree(filled))]
+    final, found = filled(resolved)
+    later = [*found, *([] if unknown_root else check_tree(final))]
     mistakes += [m for m in later if not any(_touches(m, keys) for keys in wrong)]
     return resolved, mistakes
 
@@ -175,48 +176,6 @@ def _touches(m: Mistake, keys: tuple[Key, ...]) -> bool:
         if own[:shorter] == keys[:shorter]:
             return True
     return False
-
-
-def _filled(config: RunConfig) -> tuple[RunConfig, list[Mistake]]:
-    """Shorthands and derived values."""
-    mistakes: list[Mistake] = []
-    for short, long in shorthands(type(config)).items():
-        value = getattr(config, short)
-        if value is None:
-            continue
-        old, default = _get(config, long)
-        if old != value and old != default:
-            problem = f"{short} is {value!r} but {path_of(long)} is {old!r}; {short} is a shorthand for it"
-            mistakes.append(Mistake(keys=(short,), problem=problem, fix="Keep one of the two.", related=(long,)))
-            continue
-        config = _evolved(config, long, value)
-    for path, source in derived(type(config)).items():
-        value = _get(config, source)[0]
-        if value is None or _get(config, path)[0] is not None:
-            continue
-        if source == ("max_steps",):  # counted in optimizer steps
-            if config.policy.scheduler.name == "constant":
-                continue
-            value *= config.num_updates_per_step
-        config = _evolved(config, path, value)
-    if config.generation.max_new_tokens is None:
-        tokens = min(_MAX_NEW_TOKENS, max(1, config.policy.max_sequence_length // 2))
-        config = _evolved(config, ("generation", "max_new_tokens"), tokens)
-    return config, mistakes
-
-
-def _get(config: Any, path: Iterable[str]) -> tuple[Any, Any]:
-    """The value at `path` and the default of its field."""
-    node, default = config, None
-    for name in path:
-        default = default_of(next(f for f in fields_of(type(node)) if f.name == name))
-        node = getattr(node, name)
-    return node, default
-
-
-def _evolved(config: Any, path: Sequence[str], value: Any) -> Any:
-    name, *rest = path
-    return attrs.evolve(config, **{name: _evolved(getattr(config, name), rest, value) if rest else value})
 
 
 def _plain_name(name: Any) -> Any:

@@ -12,12 +12,13 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config._types import config_class_of, derived, fields_of, same, shorthands
+from nemo_rl_core.config._types import config_class_of, fields_of, same, shorthands
 from nemo_rl_core.config._yaml import Positions
+from nemo_rl_core.config.filling import DERIVED, filled, value_at
 from nemo_rl_core.config.layers import Layer
 from nemo_rl_core.config.mistakes import Key, Mistake, path_of
 from nemo_rl_core.config.schema import ComponentChoice
-from nemo_rl_core.config.structure import structure
+from nemo_rl_core.config.structure import structure, without
 
 __all__ = ["merge_layers"]
 
@@ -44,8 +45,8 @@ class _Merged:
 
     def add(self, layer: Layer, cls: type) -> None:
         self.dropped = []
-        for path, source in derived(cls).items():
-            if _sets(layer.tree, source, cls) and self.was_derived(path, source, cls):
+        for path, (source, _) in DERIVED.items():
+            if _sets(layer.tree, source, cls) and self.was_derived(path, cls):
                 self.drop(path)
         for short, long in shorthands(cls).items():
             if _get(layer.tree, (short,)) not in (None, _MISSING):
@@ -57,15 +58,13 @@ class _Merged:
         kept = {k: p for k, p in self.positions.items() if not any(k[:n] in gone for n in range(1, len(k) + 1))}
         self.positions = {**kept, **layer.positions}
 
-    def was_derived(self, path: tuple[str, ...], source: tuple[str, ...], cls: type) -> bool:
-        """Whether an earlier `finalize` filled the value at `path`."""
-        value, origin = _get(self.tree, path), _get(self.tree, source)
-        if value in (None, _MISSING) or origin in (None, _MISSING):
+    def was_derived(self, path: tuple[str, ...], cls: type) -> bool:
+        """Whether the value at `path` is what `finalize` fills in, so that it should follow its source."""
+        value = _get(self.tree, path)
+        if value in (None, _MISSING):
             return False
-        if value == origin:
-            return True
-        config = structure(self.tree, cls)[0] if source == ("max_steps",) else None  # counted in optimizer steps
-        return config is not None and bool(value == origin * config.num_updates_per_step)
+        config = structure(without(self.tree, path), cls)[0]
+        return config is not None and same(value_at(filled(config)[0], path), value)
 
     def drop(self, keys: tuple[Key, ...]) -> None:
         """Forget the value at `keys`."""

@@ -11,7 +11,7 @@ from attrs import frozen
 
 from nemo_rl_core._errors import ConfigError
 
-__all__ = ["InvalidConfig", "Key", "Mistake", "Position", "mistake", "path_of", "suggest"]
+__all__ = ["InvalidConfig", "Key", "Mistake", "Position", "locate", "mistake", "path_of", "suggest"]
 
 Key = str | int
 """One step of a path: the name of a field or the index in a list."""

@@ -77,7 +77,7 @@ class SchedulerConfig:
     """Shape of the decay after the warm-up."""
     warmup_steps: int = field(default=0, validator=ge(0))
     """Optimizer steps over which the rate rises from 0 in a line."""
-    total_steps: int | None = field(default=None, validator=optional(gt(0)), metadata={"derived_from": "max_steps"})
+    total_steps: int | None = field(default=None, validator=optional(gt(0)))
     """Optimizer steps to the end of the decay; None takes those of the run's `max_steps`."""
     min_lr_ratio: float = field(default=0.0, validator=[ge(0), le(1)])
     """Final learning rate as a share of `optimizer.lr`."""
@@ -121,15 +121,13 @@ class PolicyConfig:
 class GenerationConfig:
     """The engine that samples, and how it samples."""
 
-    model_name: str | None = field(default=None, metadata={"derived_from": "policy.model_name"})
+    model_name: str | None = None
     """Filled from the policy; do not set it."""
     backend: Any = None
     """Generation backend: name, `dist:name`, `module:attr` or class; None is the installed default."""
     options: Any = field(factory=dict, metadata={"options_of": ("generation_backends", "backend")})
     """Settings of the generation backend, structured by its `config_class`."""
-    precision: Literal["float32", "bfloat16"] | None = field(
-        default=None, metadata={"derived_from": "policy.precision"}
-    )
+    precision: Literal["float32", "bfloat16"] | None = None
     """None is the policy's."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
     """Tokens of one completion at most; None is 512, or half of `policy.max_sequence_length` if that is less."""
@@ -143,9 +141,7 @@ class GenerationConfig:
     """Texts that end a completion and stay in it."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, beside the model's own."""
-    max_sequence_length: int | None = field(
-        default=None, validator=optional(ge(2)), metadata={"derived_from": "policy.max_sequence_length"}
-    )
+    max_sequence_length: int | None = field(default=None, validator=optional(ge(2)))
     """Tokens of prompt and completion together; None is the policy's."""
 
 
@@ -323,8 +319,9 @@ class RunConfig:
     """Shorthand for `policy.optimizer.lr`."""
     max_steps: int | None = field(default=None, validator=optional(ge(1)))
     """Steps of the run loop; None is decided by `max_epochs`."""
-    max_epochs: int | None = field(default=1, validator=optional(ge(1)))
-    """Passes over the training data; the run ends at whichever of the two comes first."""
+    max_epochs: int | None = field(default=None, validator=optional(ge(1)))
+    """Passes over the training data; the run ends at whichever of the two comes first. None is 1, or as many as
+    `max_steps` needs if that is set."""
     seed: int = 42
     """Everything random follows from it."""
     name: str | None = None
@@ -337,9 +334,9 @@ class RunConfig:
     """The engine that samples, and how it samples."""
     data: DataConfig = Factory(DataConfig)
     """Training and validation data."""
-    environment: ComponentChoice = component("environments")  # noqa: RUF009
+    environment: ComponentChoice = component("environments")
     """What answers and scores the policy; None takes the run's default or a plain reward."""
-    reward: ComponentChoice = component("rewards")  # noqa: RUF009
+    reward: ComponentChoice = component("rewards")
     """A function that scores responses, used in place of the environment's score."""
     rollouts: RolloutConfig = Factory(RolloutConfig)
     """How episodes are run."""
@@ -353,7 +350,7 @@ class RunConfig:
     """Checks of a run."""
     cluster: ClusterConfig = Factory(ClusterConfig)
     """The machines."""
-    weight_sync: ComponentChoice = component("weight_syncs", "in_process")  # noqa: RUF009
+    weight_sync: ComponentChoice = component("weight_syncs", "in_process")
     """How new weights reach the engine."""
     plugins: dict[str, str] = Factory(dict)
     """Bare name to qualified `dist:name` where two distributions provide one, as `{grpo: my-dist:grpo}`."""

@@ -24,7 +24,7 @@ from nemo_rl_core.config.validators import choices, limits
 if TYPE_CHECKING:
     from cattrs import Converter
 
-__all__ = ["Refused", "allowed_values", "first_sentence", "structure", "structure_partially"]
+__all__ = ["Refused", "allowed_values", "first_sentence", "structure", "structure_partially", "without"]
 
 Hook = Callable[[Any, Any], Any]
 
@@ -51,7 +51,7 @@ def structure_partially(tree: Any, cls: Any) -> tuple[Any, list[Mistake]]:
     if not mistakes or not isinstance(tree, Mapping):
         return built, mistakes
     for m in mistakes:
-        tree = _without(tree, m.keys)
+        tree = without(tree, m.keys)
     return structure(tree, cls)[0], mistakes
 
 
@@ -326,7 +326,8 @@ def _validated(
         for validator in getattr(f.validator, "_validators", None) or [f.validator]:
             problem = _problem(validator, draft, f, value)
             if problem is not None:
-                mistakes.append(Mistake(keys=(name,), problem=problem))
+                meant = suggest(value, choices(validator) or ()) if isinstance(value, str) else None
+                mistakes.append(Mistake(keys=(name,), problem=problem, suggestion=meant))
                 break
     return mistakes
 
@@ -339,6 +340,8 @@ def _problem(validator: Any, draft: Any, f: attrs.Attribute[Any], value: Any) ->
         bounds = " and ".join(f"{op} {bound:g}" for op, bound in limits(validator))
         if bounds:
             return f"must be {bounds}, found {_show(value)}"
+        if choices(validator) is not None:
+            return f"{_show(value)} is not one of the choices"
         return str(error.args[0] if error.args else error)
     except AttributeError:
         return None  # it looks at a value that has a mistake of its own
@@ -395,7 +398,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _without(tree: Any, keys: Sequence[Key]) -> Any:
+def without(tree: Any, keys: Sequence[Key]) -> Any:
     """A copy of `tree` without the value at `keys`."""
     if not keys:
         return {}
@@ -404,6 +407,6 @@ def _without(tree: Any, keys: Sequence[Key]) -> Any:
         tree = {f.name: getattr(tree, f.name) for f in fields_of(type(tree))}
     if isinstance(tree, Mapping):
         if rest and key in tree and not isinstance(tree[key], (list, tuple)):
-            return {**tree, key: _without(tree[key], rest)}
+            return {**tree, key: without(tree[key], rest)}
         return {k: v for k, v in tree.items() if k != key}
     return tree

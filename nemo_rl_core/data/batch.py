@@ -118,9 +118,7 @@ class BatchedDataDict:
         out = flat.new_full((len(self), width, *flat.shape[1:]), pad_value)
         column = self.position_ids
         if side == "left":
-            column = column + (width - self.lengths).repeat_interleave(
-                self.lengths, output_size=self.num_tokens
-            )
+            column = column + (width - self.lengths).repeat_interleave(self.lengths, output_size=self.num_tokens)
         out[self.sequence_index, column] = flat
         return out
 

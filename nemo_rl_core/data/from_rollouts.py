@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn
+
+if TYPE_CHECKING:
+    from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn
 
 __all__ = ["batch_from_groups"]
 

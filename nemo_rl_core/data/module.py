@@ -229,7 +229,7 @@ class DataModule:
 
 
 def _stateful_loader(rows: Any, **options: Any) -> Any:
-    from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
     # The loader draws a seed that nothing here uses; without its own generator it would draw from the global one.
     generator = torch.Generator().manual_seed(0)

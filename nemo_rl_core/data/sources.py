@@ -11,8 +11,10 @@ from typing import Any
 import attrs
 from attrs import define, frozen
 
-from nemo_rl_core._errors import ConfigError, DataError, NemoRLError, PluginError
+from nemo_rl_core._errors import DataError, NemoRLError, PluginError
+from nemo_rl_core.config.mistakes import InvalidConfig, suggest
 from nemo_rl_core.config.schema import DatasetConfig
+from nemo_rl_core.config.structure import structure
 
 __all__ = ["LoadedRows", "RowStream", "TableRows", "load_rows"]
 
@@ -124,7 +126,7 @@ def _open(source: Any, options: Any, *, name: str) -> LoadedRows:
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):  # a data frame indexes by column
         source = source.to_dict("records")
     if isinstance(source, type) or hasattr(source, "load"):
-        component = source(_structured(source, options, name)) if isinstance(source, type) else source
+        component = source(_structured(source, options)) if isinstance(source, type) else source
         return _wrapped(component.load(), component.load, name)
     if callable(source):
         keywords = options if isinstance(options, Mapping) else attrs.asdict(options)
@@ -182,19 +184,15 @@ class _FirstRows:
         return self.rows[index % self.limit]
 
 
-def _structured(component: type, options: Any, name: str) -> Any:
+def _structured(component: type, options: Any) -> Any:
     """The component's options as its `config_class`."""
     config_class = getattr(component, "config_class", dict)
     if not isinstance(options, Mapping) or not attrs.has(config_class):
         return options
-    import cattrs
-
-    try:
-        return cattrs.Converter(forbid_extra_keys=True).structure(dict(options), config_class)
-    except cattrs.BaseValidationError as e:
-        mistakes = "\n".join(f"  {m}" for m in cattrs.transform_error(e, "options"))
-        allowed = ", ".join(a.name for a in attrs.fields(config_class))
-        raise ConfigError(f"The options of dataset {name} are not valid:\n{mistakes}\nAllowed: {allowed}.") from e
+    structured, mistakes = structure(dict(options), config_class)
+    if mistakes:
+        raise InvalidConfig([m.under("options") for m in mistakes])
+    return structured
 
 
 # -- from text to a component -------------------------------------------------------------------------------
@@ -210,7 +208,8 @@ def _find(source: str, options: Any, registry: Any) -> tuple[Any, Any]:
         try:
             return _loaded(registry.resolve(_KIND, source)), options
         except LookupError as e:  # PluginNotFound: perhaps a hub name
-            if source in names or not isinstance(e, PluginError):
+            named_after_one = source.partition("/")[0] in names  # such as `<component>/<task>`: not a hub name
+            if source in names or named_after_one or not isinstance(e, PluginError):
                 raise
             unknown = e
     for component in _accepting(registry, names):
@@ -242,9 +241,11 @@ def _not_found(source: str, names: list[str], *, exists: bool) -> DataError:
         )
     if _looks_like_path(source):
         return DataError(f"Dataset {source!r} does not exist (looked in {os.getcwd()}). Correct the path.")
+    meant = suggest(source, names)
     return DataError(
         f"{source!r} is neither a dataset component nor an existing file, and no installed component takes it as a "
-        f"name. {installed} Correct the name, or install the package that provides it."
+        f"name. {installed} "
+        + (f"Did you mean {meant!r}?" if meant else "Correct the name, or install the package that provides it.")
     )
 
 

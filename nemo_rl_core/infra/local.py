@@ -16,7 +16,7 @@ from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSp
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import ClusterConfig
 
-__all__ = ["InProcessGroup", "LocalConfig", "LocalLauncher"]
+__all__ = ["InProcessGroup", "LocalConfig", "LocalLauncher", "make_worker"]
 
 
 @frozen(kw_only=True)

@@ -80,21 +80,25 @@ def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Toke
     Raises:
         ConfigError: No such tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source = model_name
     if is_scratch(model_name):
-        folder = _scratch_folder(model_name)
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokenizer", "char")
-        source = str(folder if (folder / "tokenizer.json").is_file() else _SCRATCH / "tokenizers" / name)
+        shape = _scratch_folder(model_name)
+        name = json.loads((shape / "config.json").read_text(encoding="utf-8")).get("tokenizer", "char")
+        source = str(shape if (shape / "tokenizer.json").is_file() else _SCRATCH / "tokenizers" / name)
     folder = Path(source).expanduser()
+    tokenizer: Any
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise ConfigError(
             f"The folder {folder} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab file). "
             "Copy the model's tokenizer there, or set policy.tokenizer_name."
         )
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        # AutoTokenizer overrides a plain tokenizer.json by the class that is usual for the model's type.
+        plain = _tokenizer_class(folder) in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        loader: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
+        tokenizer = loader.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(model_name, "tokenizer", error) from error
     if chat_template is not None:
@@ -104,6 +108,12 @@ def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Toke
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """The class a local tokenizer names, if there is one."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.is_file() else None
 
 
 def load_model(

@@ -52,8 +52,10 @@ class Algorithm(Protocol):
 
     @property
     def required_fields(self) -> frozenset[str]:
-        """Fields the run loop computes with a forward pass before `finish_batch`: "logprobs" (the policy
-        before this step's update) and "ref_logprobs" (the reference role)."""
+        """Fields the run loop computes with a forward pass before `finish_batch`.
+
+        Of "logprobs" (the policy before this step's update) and "ref_logprobs" (the reference role).
+        """
         ...
 
     def keep_group(self, group: RolloutGroup) -> bool:

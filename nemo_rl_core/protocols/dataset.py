@@ -34,8 +34,10 @@ class DatasetSource(Protocol):
     config_class: ClassVar[type]
 
     def load(self) -> Any:
-        """The rows: `Rows`, or an iterable of mappings (streamed in order; resumable by skipping, or by
-        `state_dict`/`load_state_dict` if it has them).
+        """The rows: `Rows`, or an iterable of mappings.
+
+        An iterable is streamed in order; it is resumed by skipping, or by `state_dict`/`load_state_dict` if it
+        has them.
 
         Raises:
             DataError: A file is missing, unreadable or truncated; names file and line.

@@ -89,7 +89,7 @@ class Environment(Protocol):
         """Answer the policy's message. Called until `terminated`, `truncated` or the turn limit."""
         ...
 
-    def close(self) -> None | Awaitable[None]:
+    def close(self) -> Awaitable[None] | None:
         """Release what the episode holds; called exactly once, also after an error. May be called again."""
         return None
 

@@ -106,9 +106,7 @@ class GenerationBackend(Protocol):
         """
         ...
 
-    def update_weights(
-        self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False
-    ) -> None:
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
         """Load new weights (Hugging Face names) and stamp later tokens with `version`.
 
         Caches that the old weights filled are never read again for a new request. Called when no request

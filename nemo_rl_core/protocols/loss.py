@@ -89,5 +89,3 @@ class Loss(Protocol):
             The sum, and metrics as sums; zero (with zero gradient) when nothing is selected.
         """
         ...
-
-

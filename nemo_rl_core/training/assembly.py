@@ -69,20 +69,14 @@ class _Resolver:
     """Looks names up, remembering every component that the run uses (for the manifest)."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.registry = get_registry()
-        self.qualified: Mapping[str, str] = config.plugins
+        self.plugins: Mapping[str, str] = config.plugins
         self.used: list[ComponentRef] = []
 
     def load(self, kind: str, name: Any) -> Any:
         """The component itself; None takes the default of its kind."""
-        if name is None:
-            name = self.registry.default(kind)
-        if isinstance(name, str):
-            name = self.qualified.get(name, name)
-        ref = self.registry.resolve(kind, name)
-        component = ref.load()
+        ref = get_registry().resolve(kind, name, plugins=self.plugins)
         self.used.append(ref)
-        return component
+        return ref.load()
 
     def build(self, kind: str, choice: ComponentChoice) -> Any:
         """The component called with its options (the default of its config class if there are none)."""
@@ -144,6 +138,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
                 config.data,
                 seed=config.seed,
                 max_epochs=config.max_epochs,
+                feed=algorithm_class.feed if training else "rollouts",
                 train_rows=inputs.train_rows,
                 validation_rows=inputs.validation_rows,
             ),

@@ -14,7 +14,7 @@ __all__ = ["check_failures"]
 logger = logging.getLogger(__name__)
 
 
-def check_failures(groups: Sequence[RolloutGroup], max_failed_fraction: float) -> None:
+def check_failures(groups: Sequence[RolloutGroup], max_failed_fraction: float, *, warn: bool = True) -> None:
     """Warn of failed rollouts, or stop when there are too many.
 
     Raises:
@@ -32,4 +32,5 @@ def check_failures(groups: Sequence[RolloutGroup], max_failed_fraction: float) -
             f"{max_failed_fraction:g} allows fewer. Most frequent: {listing}. Mend the reward, the environment or the "
             "data, or raise the bound."
         )
-    logger.warning("%d of %d rollouts failed and are left out: %s", len(errors), len(rollouts), listing)
+    if warn:
+        logger.warning("%d of %d rollouts failed and are left out: %s", len(errors), len(rollouts), listing)

@@ -84,6 +84,7 @@ class RolloutFeed:
         kept: list[RolloutGroup] = []
         self.discarded = 0
         self.all_groups = []
+        limit = self.config.rollouts.max_failed_fraction
         for _ in range(self.max_batches):
             missing = self.num_prompts - len(kept)
             self._submit(missing + self.staleness * self.num_prompts, version)
@@ -92,10 +93,11 @@ class RolloutFeed:
                 raise StopIteration
             groups = self._take(wanted, version)
             self.all_groups += groups
-            check_failures(self.all_groups, self.config.rollouts.max_failed_fraction)
+            check_failures(self.all_groups, limit, warn=False)
             kept += [group for group in groups if group.valid and self.algorithm.keep_group(group)]
             self.discarded = len(self.all_groups) - len(kept)
             if len(kept) == self.num_prompts:
+                check_failures(self.all_groups, limit)
                 return kept
         raise ConfigError(
             f"After {self.max_batches} batches of prompts only {len(kept)} of {self.num_prompts} groups can be "

@@ -378,4 +378,3 @@ def _report_changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[s
 
     for difference in compare_manifests(before, now):
         logger.warning("Since the checkpoint was written: %s", difference)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from nemo_rl_core.protocols.loss import Metric
@@ -19,14 +20,14 @@ def merge_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 
 def metric_values(metrics: Mapping[str, Metric], *, prefix: str = "") -> dict[str, float]:
-    """Final floats; a mean over nothing is left out."""
+    """Final floats; a mean, a minimum or a maximum over nothing (inf and -inf) is left out."""
     values: dict[str, float] = {}
     for name, metric in metrics.items():
         total, count = float(metric.total), float(metric.count)
         if metric.reduction == "mean":
             if count:
                 values[prefix + name] = total / count
-        else:
+        elif (metric.reduction, total) not in (("min", math.inf), ("max", -math.inf)):
             values[prefix + name] = total
     return values
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from nemo_rl_core.training.state import RunState
 
-__all__ = ["Progress", "make_progress", "summary"]
+__all__ = ["BarProgress", "JsonProgress", "LineProgress", "Progress", "make_progress", "summary"]
 
 _SHOWN = (
     ("reward/mean", "reward", "{:.3f}"),

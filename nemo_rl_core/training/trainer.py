@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.environment import Reward
     from nemo_rl_core.training.evaluation import EvaluationResult
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "default_run_dir", "run"]
 
 Self = TypeVar("Self", bound="Trainer")
 
@@ -149,8 +149,7 @@ def run(config: RunConfig, inputs: Any, callbacks: Sequence[Any] = ()) -> RunRes
     hooks = RunHooks(callbacks)
     parts = assemble(config, inputs, run_dir=str(run_dir))
     try:
-        steps_per_epoch = parts.data.steps_per_epoch(config.num_items_per_step)
-        max_steps = _last_step(config, steps_per_epoch)
+        max_steps = _last_step(config.max_steps, parts.data.total_steps(config.num_items_per_step))
         state = RunState(config=config, run_dir=run_dir, algorithm=str(config.algorithm), max_steps=max_steps)
         record = RunRecord(run_dir, _loggers(config))
         loop = RunLoop(parts, state, hooks, record, make_progress(config.logging.progress))
@@ -159,11 +158,10 @@ def run(config: RunConfig, inputs: Any, callbacks: Sequence[Any] = ()) -> RunRes
         parts.close()
 
 
-def _last_step(config: RunConfig, steps_per_epoch: int | None) -> int | None:
-    bounds = [] if config.max_steps is None else [config.max_steps]
-    if config.max_epochs is not None and steps_per_epoch is not None:
-        bounds.append(config.max_epochs * steps_per_epoch)
-    return min(bounds) if bounds else None
+def _last_step(max_steps: int | None, data_steps: int | None) -> int | None:
+    """Whichever comes first; data too small for one step is left to the first step to tell."""
+    bounds = [bound for bound in (max_steps, data_steps or None) if bound is not None]
+    return min(bounds, default=None)
 
 
 def _loggers(config: RunConfig) -> list[tuple[str, Any]]:

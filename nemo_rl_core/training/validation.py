@@ -63,9 +63,7 @@ def validate_rollouts(
     return values, groups
 
 
-def validate_loss(
-    policy: Policy, algorithm: Algorithm, data: DataModule, config: ValidationConfig
-) -> dict[str, float]:
+def validate_loss(policy: Policy, algorithm: Algorithm, data: DataModule, config: ValidationConfig) -> dict[str, float]:
     """The loss over the validation rows, weighted as in training."""
     items = data.validation(config.max_samples)
     if not items:

@@ -60,7 +60,7 @@ class ToyConfig(RunConfig):
     """Rollouts of one prompt."""
     updates_per_step: int = field(default=1, validator=ge(1))
     """Optimizer steps of one step."""
-    loss: ComponentChoice = component("losses", "clip")
+    loss: ComponentChoice = component("losses", "clip")  # noqa: RUF009
     """The objective."""
 
     @property
@@ -100,7 +100,7 @@ class Registry:
     """What configuration asks of the real one; `conflict:` and `broken` behave like such plugins."""
 
     components: ClassVar[dict[str, dict[str, Any]]] = {
-        "algorithms": {"toy": Toy},
+        "algorithms": {"toy": Toy, "toy2": Toy},
         "training_backends": {"plain": Backend},
         "generation_backends": {"sampler": Engine, "broken": PluginBroken("broken 1.0 fails to import: no libfoo")},
         "launchers": {"local": Launcher},

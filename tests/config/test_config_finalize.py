@@ -80,6 +80,16 @@ def test_filled_values_follow_a_later_override(registry, toy):
     assert changed.generation.precision == "bfloat16"
 
 
+def test_completions_take_at_most_half_of_the_context(registry, toy):
+    short = final(toy.Config(model="m", policy=PolicyConfig(max_sequence_length=100)), registry)
+    assert short.generation.max_new_tokens == 50
+    longer = final(load_config(short, overrides={"policy.max_sequence_length": 4096}, resolver=registry), registry)
+    assert longer.generation.max_new_tokens == 512
+    chosen = load_config(short, overrides=["generation.max_new_tokens=7"], resolver=registry)
+    longer = load_config(chosen, overrides={"policy.max_sequence_length": 4096}, resolver=registry)
+    assert longer.generation.max_new_tokens == 7
+
+
 def test_a_schedule_that_was_chosen_stays(registry, toy):
     scheduler = SchedulerConfig(name="cosine", total_steps=7)
     config = final(toy.Config(model="m", max_steps=10, policy=PolicyConfig(scheduler=scheduler)), registry)
@@ -107,6 +117,9 @@ def test_resolve_choice_fills_name_and_options(registry, toy):
     assert (choice, mistakes) == (ComponentChoice(name="lines", options=toy.BackendOptions()), [])
     _, mistakes = resolve_choice(ComponentChoice(options={"dept": 1}), "loggers", resolver=registry)
     assert [m.path for m in mistakes] == ["options.dept"]
+    _, mistakes = resolve_choice(ComponentChoice(), "environments", resolver=registry)
+    assert [(m.path, m.problem) for m in mistakes] == [("name", "Two environments are installed.")]
+    assert resolve_choice(ComponentChoice(), "rewards", resolver=registry) == (ComponentChoice(), [])
 
 
 def test_values_set_in_python_are_checked_as_in_a_file(registry, toy):
@@ -124,7 +137,6 @@ def test_values_set_in_python_are_checked_as_in_a_file(registry, toy):
 
 CASES = [
     (dict(model=None), "policy.model_name", "no model"),
-    (dict(max_epochs=None), "max_steps", "never end"),
     (dict(generation=GenerationConfig(max_new_tokens=2048)), "generation.max_new_tokens", "2048 new tokens"),
     (dict(validation=ValidationConfig(max_new_tokens=4000)), "validation.max_new_tokens", "4000 new tokens"),
     (dict(generation=GenerationConfig(max_sequence_length=4096)), "generation.max_sequence_length", "4096"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_core._errors import ConfigError
-from nemo_rl_core.config import GenerationConfig, InvalidConfig, PolicyConfig, RunConfig, load_config
+from nemo_rl_core.config import GenerationConfig, InvalidConfig, PolicyConfig, RunConfig, load_config, to_dict
 from nemo_rl_core.config.mistakes import suggest
 
 GOOD = {"algorithm": "toy", "model": "m"}
@@ -190,12 +190,19 @@ def test_data_is_not_taken_for_a_component(registry):
 
 
 def test_unknown_algorithm(registry):
-    m = one({"algorithm": "tyo", "model": "m", "num_prompts_per_step": 1}, registry)
+    m = one({"algorithm": "toyy", "model": "m", "num_prompts_per_step": 1}, registry)
     assert (m.path, m.suggestion) == ("algorithm", "toy")
     found = mistakes_of({"algoritm": "toy", "model": "m", "seed": "x"}, registry)
     assert [m.path for m in found] == ["algorithm", "seed"]
     assert "algoritm" in found[0].problem
-    assert found[0].allowed == "toy"
+    assert found[0].allowed == "toy, toy2"
+
+
+def test_two_algorithms_may_share_a_class(registry, toy):
+    config = load_config({**GOOD, "algorithm": "toy2"}, resolver=registry)
+    assert (type(config), config.algorithm) == (toy.Config, "toy2")
+    assert load_config(config, overrides=["seed=1"], resolver=registry).algorithm == "toy2"
+    assert load_config(to_dict(config), config_class=toy.Config, resolver=registry) == config
 
 
 def test_the_class_given_must_agree_with_the_algorithm(registry, toy):
@@ -223,7 +230,10 @@ def test_mistakes_of_two_files_and_the_command_line_at_once(tmp_path, registry):
 
 
 def test_toml_lines(tmp_path, registry):
-    text = 'algorithm = "toy"\nmodel = "m"\n\n[policy]\nnum_workers = 0\noptimizer.lr = "x"\n[[data.zzz]]\nnote = """\n[generation]\n"""\n'
+    text = (
+        'algorithm = "toy"\nmodel = "m"\n\n[policy]\nnum_workers = 0\noptimizer.lr = "x"\n'
+        '[[data.zzz]]\nnote = """\n[generation]\n"""\n'
+    )
     found = mistakes_of(write(tmp_path, "a.toml", text), registry)
     assert [(m.path, m.position.line) for m in found] == [
         ("policy.num_workers", 5),

@@ -101,7 +101,9 @@ def test_a_missing_field_is_named_with_those_present():
 
 def test_batches_with_other_fields_cannot_be_joined():
     with pytest.raises(ShapeMismatch, match="input_ids"):
-        BatchedDataDict.concat([make([1]), BatchedDataDict([1], {"pair": torch.zeros(1, 2)}, {"rewards": torch.zeros(1), "names": [""]})])
+        BatchedDataDict.concat(
+            [make([1]), BatchedDataDict([1], {"pair": torch.zeros(1, 2)}, {"rewards": torch.zeros(1), "names": [""]})]
+        )
 
 
 def test_an_empty_batch_is_fine():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core._errors import DataError, PluginBroken, PluginNotFound
 from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
 
@@ -262,7 +262,7 @@ def test_a_component_class_is_built_from_its_config():
     good = DataConfig(train=DatasetConfig(source=Source, options={"size": 4}))
     assert len(DataModule(good, seed=0)) == 4
     bad = DataConfig(train=DatasetConfig(source=Source, options={"sise": 4}))
-    with pytest.raises(ValueError, match=r"(?s)sise.*Allowed: size"):
+    with pytest.raises(ValueError, match=r"(?s)options\.sise.*did you mean `size`"):
         len(DataModule(bad, seed=0))
 
 
@@ -356,8 +356,6 @@ class FakeRegistry:
         return sorted(self.components)
 
     def resolve(self, kind, name):
-        from nemo_rl_core._errors import PluginBroken, PluginNotFound
-
         if name not in self.components:
             raise PluginNotFound(f"No dataset named {name!r}.")
         if self.components[name] is None:
@@ -403,10 +401,11 @@ def test_what_is_not_found_is_told_with_what_is_installed(tmp_path):
         (str(other), "No installed dataset component reads .*Installed dataset components: bad, lines"),
         ("./missing.other", "does not exist"),
         ("some/where", "neither a dataset component nor an existing file.*bad, lines"),
+        ("line", "Did you mean 'lines'"),
     ]:
         with pytest.raises(DataError, match=message):
             len(named(source, registry))
-    from nemo_rl_core._errors import PluginBroken
-
     with pytest.raises(PluginBroken):
         len(named("bad", registry))
+    with pytest.raises(PluginNotFound):  # a component's own sub-name, not a hub's
+        len(named("lines/nope", registry))

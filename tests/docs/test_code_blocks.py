@@ -177,7 +177,7 @@ def sessions() -> frozenset[str]:
 def command_help(*path: str) -> str | None:
     """What `nemo-rl <path> --help` prints; None if there is no such command."""
     env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-c", "from nemo_rl_core.cli import main; main()", *path, "--help"]
+    command = [sys.executable, "-m", "nemo_rl_core.cli", *path, "--help"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
     return done.stdout if done.returncode == 0 else None
 

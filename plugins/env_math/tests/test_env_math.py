@@ -13,11 +13,11 @@ import threading
 from pathlib import Path
 
 import pytest
+
+from nemo_rl_core._errors import DataError, DeadlineExceeded, RewardError
 from nemo_rl_plugins_env_math.environment import MathConfig, MathEnvironment
 from nemo_rl_plugins_env_math.reward import math_verify_reward
 from nemo_rl_plugins_env_math.scoring import last_boxed, score_math
-
-from nemo_rl_core._errors import DataError, DeadlineExceeded, RewardError
 
 SAMPLE = [json.loads(line) for line in (Path(__file__).parent / "sample_rollouts.jsonl").read_text().splitlines()]
 

@@ -9,10 +9,10 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from nemo_rl_plugins_env_reasoning_gym.environment import ReasoningGymConfig, ReasoningGymEnvironment
-from nemo_rl_plugins_env_reasoning_gym.scoring import extract_answer, score_task
 
 from nemo_rl_core._errors import DataError, DeadlineExceeded
+from nemo_rl_plugins_env_reasoning_gym.environment import ReasoningGymConfig, ReasoningGymEnvironment
+from nemo_rl_plugins_env_reasoning_gym.scoring import extract_answer, score_task
 
 SAMPLE = [json.loads(line) for line in (Path(__file__).parent / "sample_rollouts.jsonl").read_text().splitlines()]
 ROW = {"prompt": "4 + 3 =", "question": "4 + 3 =", "answer": "7", "metadata": {"source_dataset": "chain_sum"}}

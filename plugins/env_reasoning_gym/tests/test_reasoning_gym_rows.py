@@ -15,11 +15,12 @@ import pytest
 from nemo_rl_plugins_env_reasoning_gym import hooks, named
 from nemo_rl_plugins_env_reasoning_gym.dataset import CurriculumStage, ReasoningGymData, ReasoningGymSource
 from nemo_rl_plugins_env_reasoning_gym.scoring import score_task
+from nemo_rl_plugins_env_reasoning_gym.seeded import HASH_DEPENDENT, SeededGenerator
 from nemo_rl_plugins_env_reasoning_gym.tasks import TASKS
 from reasoning_gym.factory import DATASETS
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core._errors import ConfigError, DataError
 
 WITHOUT_A_SOLUTION = {"boxnet", "rush_hour"}
 """Generators that can check an answer but do not know one themselves."""
@@ -39,7 +40,8 @@ def test_the_list_of_tasks_is_that_of_the_installed_version():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_generator_yields_a_row_that_its_own_answer_solves(task):
+def test_every_generator_yields_a_row_that_its_own_answer_solves(task, monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # generate in this process, which is faster and here as good
     row = rows_of(task=task, size=3, seed=7)[1]
     assert row["prompt"] == row["question"] and row["metadata"]["source_dataset"] == task
     assert json.loads(json.dumps(row))["question"] == row["question"]
@@ -73,6 +75,33 @@ def test_a_task_that_sets_the_decimal_precision_does_not_spoil_another():
             assert score_task(row["answer"], row).score == 1.0
     finally:
         decimal.getcontext().prec = precision
+
+
+def test_rows_do_not_depend_on_the_hash_seed_of_the_process(monkeypatch):
+    """Made in a process with hash seed 0, and here, where strings hash by another seed."""
+    tasks = ["isomorphic_strings", "polynomial_multiplication"]
+    assert set(tasks) < HASH_DEPENDENT
+    code = (
+        "import json\n"
+        "from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymSource\n"
+        f"for task in {tasks}:\n"
+        "    print(json.dumps(ReasoningGymSource({'task': task, 'size': 6, 'seed': 5}).load()[:]))\n"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "0"}
+    made = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    here = [rows_of(task=task, size=6, seed=5)[:] for task in tasks]
+    assert [json.loads(line) for line in made.splitlines()] == json.loads(json.dumps(here))
+
+
+def test_a_generator_in_its_own_process_tells_what_failed():
+    rows = SeededGenerator("ransom_note", DATASETS["ransom_note"][1](seed=1, size=3))
+    with pytest.raises(DataError, match=r"ransom_note.*row None.*TypeError"):
+        rows[None]
+    assert "question" in rows[2]
+    broken = SeededGenerator("no_such_task", None)
+    with pytest.raises(DataError, match=r"no_such_task.*died"):
+        broken[0]
 
 
 def test_options_reach_the_generator():

@@ -13,8 +13,9 @@ from pytest import approx
 
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
-from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages
+from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages, group_relative_advantages
 from nemo_rl_plugins_grpo.config import GroupRelativeConfig
+from nemo_rl_plugins_grpo.grouping import Grouping
 
 
 def batch_of(rewards, groups, **sequences):
@@ -85,12 +86,19 @@ def test_no_signal_is_exactly_zero(rewards, leave_one_out):
     assert advantages(rewards, [3] * len(rewards), leave_one_out=leave_one_out) == [0.0] * len(rewards)
 
 
-def test_others_that_agree_are_not_divided_by_rounding():
-    """0.1 has no exact mean: a naive variance of the rest is 1e-17, and the quotient in the millions."""
-    for offset in (0.0, 1e3, -1e3):
-        got = advantages([offset + 0.9, *[offset + 0.1] * 6], [1] * 7)
-        assert got[0] == approx(0.8, rel=1e-3)
-        assert max(map(abs, got)) < 1
+@pytest.mark.parametrize(("size", "own", "others"), [(3, 0.81, 0.55), (6, 0.5, 0.28), (15, 1.0, 0.04)])
+def test_others_that_agree_are_not_divided_by_rounding(size, own, others):
+    """A variance that is only rounding, 1e-17, would make these advantages 2e5 to 1e6."""
+    got = advantages([own, *[others] * (size - 1)], [1] * size)
+    assert got[0] == approx(own - others, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_equal_rewards_whose_mean_is_rounded_are_exactly_zero(normalize):
+    rewards = torch.full((3,), 0.1, dtype=torch.float64)  # 0.1 + 0.1 + 0.1 = 0.30000000000000004
+    grouping = Grouping(torch.arange(3), torch.zeros(3, dtype=torch.int64), 1)
+    got = group_relative_advantages(rewards, grouping, normalize=normalize, leave_one_out=True, epsilon=1e-6)
+    assert got.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_small_differences_on_a_large_offset_survive():

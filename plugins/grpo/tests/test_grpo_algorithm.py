@@ -25,6 +25,7 @@ from nemo_rl_plugins_grpo.config import (
 )
 from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 from nemo_rl_plugins_grpo.minibatches import split_by_groups
+from nemo_rl_plugins_grpo.shaping import response_lengths
 
 COMPONENTS = {
     ("losses", "clipped_pg"): (ClippedPolicyGradientLoss, ClippedPGConfig),
@@ -157,11 +158,18 @@ def test_overlong_shaping():
     # longest 10, buffer 4: nothing up to 6 tokens, then a quarter of the penalty for each token more
     shaping = RewardShapingConfig(enabled=True, overlong_buffer_length=4, overlong_penalty=2.0)
     algorithm = make(reward_shaping=shaping, generation=GenerationConfig(max_new_tokens=10))
-    batch, _ = finished(algorithm, [group(0, [1, 1, 1, 1], lengths=[6, 7, 8, 10])])
-    assert batch["rewards"].tolist() == approx([1, 0.5, 0, -1])
+    batch, _ = finished(algorithm, [group(0, [1] * 5, lengths=[2, 6, 7, 8, 10])])
+    assert batch["rewards"].tolist() == approx([1, 1, 0.5, 0, -1])
     shorter = evolve(shaping, max_response_length=8)
     batch, _ = finished(make(reward_shaping=shorter), [group(0, [1, 1], lengths=[4, 6])])
     assert batch["rewards"].tolist() == approx([1, 0])
+
+
+def test_the_length_of_a_forked_rollout_is_that_of_all_its_sequences():
+    forked = group(0, [1, 1], lengths=[3, 7])
+    forked.rollouts[0].segments *= 2
+    batch = make().build_batch([forked])
+    assert response_lengths(batch).tolist() == [6, 6, 7]
 
 
 def test_stop_properly_takes_the_place_of_the_length_penalty():

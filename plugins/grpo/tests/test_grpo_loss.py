@@ -13,6 +13,7 @@ from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_grpo.config import ClippedPGConfig
+from nemo_rl_plugins_grpo.kl import kl_estimate
 from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
 
 
@@ -85,6 +86,13 @@ def test_clip_metrics_count_the_tokens_that_lost_their_gradient():
     assert got["clip_fraction"] == approx(0.4)
     assert got["probs_ratio"] == approx(1.0)
     assert (got["probs_ratio_min"], got["probs_ratio_max"]) == approx((0.5, 1.5))
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.1])
+def test_masked_tokens_are_no_extremum(ratio):
+    sums, _ = run({}, [math.log(ratio), 0.0], mask=[True, False], logprobs=[0.0, 0.0])
+    assert value(sums.metrics["probs_ratio_min"]) == approx(ratio)
+    assert value(sums.metrics["probs_ratio_max"]) == approx(ratio)
 
 
 def test_a_huge_ratio_stays_finite_where_the_advantage_is_zero():
@@ -290,12 +298,18 @@ def test_a_weight_that_is_not_finite_drops_its_token(engine):
 
 def test_mismatch_metrics():
     # trainer - engine: log 2 and -log 2
-    sums, _ = run({}, [-1.0, -2.0], rollout=[-1 - math.log(2), -2 + math.log(2)])
+    sums, _ = run({}, [-1.0, -3.0], rollout=[-1 - math.log(2), -3 + math.log(2)])
     got = {name: value(metric) for name, metric in sums.metrics.items()}
     assert got["token_mult_prob_error"] == approx(2.0)
     assert got["sampling_importance_ratio"] == approx(1.25)
     assert got["gen_kl_error"] == approx(((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2))) / 2)
-    assert got["approx_entropy"] == approx((2 * 1 + 0.5 * 2) / 2)
+    assert got["approx_entropy"] == approx((2 * 1 + 0.5 * 3) / 2)
+
+
+def test_a_tiny_mismatch_keeps_its_digits():
+    """k3 of 1e-4 is 5e-9; exp(x) - 1 in float32 has no digit of it."""
+    kl = kl_estimate(torch.tensor([1e-4, -1e-4]), "k3")
+    assert kl.tolist() == approx([5e-9, 5e-9], rel=1e-2)
 
 
 # -- masks, batches, gradients -------------------------------------------------------------------------------

@@ -226,6 +226,22 @@ def test_a_token_inside_the_answer_stays_whole(trim_offsets):
     ]
 
 
+@pytest.mark.parametrize("template", [None, "<|end|>" + UNSPACED])
+def test_what_the_tokenizer_puts_in_front_stands_there_once(template):
+    """Without a template the tokenizer adds it, as for a prompt; with one, the template wrote it."""
+    from tokenizers import processors
+
+    tokenizer = bpe_tokenizer(template, trim_offsets=False)
+    start = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", start)]
+    )
+    ids = make(tokenizer).build_batch([chat("ab", "c")])["input_ids"].tolist()
+    assert ids[0] == start
+    assert ids[1] != start
+    assert ids.count(start) == (2 if template is None else 3)
+
+
 def test_characters_of_several_tokens():
     tokenizer = bpe_tokenizer(UNSPACED, trim_offsets=False)
     batch = make(tokenizer).build_batch([chat("é", "ü")])

@@ -71,7 +71,9 @@ class DTensorBackend(TrainingBackend):
         _switch_off_dropout(model)
         self.network = PolicyNetwork(model, attention=self.options.attention, chunk_size=config.logprob_chunk_size)
         if config.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Renamed in transformers 5; both take the keyword arguments of torch's checkpoint first.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.network.train().to(self.device)
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.ranks.shard(self.network, bfloat16=keeps_masters)
@@ -95,7 +97,7 @@ class DTensorBackend(TrainingBackend):
     # -- training -----------------------------------------------------------------------------
 
     def train_step(self, batch: BatchedDataDict, loss_fn: LossFunction, plan: StepPlan) -> StepResult:
-        """Forward, backward and (if `plan.update`) one optimizer step.
+        """Forward, backward and one optimizer step; without `plan.update` the forward pass only.
 
         The entropy carries gradient if `loss_fn.needs` asks for it.
 
@@ -109,19 +111,20 @@ class DTensorBackend(TrainingBackend):
         metrics = StepMetrics()
         loss = torch.zeros((), device=self.device)
         num_tokens = 0
-        for index, indices in enumerate(plan.micro_batches):
-            self.ranks.expect_reduction(self.network, last=index == len(plan.micro_batches) - 1)
-            sums = self._micro_batch(batch.select(indices), loss_fn, plan, needs)
-            if sums is not None:
-                metrics.add(sums.metrics)
-                loss += sums.total.detach()
-                num_tokens += int(batch.lengths[list(indices)].sum())
-            if self.masters is not None:
-                self.masters.collect_gradients()
-        grad_norm = self._check_gradient(loss)
+        with torch.set_grad_enabled(plan.update):
+            for index, indices in enumerate(plan.micro_batches):
+                self.ranks.expect_reduction(self.network, last=index == len(plan.micro_batches) - 1)
+                sums = self._micro_batch(batch.select(indices), loss_fn, plan, needs)
+                if sums is not None:
+                    metrics.add(sums.metrics)
+                    loss += sums.total.detach()
+                    num_tokens += int(batch.lengths[list(indices)].sum())
+                if self.masters is not None:
+                    self.masters.collect_gradients()
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        if plan.update:
-            self._update(grad_norm)
+        grad_norm = self._update(loss) if plan.update else 0.0
+        if not plan.update:
+            self.ranks.reshard(self.network)
         return StepResult(
             metrics=metrics.reduce(), grad_norm=grad_norm, learning_rate=learning_rate, num_tokens=num_tokens
         )
@@ -130,17 +133,18 @@ class DTensorBackend(TrainingBackend):
         self, batch: BatchedDataDict, loss_fn: LossFunction, plan: StepPlan, needs: frozenset[str]
     ) -> LossSums | None:
         """Forward and backward; None for an empty micro-batch, which only keeps the collectives aligned."""
-        if len(batch) == 0:
-            if self.ranks.dp_size > 1:
-                row = Row.of(_one_token(), device=self.device, only_trained=True)
-                self.network(row, temperature=plan.temperature, needs=frozenset())["anchor"].backward()
+        if len(batch) == 0 and self.ranks.layout == "1x1":
             return None
-        row = Row.of(batch, device=self.device, only_trained=True)
-        out = self.network(row, temperature=plan.temperature, needs=needs)
-        outputs = ModelOutputs(logprobs=out.get("logprobs"), entropy=out.get("entropy"), logits=out.get("logits"))
-        sums = loss_fn(outputs, batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True))
-        total = sums.total if sums.total.requires_grad else sums.total + out["anchor"]
-        (total if plan.gradient_scale == 1.0 else total * plan.gradient_scale).backward()
+        row = Row.of(batch if len(batch) else _one_token(), device=self.device, only_trained=True)
+        out = self.network(row, temperature=plan.temperature, needs=needs if len(batch) else frozenset())
+        sums = None
+        total = out["anchor"]
+        if len(batch):
+            outputs = ModelOutputs(logprobs=out.get("logprobs"), entropy=out.get("entropy"), logits=out.get("logits"))
+            sums = loss_fn(outputs, batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True))
+            total = sums.total if sums.total.requires_grad else sums.total + total
+        if plan.update:
+            (total if plan.gradient_scale == 1.0 else total * plan.gradient_scale).backward()
         return sums
 
     def _gradients(self) -> list[Tensor]:
@@ -150,38 +154,35 @@ class DTensorBackend(TrainingBackend):
             parameter.grad = self.ranks.as_parameter(parameter, parameter.grad)
         return [p.grad for p in found]
 
-    def _check_gradient(self, loss: Tensor) -> float:
-        """Global norm of the gradient; raises if it or any rank's loss is not finite."""
+    def _update(self, loss: Tensor) -> float:
+        """Clip, step and forget the gradient; returns its global norm before clipping."""
         gradients = self._gradients()
         squared = self.ranks.squared_norm(gradients)
         total, bad = torch.stack([squared, self.ranks.any_rank(~loss.isfinite())]).tolist()
         if bad or not math.isfinite(total):
-            found = f"loss {float(loss)}" if not bool(loss.isfinite()) else f"gradient norm {math.sqrt(abs(total))}"
             self.optimizer.zero_grad(set_to_none=True)
             raise InvariantViolation(
-                f"The training step is not finite ({found}); the weights were not changed. Usual causes: a learning "
-                "rate that is too high, a reward or advantage that is not finite, a logprob of -inf among the trained "
-                "tokens."
+                f"The training step is not finite (loss {float(loss)}, squared gradient norm {total}); the weights "
+                "were not changed. Usual causes: a learning rate that is too high, a reward or advantage that is not "
+                "finite, a logprob of -inf among the trained tokens."
             )
-        return math.sqrt(total)
-
-    def _update(self, grad_norm: float) -> None:
-        """Clip, step, and forget the gradient."""
+        norm = math.sqrt(total)
         limit = self.config.max_grad_norm
-        if limit is not None and grad_norm > limit:
-            parts = [local_part(gradient) for gradient in self._gradients()]
-            torch._foreach_mul_(parts, limit / (grad_norm + 1e-6))  # type: ignore[attr-defined]
+        if limit is not None and norm > limit:
+            parts = [local_part(gradient) for gradient in gradients]
+            torch._foreach_mul_(parts, limit / (norm + 1e-6))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.masters is not None:
             self.masters.publish()
+        return norm
 
     # -- logprobs -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def get_logprobs(
-        self, batch: BatchedDataDict, *, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
+        self, batch: BatchedDataDict, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
         """[N] float32 logprobs of `batch["input_ids"]`, on the CPU, without gradient.
 

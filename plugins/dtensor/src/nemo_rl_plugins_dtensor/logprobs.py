@@ -83,9 +83,10 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logi
     return transform(torch.nn.functional.linear(hidden, weight, bias).float())
 
 
-def _entropy(logits: Tensor, lse: Tensor, probabilities: Tensor) -> Tensor:
-    """-sum p log p = lse - sum p * logit; a logit of -inf has p = 0 and counts nothing."""
-    return lse - torch.einsum("mv,mv->m", probabilities, logits.clamp_min(torch.finfo(logits.dtype).min))
+def _entropy(logits: Tensor, lse: Tensor) -> Tensor:
+    """[C] -sum p log p; a logit of -inf has p = 0 and counts nothing."""
+    log_softmax = (logits - lse[:, None]).clamp_min_(-1e30)
+    return -torch.einsum("cv,cv->c", log_softmax.exp(), log_softmax)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -111,7 +112,7 @@ class _LinearLogprobs(torch.autograd.Function):
             lse[rows] = torch.logsumexp(logits, dim=-1)
             logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
             if with_entropy:
-                entropy[rows] = _entropy(logits, lse[rows], (logits - lse[rows, None]).exp_())
+                entropy[rows] = _entropy(logits, lse[rows])
             kept = logits
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy, kept if num_tokens <= chunk_size else None)
         ctx.transform, ctx.chunk_size, ctx.with_entropy = transform, chunk_size, with_entropy

@@ -39,7 +39,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[Tensor]) -> tor
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     options: dict[str, Any] = {"lr": config.lr}
     for name in ("weight_decay", "betas", "eps"):
-        if takes_all or name in accepted:
+        if takes_all or (name in accepted and _same_shape(accepted[name].default, getattr(config, name))):
             options[name] = getattr(config, name)
     # One kernel over all parameters: 3 to 6 times the speed of the loop over tensors, also on the CPU.
     if "fused" in accepted and cls.__module__.startswith("torch.optim") and _can_fuse(parameters):
@@ -54,6 +54,13 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[Tensor]) -> tor
             f"policy.optimizer: {config.name} does not accept {options}: {error}. "
             f"It takes: {', '.join(name for name in accepted if name != 'params')}."
         ) from error
+
+
+def _same_shape(default: Any, value: Any) -> bool:
+    """Whether an argument means what ours does: Adafactor's `eps` is a pair, some `betas` are triples."""
+    if isinstance(value, tuple):
+        return isinstance(default, (tuple, list)) and len(default) == len(value)
+    return not isinstance(default, (tuple, list))
 
 
 def _can_fuse(parameters: Sequence[Tensor]) -> bool:

@@ -44,7 +44,7 @@ def score_math(
         RewardError: The expected answer is not mathematics that can be read: a mistake in the data.
     """
     _quiet()
-    from math_verify import (  # type: ignore[import-untyped]
+    from math_verify import (
         ExprExtractionConfig,
         LatexExtractionConfig,
         parse,

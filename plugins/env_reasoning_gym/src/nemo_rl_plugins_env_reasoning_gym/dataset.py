@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from attrs import Factory, evolve, field, frozen, validators
 
 from nemo_rl_core._errors import ConfigError
+from nemo_rl_plugins_env_reasoning_gym.seeded import SeededGenerator, needs_fixed_hashes
 
 __all__ = ["CurriculumStage", "ReasoningGymData", "ReasoningGymRows", "ReasoningGymSource"]
 
@@ -125,7 +126,7 @@ class ReasoningGymRows(Sequence[dict[str, Any]]):
 
 def _generator(name: str, config: ReasoningGymData, stage: CurriculumStage, size: int) -> Any:
     """One reasoning-gym dataset object, configured for a stage."""
-    from reasoning_gym import factory  # type: ignore[import-untyped]
+    from reasoning_gym import factory
 
     if name not in factory.DATASETS:
         close = get_close_matches(name, factory.DATASETS, n=1)
@@ -146,7 +147,7 @@ def _generator(name: str, config: ReasoningGymData, stage: CurriculumStage, size
         made = dataclasses.replace(made, **options, seed=config.seed, size=size)
         if hasattr(made, "validate"):
             made.validate()
-        return dataset_class(config=made)
+        return SeededGenerator(name, made) if needs_fixed_hashes(name) else dataset_class(config=made)
     except (AssertionError, TypeError, ValueError, KeyError) as e:
         if isinstance(e, ConfigError):
             raise

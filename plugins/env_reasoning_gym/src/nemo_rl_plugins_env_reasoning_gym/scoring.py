@@ -78,7 +78,7 @@ def score_task(answer: str | None, row: Mapping[str, Any]) -> TaskScore:
 
 @cache
 def _scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
-    from reasoning_gym import factory  # type: ignore[import-untyped]
+    from reasoning_gym import factory
 
     if name not in factory.DATASETS:
         raise DataError(

@@ -101,7 +101,7 @@ class GRPO(BaseAlgorithm):
             )
         return rewards + shaping.overlong_penalty(
             shaping.response_lengths(batch),
-            max_length=options.max_response_length or self.config.generation.max_new_tokens,
+            max_length=self.config.max_response_length,
             buffer_length=options.overlong_buffer_length,
             penalty=options.overlong_penalty,
         )

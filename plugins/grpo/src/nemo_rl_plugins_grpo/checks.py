@@ -61,7 +61,7 @@ def _rewards(config: GRPOConfig) -> Iterator[Any]:
             f"the source range {scaling.source_min} to {scaling.source_max} is empty",
             "make source_max larger than source_min",
         )
-    longest = shaping.max_response_length or config.generation.max_new_tokens
+    longest = config.max_response_length
     by_length = shaping.enabled and shaping.stop_properly_penalty_coef is None
     if by_length and shaping.overlong_buffer_length > longest:
         yield mistake(

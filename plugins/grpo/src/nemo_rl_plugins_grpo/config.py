@@ -224,6 +224,22 @@ class GRPOConfig(RunConfig):
         """Rollouts per prompt."""
         return self.num_generations_per_prompt
 
+    @property
+    def max_response_length(self) -> int:
+        """Tokens a response may have, for shaping by length."""
+        shaping, generation = self.reward_shaping, self.generation
+        return shaping.max_response_length or generation.max_new_tokens or self.policy.max_sequence_length
+
+    @property
+    def num_updates_per_step(self) -> int:
+        """Optimizer steps of one step."""
+        return self.updates_per_step * self.epochs_per_step
+
+    @property
+    def num_passes_per_step(self) -> int:
+        """How often each rollout is trained on."""
+        return self.epochs_per_step
+
     def check(self) -> Iterator[Any]:
         """Yield every mistake that lies between fields, each with its path, value and fix."""
         from nemo_rl_plugins_grpo.checks import find_mistakes

@@ -29,7 +29,7 @@ def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
     if kind == "k2":
         return log_ratio.square() / 2
     if kind == "k3":
-        return log_ratio.exp() - 1 - log_ratio
+        return log_ratio.expm1() - log_ratio  # exp(x) - 1 would lose all digits near 0 and go negative
     raise ConfigError(f"KL estimator {kind!r} is not known; allowed: 'k1', 'k2', 'k3'")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,6 +75,7 @@ class TorchEngine(GenerationBackend):
             num_rows=num_rows,
             max_length=self._max_length,
             cache_dtype=cache_dtype,
+            cuda_graphs=options.cuda_graphs,
         )
         self._vocab_size = decoder.vocab_size
         self._scheduler = Scheduler(
@@ -140,9 +142,8 @@ class TorchEngine(GenerationBackend):
         tokens sampled; decoding steps; batch_fill, the mean share of rows in use; prefill_tokens computed and
         shared_prefill_tokens that another request of the same prompt had computed; refit_bytes copied.
         """
-        counters = self._scheduler.counters
-        taken = {name: float(counters[name]) for name in list(counters)}
-        counters.clear()
+        counters, self._scheduler.counters = self._scheduler.counters, Counter()
+        taken = {name: float(value) for name, value in counters.items()}
         filled = taken.pop("filled_rows", 0.0)
         steps = taken.get("steps", 0.0)
         taken["batch_fill"] = filled / (steps * self._scheduler.num_rows) if steps else 0.0

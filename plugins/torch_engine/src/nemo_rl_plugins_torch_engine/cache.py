@@ -51,6 +51,8 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.capacity = 0
+        self.generation = 0
+        """Counts the allocations: what points into the memory of an earlier one is void."""
         self._allocate(min(capacity or _FIRST_CAPACITY, max_length))
 
     def _allocate(self, capacity: int) -> None:
@@ -65,6 +67,7 @@ class KVCache:
                     tensor[:, :, :kept] = store[i]
                 grown.append(tensor)
         self.capacity = capacity
+        self.generation += 1
 
     def ensure(self, length: int) -> None:
         """Make room for `length` positions in every row."""

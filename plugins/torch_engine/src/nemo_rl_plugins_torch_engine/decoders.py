@@ -9,6 +9,7 @@ import torch
 
 from nemo_rl_core._errors import ConfigError
 from nemo_rl_plugins_torch_engine.attention_decoder import AttentionDecoder, UnsupportedModel, register_attention
+from nemo_rl_plugins_torch_engine.cuda_graphs import BucketedDecoder
 from nemo_rl_plugins_torch_engine.lean import LeanDecoder
 from nemo_rl_plugins_torch_engine.passes import Decoder
 from nemo_rl_plugins_torch_engine.recompute import RecomputeDecoder
@@ -18,7 +19,9 @@ __all__ = ["build_decoder"]
 logger = logging.getLogger(__name__)
 
 
-def build_decoder(model: Any, *, choice: str, num_rows: int, max_length: int, cache_dtype: torch.dtype) -> Decoder:
+def build_decoder(
+    model: Any, *, choice: str, num_rows: int, max_length: int, cache_dtype: torch.dtype, cuda_graphs: bool = False
+) -> Decoder:
     """The decoder of `choice`, or with "auto" the fastest that fits the model.
 
     Raises:
@@ -29,7 +32,9 @@ def build_decoder(model: Any, *, choice: str, num_rows: int, max_length: int, ca
     reasons: list[str] = []
     if choice in ("auto", "lean"):
         try:
-            return LeanDecoder(model, cache_dtype=cache_dtype, **sizes)
+            lean = LeanDecoder(model, cache_dtype=cache_dtype, **sizes)
+            captured = cuda_graphs and lean.cache.device.type == "cuda"
+            return BucketedDecoder(lean, capture=True) if captured else lean
         except UnsupportedModel as error:
             reasons.append(f"lean: {error}")
     if choice in ("auto", "attention"):

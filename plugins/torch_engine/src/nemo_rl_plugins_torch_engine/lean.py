@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, silu
 
@@ -23,6 +24,48 @@ __all__ = ["LeanDecoder"]
 
 _CLASSES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+
+_Linear = tuple[Tensor, Tensor | None]
+
+
+@frozen(eq=False)
+class _Layer:
+    """The parameters of one layer, taken out of the module once: attribute access through it is slow."""
+
+    input_norm: Tensor
+    query: _Linear
+    key: _Linear
+    value: _Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: _Linear
+    mlp_norm: Tensor
+    gate: _Linear
+    up: _Linear
+    down: _Linear
+    scale: float
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            input_norm=layer.input_layernorm.weight,
+            query=_linear(attention.q_proj),
+            key=_linear(attention.k_proj),
+            value=_linear(attention.v_proj),
+            query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
+            key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
+            output=_linear(attention.o_proj),
+            mlp_norm=layer.post_attention_layernorm.weight,
+            gate=_linear(mlp.gate_proj),
+            up=_linear(mlp.up_proj),
+            down=_linear(mlp.down_proj),
+            scale=attention.scaling,
+        )
+
+
+def _linear(module: Any) -> _Linear:
+    return module.weight, module.bias
 
 
 class LeanDecoder:
@@ -56,6 +99,15 @@ class LeanDecoder:
         half = self._head_size // 2
         self._cos = cos[0, :, None].to(weight.dtype)
         self._sin = torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1).to(weight.dtype)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the module's parameters again."""
+        model = self._model
+        self._layers = [_Layer.of(layer) for layer in model.model.layers]
+        self._embedding = model.model.embed_tokens.weight
+        self._final_norm = model.model.norm.weight
+        self._head = _linear(model.lm_head)
 
     def prefill(self, batch: PrefillPass) -> Tensor:
         """See `Decoder.prefill`."""
@@ -66,58 +118,51 @@ class LeanDecoder:
         """See `Decoder.decode`."""
         return self._logits(self._run(batch.token_ids, batch.positions, batch))
 
-    def refresh(self) -> None:
-        """Nothing is derived from the weights."""
-
     def _logits(self, hidden: Tensor) -> Tensor:
-        model = self._model
-        return linear(self._norm(hidden, model.model.norm), model.lm_head.weight)
+        return linear(self._norm(hidden, self._final_norm), *self._head)
 
-    def _norm(self, x: Tensor, module: Any) -> Tensor:
-        return rms_norm(x, (x.shape[-1],), module.weight, self._eps)
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, (x.shape[-1],), weight, self._eps)
 
     def _run(self, token_ids: Tensor, positions: Tensor, batch: PrefillPass | DecodePass) -> Tensor:
-        hidden = embedding(token_ids, self._model.model.embed_tokens.weight)
+        hidden = embedding(token_ids, self._embedding)
         cos, sin = self._cos[positions], self._sin[positions]
         mask = None
         if isinstance(batch, DecodePass):
             mask = length_mask(positions, batch.length, hidden.dtype)
-        for index, layer in enumerate(self._model.model.layers):
-            attended = self._attend(
-                index, layer.self_attn, self._norm(hidden, layer.input_layernorm), cos, sin, batch, mask
-            )
-            hidden = hidden + linear(attended, layer.self_attn.o_proj.weight, layer.self_attn.o_proj.bias)
-            x = self._norm(hidden, layer.post_attention_layernorm)
-            mlp = layer.mlp
-            gate = silu(linear(x, mlp.gate_proj.weight, mlp.gate_proj.bias), inplace=True)
-            gate *= linear(x, mlp.up_proj.weight, mlp.up_proj.bias)
-            hidden = hidden + linear(gate, mlp.down_proj.weight, mlp.down_proj.bias)
+        for index, layer in enumerate(self._layers):
+            x = self._norm(hidden, layer.input_norm)
+            hidden = hidden + linear(self._attend(index, layer, x, cos, sin, batch, mask), *layer.output)
+            x = self._norm(hidden, layer.mlp_norm)
+            gate = silu(linear(x, *layer.gate), inplace=True)
+            gate *= linear(x, *layer.up)
+            hidden += linear(gate, *layer.down)
         return hidden
 
     def _attend(
-        self, index: int, module: Any, x: Tensor, cos: Tensor, sin: Tensor,
+        self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor,
         batch: PrefillPass | DecodePass, mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        size = self._head_size
-        query = linear(x, module.q_proj.weight, module.q_proj.bias).view(-1, self._heads, size)
-        key = linear(x, module.k_proj.weight, module.k_proj.bias).view(-1, self._kv_heads, size)
-        value = linear(x, module.v_proj.weight, module.v_proj.bias).view(-1, self._kv_heads, size)
-        if hasattr(module, "q_norm"):
-            query, key = self._norm(query, module.q_norm), self._norm(key, module.k_norm)
+        size, heads = self._head_size, self._heads
+        query = linear(x, *layer.query).view(-1, heads, size)
+        key = linear(x, *layer.key).view(-1, self._kv_heads, size)
+        value = linear(x, *layer.value).view(-1, self._kv_heads, size)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
         both = torch.cat([query, key], dim=1)
         both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
-        query, key = both[:, : self._heads], both[:, self._heads :]
+        query, key = both[:, :heads], both[:, heads:]
         keys, values = self.cache.keys[index], self.cache.values[index]
         if isinstance(batch, PrefillPass):
             keys[batch.rows, :, batch.row_positions] = key[batch.source].to(keys.dtype)
             values[batch.rows, :, batch.row_positions] = value[batch.source].to(values.dtype)
-            out = attend_packed(query, key, value, batch.runs, scale=module.scaling)
+            out = attend_packed(query, key, value, batch.runs, scale=layer.scale)
         else:
             assert mask is not None
             keys[batch.rows, :, batch.positions] = key.to(keys.dtype)
             values[batch.rows, :, batch.positions] = value.to(values.dtype)
             count, length = batch.rows.shape[0], batch.length
-            out = attend_cache(query, keys[:count, :, :length], values[:count, :, :length], mask, scale=module.scaling)
+            out = attend_cache(query, keys[:count, :, :length], values[:count, :, :length], mask, scale=layer.scale)
         return out.flatten(1)
 
 

@@ -38,6 +38,7 @@ def uniforms(seeds: Sequence[int], first: Sequence[int], count: int) -> npt.NDAr
         keys = _mix(np.array([s & _MASK for s in seeds], dtype=np.uint64) + _GOLDEN)
         start = np.array(first, dtype=np.uint64)
         positions = start[:, None] + np.arange(1, count + 1, dtype=np.uint64)
-        bits = _mix(_mix(keys[:, None] + positions * _GOLDEN) ^ keys[:, None])
+        counters = (keys[:, None] + positions * _GOLDEN).astype(np.uint64)
+        bits = _mix(_mix(counters) ^ keys[:, None])
     # 23 bits: the largest value times a float32 total stays below the total.
     return (bits >> np.uint64(41)).astype(np.float32) * np.float32(2.0**-23)

@@ -97,8 +97,12 @@ class DecodePass:
 class Decoder(Protocol):
     """Runs the model over a cache that it owns."""
 
-    cache: KVCache
     vocab_size: int
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of all rows."""
+        ...
 
     def prefill(self, batch: PrefillPass) -> Tensor:
         """Fill the cache; [P, V] logits after the last token of each prompt."""

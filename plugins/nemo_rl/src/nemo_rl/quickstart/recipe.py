@@ -18,7 +18,7 @@ from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_grpo.trainer import GRPOTrainer
 from nemo_rl_plugins_sft.trainer import SFTTrainer
 
-__all__ = ["QuickstartResult", "run_quickstart"]
+__all__ = ["QuickstartResult", "arithmetic_data", "run_quickstart"]
 
 MODEL = "scratch:qwen2-1m"
 TRAIN_SEED_OFFSET = 1_000
@@ -117,14 +117,18 @@ def _warm_start(run_dir: Path, common: dict[str, Any], seed: int) -> RunResult:
             "learning_rate": 2e-3,
             "batch_size": 256,
             "max_steps": 200,
-            "max_epochs": None,
             "run_dir": str(run_dir),
             "policy": {
                 "optimizer": {"weight_decay": 0.0, "betas": [0.9, 0.95]},
                 "scheduler": {"warmup_steps": 50},
                 "max_sequence_length": 32,
             },
-            "data": {"train": {**arithmetic_data(seed=TRAIN_SEED_OFFSET + seed, size=20_000), "columns": {"response": "answer"}}},
+            "data": {
+                "train": {
+                    **arithmetic_data(seed=TRAIN_SEED_OFFSET + seed, size=20_000),
+                    "columns": {"response": "answer"},
+                }
+            },
             **common,
         }
     )

@@ -25,7 +25,9 @@ text{font:11px system-ui,sans-serif;fill:#555}
 """
 
 
-def curve(title: str, points: Sequence[tuple[float, float]], *, low: float | None = None, high: float | None = None) -> str:
+def curve(
+    title: str, points: Sequence[tuple[float, float]], *, low: float | None = None, high: float | None = None
+) -> str:
     """One SVG line chart: the values, and their running mean over a tenth of the run.
 
     Args:
