@@ -2,7 +2,7 @@
 
 Each line has the keys that NeMo Gym writes (`responses_create_params.input`, `response.output` with
 `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` on the policy's messages, `reward`,
-`_ng_task_index`, `_ng_rollout_index`) and under `nemo_rl` what those leave out. Sampled tokens and their
+`_ng_task_index`, `_ng_rollout_index`) and under `nemo_rl_record` what those leave out. Sampled tokens and their
 logprobs are written once, on the messages. Floats are written by `repr`, so they come back bit for bit.
 What JSON does not have is written as its nearest: tuples as lists, numpy scalars as numbers, other
 objects as their `str`.
@@ -23,6 +23,7 @@ from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, T
 __all__ = ["group_from_dict", "group_to_dict", "read_groups", "write_groups"]
 
 _FORMAT = 1
+_OWN_KEY = "nemo_rl_record"
 
 
 def write_groups(path: str | Path, groups: Iterable[RolloutGroup], *, append: bool = False) -> None:
@@ -55,7 +56,7 @@ def read_groups(path: str | Path) -> list[RolloutGroup]:
     for number, row in _rows(source):
         where = f"{source}:{number}"
         try:
-            if "nemo_rl" in row:
+            if _OWN_KEY in row:
                 _add_own(groups, row)
             else:
                 _add_gym(groups, by_task, row)
@@ -87,7 +88,7 @@ def group_from_dict(data: Mapping[str, Any]) -> RolloutGroup:
 def _write_group(file: TextIO, group: RolloutGroup) -> None:
     header = {"format": _FORMAT, **_group_fields(group), "size": len(group.rollouts)}
     if not group.rollouts:
-        file.write(_dump({"nemo_rl": {**header, "rollout": None}}))
+        file.write(_dump({_OWN_KEY: {**header, "rollout": None}}))
     for position, rollout in enumerate(group.rollouts):
         file.write(_dump(_line(group, rollout, {**header, "position": position})))
 
@@ -122,7 +123,7 @@ def _line(group: RolloutGroup, rollout: Rollout, header: dict[str, Any]) -> dict
         "responses_create_params": {"input": [{"type": "message", **message} for message in prompt]},
         "response": {"object": "response", "output": output},
         "reward": None if rollout.failed else rollout.reward,
-        "nemo_rl": {**header, "rollout": own},
+        _OWN_KEY: {**header, "rollout": own},
     }
 
 
@@ -185,7 +186,7 @@ def _parse(where: str, line: str) -> dict[str, Any]:
 
 
 def _add_own(groups: list[RolloutGroup], row: dict[str, Any]) -> None:
-    own = row["nemo_rl"]
+    own = row[_OWN_KEY]
     fields = {name: own[name] for name in ("group_id", "task_id", "weight_version")}
     if own["rollout"] is None or own["position"] == 0 or not groups or _group_fields(groups[-1]) != fields:
         groups.append(RolloutGroup(**fields, rollouts=[]))

@@ -165,9 +165,9 @@ class ProcessPool:
             call.resolve(WorkerDied(f"The process pool was shut down while {call.name} was waiting."))
         for loop, turn in entering:
             _call_soon(loop, _open, turn)
-        if self._thread is None:
+        if self._thread is None or self._thread is threading.current_thread():
             self._close_channels()
-        elif self._thread is not threading.current_thread():
+        else:
             self._thread.join(timeout=5.0)
 
     def __del__(self) -> None:

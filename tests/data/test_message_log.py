@@ -158,3 +158,11 @@ def test_a_template_that_refuses_is_a_clear_error(tokenizer):
 def test_extend_needs_a_message_of_the_policy(tokenizer):
     with pytest.raises(DataError, match="after a message of the policy"):
         ChatFormatter(tokenizer).extend([user("a")], [1], [user("b")])
+
+
+def test_a_rewritten_history_of_equal_length_forks(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}:{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat = ChatFormatter(tokenizer)
+    so_far = chat.initial([user("a")]) + ids(tokenizer, "4")
+    extension = chat.extend([user("a"), assistant("4")], so_far, [user("b")])
+    assert extension.forked and extension.token_ids == ids(tokenizer, "3:a4b")

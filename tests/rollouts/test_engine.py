@@ -419,3 +419,27 @@ def test_after_the_pool_the_steps_clock_runs_on(make_engine, run_group, counting
 
     engine = make_engine("a", make_broken(counting, step=step), environment_timeout_s=0.2)
     assert run_group(engine, group_size=1).rollouts[0].error.type == "DeadlineExceeded"
+
+
+def test_a_failure_after_a_scored_turn_keeps_no_reward(make_engine, run_group, counting):
+    class Late(counting):
+        def step(self, message):
+            if self.turn == 1:
+                raise LookupError("second turn")
+            return super().step(message)
+
+    (rollout,) = run_group(make_engine("a", Late, max_turns=3), group_size=1).rollouts
+    assert rollout.failed and rollout.rewards == {} and rollout.num_sampled_tokens == 4
+
+
+def test_a_task_that_comes_again_is_sampled_anew(make_engine, counting):
+    engine = make_engine("a", counting)
+
+    async def twice():
+        return [
+            await engine.run_group(group_id, "same", {"prompt": "2"}, group_size=2, weight_version=0)
+            for group_id in (0, 1)
+        ]
+
+    seeds = [r.seed for group in asyncio.run(twice()) for r in group.rollouts]
+    assert len(set(seeds)) == 4

@@ -121,7 +121,7 @@ def test_lines_have_the_keys_that_gym_tools_read(tmp_path):
 def test_our_lines_read_as_gym_rows_have_the_same_tokens(tmp_path):
     write_groups(tmp_path / "r.jsonl", [sample_group()])
     row = json.loads((tmp_path / "r.jsonl").read_text())
-    del row["nemo_rl"]  # what another tool might drop
+    del row["nemo_rl_record"]  # what another tool might drop
     (tmp_path / "gym.jsonl").write_text(json.dumps(row) + "\n")
     (group,) = read_groups(tmp_path / "gym.jsonl")
     (rollout,) = group.rollouts
@@ -182,7 +182,7 @@ def test_a_file_that_was_cut_off_names_the_line(tmp_path):
         ("{broken\n", r"r\.jsonl:2: not a line of JSON"),
         ("[1, 2]\n", r"r\.jsonl:2: expected a JSON object, found list"),
         ('{"a": 1}\n', r"r\.jsonl:2: this line is JSON but not a rollout"),
-        ('{"nemo_rl": {"rollout": {}}}\n', r"r\.jsonl:2: this line is JSON but not a rollout"),
+        ('{"nemo_rl_record": {"rollout": {}}}\n', r"r\.jsonl:2: this line is JSON but not a rollout"),
     ],
 )
 def test_a_broken_line_names_file_and_line(tmp_path, line, message):
