@@ -116,6 +116,8 @@ def _die_with_parent() -> None:
     import multiprocessing
     from multiprocessing.connection import wait
 
+    # Daemonic, so that the driver's exit ends it; but an engine in a worker may need processes of its own.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -98,9 +98,7 @@ class ProcessGroup:
     ) -> list[Any]:
         """Call `method` on worker r with the positional arguments `arguments[r]`; raises as `call`."""
         if len(arguments) != self.size:
-            raise ValueError(
-                f"{method}: {len(arguments)} tuples of arguments for {self.size} workers of {self.role!r}."
-            )
+            raise ValueError(f"{method}: {len(arguments)} tuples of arguments for {self.size} {self.role} workers.")
         self._tell([("call", method, args, {}) for args in arguments])
         return self._collect(method, timeout_s)
 

@@ -143,4 +143,3 @@ def test_a_packing_is_a_permutation_with_little_padding(lengths):
         assert len(packing.pad) == places
     batch = BatchedDataDict(lengths)
     assert torch.equal(packing.position_ids, batch.position_ids)
-    assert torch.equal(packing.cumulative.long(), batch.offsets)

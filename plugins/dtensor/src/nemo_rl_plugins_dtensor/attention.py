@@ -40,8 +40,6 @@ class Packing:
     sequence); None when the sequences are of one length, and the row is the group as it stands."""
     unpad: Tensor | None
     """[N] place of each token of the row."""
-    cumulative: Tensor
-    """[S + 1] int32 cumulative lengths, for variable-length kernels."""
     position_ids: Tensor
     """[N] int64 position of each token in its own sequence."""
     record: list[int | None] | None = None
@@ -65,7 +63,7 @@ class Packing:
             groups = [(len(values), values[0])]
         else:
             groups, pad, unpad = _plan(values, cumulative)
-        return Packing(tuple(values), tuple(groups), pad, unpad, cumulative.to(torch.int32), position_ids)
+        return Packing(tuple(values), tuple(groups), pad, unpad, position_ids)
 
     def to(self, device: torch.device | str) -> Packing:
         """The same plan with its tensors on `device`."""
@@ -77,7 +75,6 @@ class Packing:
             self,
             pad=move(self.pad),
             unpad=move(self.unpad),
-            cumulative=move(self.cumulative),
             position_ids=move(self.position_ids),
         )
 

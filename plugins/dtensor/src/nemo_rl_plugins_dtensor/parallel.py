@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_plugins_dtensor.network import PolicyNetwork
 
-__all__ = ["Mesh", "OneProcess", "local_part", "mesh_groups"]
+__all__ = ["Mesh", "OneProcess", "local_part", "mesh_groups", "tensor_plan"]
 
 _STYLES: dict[str, Any] = {
     "colwise": ColwiseParallel,
@@ -152,7 +152,7 @@ class Mesh(OneProcess):
             ConfigError: The model cannot be split as asked.
         """
         if self.tp.size() > 1:
-            plan = _tensor_plan(network.model, self.tp.size())
+            plan = tensor_plan(network.model, self.tp.size())
             parallelize_module(network.model.base_model, self.tp, plan, src_data_rank=None)
         if self.dp_size == 1:
             return
@@ -223,8 +223,12 @@ class Mesh(OneProcess):
             dist.destroy_process_group()
 
 
-def _tensor_plan(model: Any, size: int) -> dict[str, ParallelStyle]:
-    """How each module of the decoder is split, from the plan of its Hugging Face configuration."""
+def tensor_plan(model: Any, size: int) -> dict[str, ParallelStyle]:
+    """How each module of the decoder is split, from the plan of its Hugging Face configuration.
+
+    Raises:
+        ConfigError: The heads do not divide, or no plan is known.
+    """
     config = model.config.get_text_config()
     plan = getattr(config, "base_model_tp_plan", None) or _LLAMA_PLAN
     for name in ("num_attention_heads", "num_key_value_heads"):

@@ -1,0 +1,79 @@
+"""Properties of the digest of weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_rl_core.infra.fingerprint import fingerprint
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+
+
+def _model(dtype=torch.float32):
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"a": (7, 300), "b": (300, 7), "c": (5,), "d": (40, 40, 3), "e": ()}
+    return {n: (torch.randn(s, generator=rng) * 50).to(dtype) for n, s in shapes.items()}
+
+
+def test_equal_weights_in_any_order_and_layout_have_one_fingerprint():
+    one, other = _model(), _model()
+    assert fingerprint(one.items()) == fingerprint(reversed(other.items()))
+    strided = {n: t.T.contiguous().T if t.dim() == 2 else t for n, t in other.items()}
+    assert not strided["a"].is_contiguous()
+    assert fingerprint(one.items()) == fingerprint(strided.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_single_changed_element_shows(dtype, data):
+    model = _model(dtype)
+    before = fingerprint(model.items())
+    name = data.draw(st.sampled_from(sorted(model)))
+    flat = model[name].view(-1)
+    i = data.draw(st.integers(0, flat.numel() - 1))
+    flat[i] = 3 if flat[i] != 3 else 4
+    assert fingerprint(model.items()) != before
+
+
+@settings(max_examples=60, deadline=None)
+@given(i=st.integers(0, 4799), j=st.integers(0, 4799))
+def test_two_exchanged_elements_show(i, j):
+    values = torch.arange(4800, dtype=torch.float32)
+    before = fingerprint([("w", values)])
+    values[i], values[j] = values[j].clone(), values[i].clone()
+    assert (fingerprint([("w", values)]) == before) is (i == j)
+
+
+def test_names_shapes_types_and_transposition_show():
+    weight = torch.randn(64, 64)
+    other = torch.randn(64, 64)
+    seen = [
+        fingerprint(tensors)
+        for tensors in (
+            [("x", weight), ("y", other)],
+            [("x", other), ("y", weight)],  # exchanged tensors
+            [("x", weight.T), ("y", other)],
+            [("x", weight.view(32, 128)), ("y", other)],
+            [("x", weight.view(torch.int32)), ("y", other)],
+            [("z", weight), ("y", other)],
+            [("x", weight)],
+            [("x", weight), ("y", other), ("empty", torch.zeros(0))],
+            [],
+        )
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+def test_it_sees_bits_not_values():
+    assert fingerprint([("w", torch.tensor([0.0]))]) != fingerprint([("w", torch.tensor([-0.0]))])
+    nan = torch.tensor([torch.nan])
+    assert fingerprint([("w", nan)]) == fingerprint([("w", nan.clone())])
+
+
+def test_a_view_that_starts_inside_a_word_reads_its_own_bits():
+    base = torch.arange(5000, dtype=torch.float32)
+    assert fingerprint([("w", base[1:4001])]) == fingerprint([("w", base[1:4001].clone())])
