@@ -219,7 +219,7 @@ def fastest_trl(model: Path, options: argparse.Namespace, precision: str) -> dic
 def compare(name: str, model: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every case of one model."""
     for precision in options.precision_cases:
-        arrangement = fastest_trl(model, options, precision)
+        arrangement = fastest_trl(model, options, precision) if "trl" in options.sides else {}
         for prompts in options.prompt_cases:
             rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES if side in options.sides}
             for round_index in range(options.rounds):

@@ -242,3 +242,17 @@ def test_configurations_load(page: Path) -> None:
 def test_toml_blocks_parse(page: Path) -> None:
     for block in blocks_of(page, "toml"):
         tomllib.loads(block.text)
+
+
+# -- front matter ------------------------------------------------------------------------------------------
+
+FRONT_MATTER = {"description", "categories", "tags", "personas", "difficulty", "content_type", "modality"}
+
+
+def test_every_page_of_the_site_has_its_front_matter() -> None:
+    loose = {"README.md", "BUILD_INSTRUCTIONS.md"}
+    site = [p for p in pages() if (ROOT / "docs") in p.parents and p.name not in loose]
+    assert len(site) > 10
+    for page in site:
+        _, head, _ = page.read_text(encoding="utf-8").split("---\n", 2)
+        assert yaml.safe_load(head).keys() == FRONT_MATTER, page
