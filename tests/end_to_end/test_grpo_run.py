@@ -6,9 +6,10 @@ import json
 import math
 import time
 
-import nemo_rl
 import pytest
 import torch
+
+import nemo_rl
 from nemo_rl_core._errors import CheckpointError, ConfigError, EnvironmentFailure, InvariantViolation
 from nemo_rl_core.rollouts.jsonl import read_groups
 from nemo_rl_core.training.record import read_metrics
@@ -17,6 +18,7 @@ from nemo_rl_core.training.record import read_metrics
 def first_letter(response: str) -> float:
     """A reward that a random model already earns now and then: a digit anywhere in the response."""
     return float(any(c.isdigit() for c in response))
+
 
 def test_the_reward_rises(tiny, rows):
     config = tiny(max_steps=25, num_prompts_per_step=8, num_generations_per_prompt=8, learning_rate=3e-3)
@@ -188,7 +190,9 @@ def test_a_reward_that_sometimes_fails_costs_only_those_rollouts(tiny, rows, cap
 
     config = tiny(num_prompts_per_step=25, max_steps=1)
     result = nemo_rl.GRPOTrainer(config).fit(rows, reward)
-    assert result.metrics["rollouts/failed_fraction"] == pytest.approx(1 / 26)  # one more prompt is sampled in its place
+    assert result.metrics["rollouts/failed_fraction"] == pytest.approx(
+        1 / 26
+    )  # one more prompt is sampled in its place
     assert "4 of 100 rollouts failed" in caplog.text
     assert "no such answer" in caplog.text
 
@@ -216,7 +220,9 @@ def test_a_reward_that_hangs_is_killed_at_its_deadline(tiny, rows):
 
     config = tiny(num_prompts_per_step=25, max_steps=1, rollouts={"reward_timeout_s": 1.0})
     result = nemo_rl.GRPOTrainer(config).fit(rows, reward)
-    assert result.metrics["rollouts/failed_fraction"] == pytest.approx(1 / 26)  # one more prompt is sampled in its place
+    assert result.metrics["rollouts/failed_fraction"] == pytest.approx(
+        1 / 26
+    )  # one more prompt is sampled in its place
 
 
 def test_without_a_reward_the_error_says_what_to_pass(tiny, rows):
@@ -227,7 +233,9 @@ def test_without_a_reward_the_error_says_what_to_pass(tiny, rows):
 def test_a_prompt_longer_than_the_context_is_a_recorded_failure(tiny, rows):
     rows[3]["prompt"] = "9" * 100
     result = nemo_rl.GRPOTrainer(tiny(num_prompts_per_step=25, max_steps=1)).fit(rows, first_letter)
-    assert result.metrics["rollouts/failed_fraction"] == pytest.approx(1 / 26)  # one more prompt is sampled in its place
+    assert result.metrics["rollouts/failed_fraction"] == pytest.approx(
+        1 / 26
+    )  # one more prompt is sampled in its place
 
 
 def test_an_empty_completion_is_scored_and_trained(tiny, rows):
