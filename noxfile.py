@@ -146,8 +146,7 @@ def build(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks against peers: `nox -s bench -- grpo_step` runs benchmarks/grpo_step.py; none runs all."""
-    install(session)
-    session.install("trl", "accelerate", "-c", str(CONSTRAINTS))
+    install(session, "test")
     chosen, options = [], []
     for argument in session.posargs:
         (options if argument.startswith("-") or options else chosen).append(argument)
