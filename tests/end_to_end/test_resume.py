@@ -41,7 +41,8 @@ SCRIPT = textwrap.dedent(
 
     def main():
         algorithm, run_dir, moment, step = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-        common = {"model": "scratch:qwen2-tiny", "learning_rate": 1e-3, "max_steps": 6, "run_dir": run_dir, "policy": {"max_sequence_length": 32}, "logging": {"progress": "none"},
+        common = {"model": "scratch:qwen2-tiny", "learning_rate": 1e-3, "max_steps": 6, "run_dir": run_dir,
+                  "policy": {"max_sequence_length": 32}, "logging": {"progress": "none"},
                   "checkpointing": {"every": 2}}
         callbacks = [] if moment == "never" else [Kill(moment, step)]
         if algorithm == "grpo":
