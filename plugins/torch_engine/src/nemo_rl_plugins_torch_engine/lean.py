@@ -27,6 +27,7 @@ __all__ = ["LeanDecoder"]
 _CLASSES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
+
 @frozen(eq=False)
 class _Layer:
     """The parameters of one layer, taken out of the module once: attribute access through it is slow."""

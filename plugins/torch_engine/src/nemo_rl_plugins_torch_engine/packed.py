@@ -20,8 +20,8 @@ __all__ = ["Linear", "Packing"]
 
 logger = logging.getLogger(__name__)
 
-_MIN_NUMEL = 2**17
-"""Of a weight: the call on a smaller one costs more than its layout saves (128 x 768 loses, 384 x 384 wins)."""
+_MIN_NUMEL = 140_000
+"""Of a weight: the call on a smaller one costs more than its layout saves (128 x 1024 loses, 384 x 384 wins)."""
 _TOLERANCE = 1e-4
 _PROBE_ROWS = 3
 
