@@ -6,6 +6,9 @@ P places of the sequences with the padding of their groups.
 Sequences of similar length are attended in one call: they are gathered into [S, T] with padding at the right,
 which causal attention never lets a real query see, so that no mask is needed and no [N, N] matrix exists.
 Linear layers see the N real tokens only.
+
+Where sequences continue one prefix that stands in the row once (see `prefix.py`), its keys and values are gathered
+again for each call that needs them, and a mask says what a query sees.
 """
 
 from __future__ import annotations
@@ -15,17 +18,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attrs import define, evolve
+from attrs import define, evolve, frozen
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nemo_rl_core._errors import ConfigError
 
-__all__ = ["ATTENTION_NAME", "Packing", "packed_attention"]
+__all__ = ["ATTENTION_NAME", "Branches", "Packing", "packed_attention", "plan_groups", "runs"]
 
 ATTENTION_NAME = "nemo_rl_packed"
 _MAX_WASTE = 0.25
 """Share of padding that a group of sequences may hold; fewer, larger calls are worth that much."""
+
+
+@frozen(eq=False)
+class Branches:
+    """One call of the attention kernel for what continues prefixes."""
+
+    count: int
+    """Stretches of the row, each of one or more sequences that continue one prefix."""
+    width: int
+    """Places for the tokens of a stretch."""
+    depth: int
+    """Places for the tokens of a prefix."""
+    mask: Tensor
+    """[count or 1, 1, width, depth + width] bool, True where a query sees a key."""
 
 
 @define(eq=False)
@@ -33,8 +50,9 @@ class Packing:
     """How one row is made up of sequences; made once per micro-batch, used by every layer."""
 
     lengths: tuple[int, ...]
+    """Tokens of each sequence, a prefix that stands elsewhere in the row included."""
     groups: tuple[tuple[int, int], ...]
-    """(sequences, width) of each call of the attention kernel."""
+    """(sequences, width) of each causal call of the attention kernel."""
     pad: Tensor | None
     """[P] row position of each place of the groups, one after another (padding repeats the first token of its
     sequence); None when the sequences are of one length, and the row is the group as it stands."""
@@ -42,6 +60,10 @@ class Packing:
     """[N] place of each token of the row."""
     position_ids: Tensor
     """[N] int64 position of each token in its own sequence."""
+    branches: tuple[Branches, ...] = ()
+    """The calls for what continues prefixes; their queries have their places after those of the groups."""
+    key_pad: Tensor | None = None
+    """Row position of each place of keys and values, if prefixes are shared; else `pad` serves."""
     record: list[int | None] | None = None
     """If set, each call of the attention function appends the window it was told."""
 
@@ -62,7 +84,8 @@ class Packing:
         if min(values) == max(values):
             groups = [(len(values), values[0])]
         else:
-            groups, pad, unpad = _plan(values, cumulative)
+            unpad = torch.empty(total, dtype=torch.int64)
+            groups, pad = plan_groups(values, cumulative[:-1], unpad)
         return Packing(tuple(values), tuple(groups), pad, unpad, position_ids)
 
     def to(self, device: torch.device | str) -> Packing:
@@ -76,42 +99,52 @@ class Packing:
             pad=move(self.pad),
             unpad=move(self.unpad),
             position_ids=move(self.position_ids),
+            branches=tuple(evolve(branch, mask=move(branch.mask)) for branch in self.branches),
+            key_pad=move(self.key_pad),
         )
 
 
-def _plan(lengths: Sequence[int], cumulative: Tensor) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
-    """Groups of sequences of similar length, and the places of their tokens."""
+def plan_groups(lengths: Sequence[int], starts: Tensor, unpad: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+    """Groups of sequences of similar length, and the places of their tokens.
+
+    Args:
+        lengths: Tokens of each sequence.
+        starts: [S] row position of each sequence's first token.
+        unpad: [N] filled at the tokens of these sequences, see `Packing`.
+
+    Returns:
+        `Packing.groups` and `Packing.pad`.
+    """
     groups: list[tuple[int, int]] = []
     pads: list[Tensor] = []
-    unpad = torch.empty(int(cumulative[-1]), dtype=torch.int64)
     num_places = 0
     sizes = torch.as_tensor(lengths)
-    for members in _runs(lengths):
+    for members in runs(lengths):
         index = torch.tensor(members)
         width = lengths[members[0]]
         column = torch.arange(width)
         real = column < sizes[index][:, None]
-        start = cumulative[index][:, None]
+        start = starts[index][:, None]
         rows = torch.where(real, start + column, start)
         unpad[rows[real]] = num_places + real.reshape(-1).nonzero().squeeze(1)
         pads.append(rows.reshape(-1))
         groups.append((len(members), width))
         num_places += len(members) * width
-    return groups, torch.cat(pads), unpad
+    return groups, torch.cat(pads)
 
 
-def _runs(lengths: Sequence[int]) -> list[list[int]]:
-    """Sequences from the longest to the shortest, cut where the share of padding would pass `_MAX_WASTE`."""
-    runs: list[list[int]] = []
+def runs(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices from the longest to the shortest, cut where the share of padding would pass a quarter."""
+    found: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if runs and tokens + lengths[i] >= (1 - _MAX_WASTE) * lengths[runs[-1][0]] * (len(runs[-1]) + 1):
-            runs[-1].append(i)
+        if found and tokens + lengths[i] >= (1 - _MAX_WASTE) * lengths[found[-1][0]] * (len(found[-1]) + 1):
+            found[-1].append(i)
             tokens += lengths[i]
         else:
-            runs.append([i])
+            found.append([i])
             tokens = lengths[i]
-    return runs
+    return found
 
 
 class _Pad(torch.autograd.Function):
@@ -126,6 +159,22 @@ class _Pad(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (unpad,) = ctx.saved_tensors
         return grad.index_select(0, unpad), None, None
+
+
+class _Repeat(torch.autograd.Function):
+    """`x[places]`, where a row may have many places; its gradient is their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        out = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
+        return out.index_add_(0, places, grad), None
 
 
 class _Unpad(torch.autograd.Function):
@@ -188,12 +237,16 @@ def packed_attention(
         packing.record.append(sliding_window)
     # [N, heads, D]
     streams = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    if packing.pad is not None:
-        streams = [_Pad.apply(x, packing.pad, packing.unpad) for x in streams]  # type: ignore[no-untyped-call]
     window = sliding_window if sliding_window is not None and sliding_window < packing.max_length else None
-    sizes = [count * width for count, width in packing.groups]
-    parts = zip(packing.groups, *(x.split(sizes) for x in streams), strict=True)
-    outputs = [_attend(q, k, v, group, scaling, window) for group, q, k, v in parts]
+    if packing.key_pad is not None:
+        assert window is None, "prefixes are not shared where a sequence is longer than the window"
+        outputs = _attend_shared(*streams, packing, scaling)
+    else:
+        if packing.pad is not None:
+            streams = [_Pad.apply(x, packing.pad, packing.unpad) for x in streams]  # type: ignore[no-untyped-call]
+        sizes = [count * width for count, width in packing.groups]
+        parts = zip(packing.groups, *(x.split(sizes) for x in streams), strict=True)
+        outputs = [_attend(q, k, v, group, scaling, window) for group, q, k, v in parts]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if packing.unpad is not None:
         joined = _Unpad.apply(joined, packing.unpad)  # type: ignore[no-untyped-call]
@@ -211,6 +264,31 @@ def _attend(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2).reshape(count * width, q.shape[1], v.shape[-1])
+
+
+def _attend_shared(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> list[Tensor]:
+    """Groups, then branches; each [places, heads, D]."""
+    query = _Pad.apply(query, packing.pad, packing.unpad)  # type: ignore[no-untyped-call]
+    key, value = (_Repeat.apply(x, packing.key_pad) for x in (key, value))  # type: ignore[no-untyped-call]
+    sizes = [count * width for count, width in packing.groups]
+    branches = packing.branches
+    queries = query.split([*sizes, *(b.count * b.width for b in branches)])
+    key_sizes = [*sizes, *(b.count * (b.depth + b.width) for b in branches)]
+    parts = list(zip(queries, key.split(key_sizes), value.split(key_sizes), strict=True))
+    outputs = [_attend(*part, group, scaling, None) for part, group in zip(parts, packing.groups, strict=False)]
+    outputs += [_attend_branches(*part, b, scaling) for part, b in zip(parts[len(sizes) :], branches, strict=True)]
+    return outputs
+
+
+def _attend_branches(q: Tensor, k: Tensor, v: Tensor, branches: Branches, scaling: float | None) -> Tensor:
+    """One call, [count * width, heads, D] in and out, keys and values [count * (depth + width), heads, D]."""
+    q, k, v = (x.reshape(branches.count, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    shares_heads = q.shape[1] != k.shape[1]
+    if shares_heads and q.device.type != "cpu":  # no kernel but the slow one takes a mask and shared heads there
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        shares_heads = False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=branches.mask, scale=scaling, enable_gqa=shares_heads)
+    return out.transpose(1, 2).reshape(branches.count * branches.width, q.shape[1], v.shape[-1])
 
 
 def _window_mask(width: int, window: int, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, Step
 from nemo_rl_plugins_dtensor import checkpoint
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 from nemo_rl_plugins_dtensor.metrics import StepMetrics
-from nemo_rl_plugins_dtensor.network import PolicyNetwork, Row
+from nemo_rl_plugins_dtensor.network import PolicyNetwork
 from nemo_rl_plugins_dtensor.optimizer import (
     MasterWeights,
     local_optimizer_state,
@@ -69,7 +69,12 @@ class DTensorBackend(TrainingBackend):
         dtype = torch.bfloat16 if bfloat16 and not keeps_masters else torch.float32
         model = load_model(config.model_name, dtype=dtype, seed=context.seed)
         _switch_off_dropout(model)
-        self.network = PolicyNetwork(model, attention=self.options.attention, chunk_size=config.logprob_chunk_size)
+        self.network = PolicyNetwork(
+            model,
+            attention=self.options.attention,
+            chunk_size=config.logprob_chunk_size,
+            share_prefixes=self.options.share_prefixes,
+        )
         if config.activation_checkpointing:
             # Renamed in transformers 5; both take the keyword arguments of torch's checkpoint first.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -135,7 +140,7 @@ class DTensorBackend(TrainingBackend):
         """Forward and backward; None for an empty micro-batch, which only keeps the collectives aligned."""
         if len(batch) == 0 and self.ranks.layout == "1x1":
             return None
-        row = Row.of(batch if len(batch) else _one_token(), device=self.device, only_trained=True)
+        row = self.network.row(batch if len(batch) else _one_token(), device=self.device, only_trained=True)
         out = self.network(row, temperature=plan.temperature, needs=needs if len(batch) else frozenset())
         sums = None
         total = out["anchor"]
@@ -194,7 +199,7 @@ class DTensorBackend(TrainingBackend):
         offsets = batch.offsets
         for indices in parts:
             selected = batch.select(indices)
-            row = Row.of(
+            row = self.network.row(
                 selected if len(selected) else _one_token(), device=self.device, only_trained="loss_mask" in batch
             )
             found = self.network(row, temperature=temperature, needs=frozenset({"logprobs"}))["logprobs"]

@@ -1,6 +1,7 @@
 """The policy: a Hugging Face decoder without its output layer, and logprobs in chunks on top.
 
-Legend: N tokens of a micro-batch, B sequences, T longest length, M tokens whose logprob is wanted, E hidden size.
+Legend: N tokens of a micro-batch, R tokens of its row (N, or fewer where prefixes are shared), B sequences, T longest
+length, M tokens whose logprob is wanted, E hidden size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME, Packing
 from nemo_rl_plugins_dtensor.logprobs import LogitTransform, linear_logprobs
+from nemo_rl_plugins_dtensor.prefix import share_prefixes
 
 __all__ = ["PolicyNetwork", "Row"]
 
@@ -28,32 +30,42 @@ class Row:
     """One micro-batch on the device, ready for the model."""
 
     input_ids: Tensor
-    """[N]"""
+    """[R]"""
     packing: Packing
+    num_tokens: int
+    """N"""
     wanted: Tensor
-    """[M] tokens whose logprob is wanted, never the first of a sequence."""
+    """[M] tokens of the micro-batch whose logprob is wanted, never the first of a sequence."""
     predictors: Tensor
-    """[M] for each wanted token the one before it, whose hidden state predicts it."""
+    """[M] for each wanted token the position in the row of the one before it, whose hidden state predicts it."""
     targets: Tensor
     """[M] the wanted tokens."""
 
     @staticmethod
-    def of(batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool) -> Row:
+    def of(
+        batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool, pair_cost: float | None = None
+    ) -> Row:
         """Prepare a micro-batch that lies on the CPU.
 
         Args:
             batch: At least one sequence; its `input_ids`, and `loss_mask` if there is one.
             device: Where the model is.
             only_trained: Want only the tokens whose `loss_mask` is True.
+            pair_cost: Share prefixes where it saves work, see `share_prefixes`; None does not.
         """
-        packing = Packing.of(batch.lengths.tolist())
-        want = packing.position_ids > 0
+        want = batch.position_ids > 0
         if only_trained and "loss_mask" in batch:
             want = want & batch["loss_mask"]
         wanted = want.nonzero().squeeze(1)
         ids = batch["input_ids"]
+        row_ids = ids
+        shared = None if pair_cost is None else share_prefixes(batch, wanted, pair_cost=pair_cost)
+        if shared is None:
+            packing, predictors = Packing.of(batch.lengths.tolist()), wanted - 1
+        else:
+            row_ids, packing, predictors = ids[shared.source], shared.packing, shared.predictors
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return Row(move(ids), packing.to(device), move(wanted), move(wanted - 1), move(ids[wanted]))
+        return Row(move(row_ids), packing.to(device), len(ids), move(wanted), move(predictors), move(ids[wanted]))
 
 
 class PolicyNetwork(nn.Module):
@@ -63,13 +75,21 @@ class PolicyNetwork(nn.Module):
         model: A causal language model of `transformers`.
         attention: See `DTensorConfig.attention`.
         chunk_size: Tokens whose logits are held at a time.
+        share_prefixes: See `DTensorConfig.share_prefixes`.
 
     Raises:
         ConfigError: The model has no output layer, does something unknown to its logits, or cannot be run packed
             although `attention` demands it.
     """
 
-    def __init__(self, model: Any, *, attention: Literal["auto", "packed", "padded"], chunk_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        attention: Literal["auto", "packed", "padded"],
+        chunk_size: int,
+        share_prefixes: bool = True,
+    ) -> None:
         super().__init__()
         self.model = model
         self.chunk_size = chunk_size
@@ -83,9 +103,16 @@ class PolicyNetwork(nn.Module):
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self.transform = LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
         self.packed = False
+        self.window: int | None = None
         self._choose_attention(attention)
+        self._pair_cost = _pair_cost(model) if share_prefixes and self.packed else None
 
     # -- forward ------------------------------------------------------------------------------
+
+    def row(self, batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool) -> Row:
+        """`Row.of` the micro-batch, its prefixes shared where this model allows it and gains by it."""
+        fits = self.window is None or batch.max_length <= self.window
+        return Row.of(batch, device=device, only_trained=only_trained, pair_cost=self._pair_cost if fits else None)
 
     def forward(self, row: Row, *, temperature: float = 1.0, needs: frozenset[str]) -> dict[str, Tensor]:
         """Run one micro-batch.
@@ -126,7 +153,7 @@ class PolicyNetwork(nn.Module):
         return out
 
     def hidden_states(self, row: Row) -> Tensor:
-        """[N, E] hidden states of the row's tokens, after the last norm."""
+        """[R, E] hidden states of the row's tokens, after the last norm."""
         base = self.model.base_model
         if self.packed:
             states = base(
@@ -187,6 +214,7 @@ class PolicyNetwork(nn.Module):
             reason = _windows_missing(config, layer_types, recorded)
             if not reason and not _close(found, expected):
                 reason = "packed attention gives other logits"
+            self.window = min((window for window in recorded if window is not None), default=None)
         except Exception as error:  # any model code may refuse in its own way; padded is always there
             reason = f"it refuses packed attention ({type(error).__name__}: {error})"
         if reason:
@@ -207,7 +235,7 @@ class PolicyNetwork(nn.Module):
 
 def _spread(values: Tensor, row: Row) -> Tensor:
     """[M, ...] values of the wanted tokens to [N, ...], 0 elsewhere."""
-    out = values.new_zeros(row.input_ids.shape[0], *values.shape[1:])
+    out = values.new_zeros(row.num_tokens, *values.shape[1:])
     return out.index_copy(0, row.wanted, values)
 
 
@@ -217,6 +245,15 @@ def _differentiable(transform: LogitTransform, logits: Tensor) -> Tensor:
     if transform.softcap is not None:
         logits = torch.tanh(logits / transform.softcap) * transform.softcap
     return logits / transform.temperature
+
+
+def _pair_cost(model: Any) -> float:
+    """Work of attending one query to one key in all layers, where a token costs 1 in everything else."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    weights = sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
+    return float(2 * config.num_hidden_layers * heads * size / max(1, weights))
 
 
 def _probe(model: Any) -> list[Tensor]:
