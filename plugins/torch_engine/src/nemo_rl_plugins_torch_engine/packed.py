@@ -69,7 +69,7 @@ class Linear:
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """[N, O_i] outputs of each layer, perhaps views of one tensor."""
         if self._copy is not None and x.shape[0] <= self._max_rows:
-            return self._copy(x).split(self._sizes, dim=-1)
+            return self._copy(x).split_with_sizes(self._sizes, dim=-1)
         return tuple(linear(x, *part) for part in self._parts)
 
 
