@@ -41,6 +41,14 @@ def test_five_lines_as_in_the_requirements(tmp_path, rows):
     assert result.step == 1
 
 
+def test_an_engine_of_another_precision_gets_the_weights_cast(tiny, rows):
+    config = tiny(max_steps=2, policy={"max_sequence_length": 32, "precision": "float32"})
+    config["generation"]["precision"] = "bfloat16"
+    result = nemo_rl.GRPOTrainer(config).fit(rows, first_letter)  # fingerprints are compared after each refit
+    assert result.status == "completed"
+    assert result.step == 2
+
+
 def test_config_objects_as_in_the_requirements(tmp_path, rows):
     from nemo_rl.config import ClusterConfig, GRPOConfig, PolicyConfig
 

@@ -35,10 +35,15 @@ def test_an_update_changes_what_is_sampled_and_its_version(share, decoder, start
     assert after.logprobs == pytest.approx(rows[torch.arange(20), torch.tensor(after.token_ids)].tolist(), abs=1e-5)
 
 
-def test_sharing_copies_nothing_and_sees_later_steps(start, trained):
-    engine = start()
+@pytest.mark.parametrize("packed", [False, True])
+def test_sharing_aliases_the_parameters_and_sees_later_steps(packed, start, trained):
+    engine = start(packed_weights=packed)
     engine.update_weights(1, trained.named_parameters(), share=True)
-    assert engine.metrics()["refit_bytes"] == 0
+    metrics = engine.metrics()
+    assert metrics["refit_bytes"] == 0
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    expected = sum(p.numel() * 4 for n, p in trained.named_parameters() if any(j in n for j in joined))
+    assert metrics["packed_bytes"] == (expected if packed else 0)
     ours = dict(engine._model.named_parameters())
     assert all(p.data_ptr() == ours[n].data_ptr() for n, p in trained.named_parameters())
     assert engine._model.lm_head.weight.data_ptr() == trained.model.embed_tokens.weight.data_ptr()

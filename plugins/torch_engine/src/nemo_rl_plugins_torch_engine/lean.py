@@ -141,7 +141,7 @@ class LeanDecoder:
     ) -> Tensor:  # fmt: skip
         size, heads = self._head_size, self._heads
         projected = layer.query_key_value(x).view(x.shape[0], -1, size)
-        both, value = projected.split([heads + self._kv_heads, self._kv_heads], dim=1)
+        both, value = projected.split_with_sizes([heads + self._kv_heads, self._kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = self._norm(both[:, :heads], layer.query_norm), self._norm(both[:, heads:], layer.key_norm)
             both = torch.cat([query, key], dim=1)

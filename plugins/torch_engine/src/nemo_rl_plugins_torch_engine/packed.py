@@ -20,8 +20,8 @@ __all__ = ["Linear", "Packing"]
 
 logger = logging.getLogger(__name__)
 
-_MIN_NUMEL = 2**17
-"""Of a weight: the call on a smaller one costs more than its layout saves (128 x 768 loses, 384 x 384 wins)."""
+_MIN_NUMEL = 140_000
+"""Of a weight: the call on a smaller one costs more than its layout saves (128 x 1024 loses, 384 x 384 wins)."""
 _TOLERANCE = 1e-4
 _PROBE_ROWS = 3
 
@@ -69,7 +69,7 @@ class Linear:
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """[N, O_i] outputs of each layer, perhaps views of one tensor."""
         if self._copy is not None and x.shape[0] <= self._max_rows:
-            return self._copy(x).split(self._sizes, dim=-1)
+            return self._copy(x).split_with_sizes(self._sizes, dim=-1)
         return tuple(linear(x, *part) for part in self._parts)
 
 
