@@ -240,7 +240,7 @@ def packed_attention(
     window = sliding_window if sliding_window is not None and sliding_window < packing.max_length else None
     if packing.key_pad is not None:
         assert window is None, "prefixes are not shared where a sequence is longer than the window"
-        outputs = _attend_shared(*streams, packing, scaling)
+        outputs = _attend_shared(packing, scaling, *streams)
     else:
         if packing.pad is not None:
             streams = [_Pad.apply(x, packing.pad, packing.unpad) for x in streams]  # type: ignore[no-untyped-call]
