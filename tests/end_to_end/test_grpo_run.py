@@ -193,7 +193,7 @@ def test_a_reward_that_sometimes_fails_costs_only_those_rollouts(tiny, rows, cap
     assert result.metrics["rollouts/failed_fraction"] == pytest.approx(
         1 / 26
     )  # one more prompt is sampled in its place
-    assert "4 of 100 rollouts failed" in caplog.text
+    assert "4 of 104 rollouts failed" in caplog.text
     assert "no such answer" in caplog.text
 
 

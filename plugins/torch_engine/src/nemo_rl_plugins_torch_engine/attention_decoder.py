@@ -141,8 +141,9 @@ class AttentionDecoder:
         step = _Step(self.cache, batch)
         return self._forward(step, batch.token_ids[:, None], batch.positions[:, None], None)[:, 0]
 
-    def refresh(self) -> None:
+    def refresh(self) -> int:
         """Nothing is derived from the weights."""
+        return 0
 
     def _forward(self, step: _Step, token_ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         keep = {"logits_to_keep": last} if self._keep_argument and last is not None else {}

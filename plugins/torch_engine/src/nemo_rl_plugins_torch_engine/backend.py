@@ -32,6 +32,9 @@ __all__ = ["TorchEngine"]
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CONTEXT = 2048
+_ONE_THREAD_BELOW = 200_000_000
+"""Parameters; see `TorchEngineConfig.num_threads`. A fixed number rather than a trial run, because the number of
+threads changes the rounding, and a resumed run must repeat the uninterrupted one bit for bit."""
 
 
 class TorchEngine(GenerationBackend):
@@ -61,6 +64,7 @@ class TorchEngine(GenerationBackend):
         self._options = options
         device = torch.device(context.device)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self._dtype = dtype
         model = load_model(config.model_name, dtype=dtype, seed=context.seed).to(device).eval()
         self._model = model.requires_grad_(False)
         self._tokenizer = _tokenizer(config.model_name)
@@ -76,12 +80,23 @@ class TorchEngine(GenerationBackend):
             max_length=self._max_length,
             cache_dtype=cache_dtype,
             cuda_graphs=options.cuda_graphs,
+            packed_weights=options.packed_weights,
         )
         self._vocab_size = decoder.vocab_size
         self._scheduler = Scheduler(
             decoder, num_rows=num_rows, max_prefill_tokens=options.max_prefill_tokens, device=device
         )
-        self._loop = EngineLoop(self._scheduler, num_threads=context.num_threads)
+        self._loop = EngineLoop(self._scheduler, num_threads=_num_threads(options, context, self._model))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the engine's weights; a weight sync casts the trainer's to it.
+
+        Raises:
+            GenerationError: The engine is not set up.
+        """
+        self._running()
+        return self._dtype
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one completion; cancelling the call frees its place in the batch.
@@ -116,7 +131,7 @@ class TorchEngine(GenerationBackend):
                 self._broken_weights = None if share else f"failed: {error}"
                 raise
             self._broken_weights = None
-            self._scheduler.decoder.refresh()
+            self._scheduler.counters["packed_bytes"] += self._scheduler.decoder.refresh()
             self._scheduler.weights_changed(version)
             self._scheduler.counters["refit_bytes"] += copied
 
@@ -140,7 +155,8 @@ class TorchEngine(GenerationBackend):
         """Counters since the last call.
 
         tokens sampled; decoding steps; batch_fill, the mean share of rows in use; prefill_tokens computed and
-        shared_prefill_tokens that another request of the same prompt had computed; refit_bytes copied.
+        shared_prefill_tokens that another request of the same prompt had computed; refit_bytes copied to
+        parameters, packed_bytes to the copies that `packed_weights` decodes with.
         """
         counters, self._scheduler.counters = self._scheduler.counters, Counter()
         taken = {name: float(value) for name, value in counters.items()}
@@ -270,3 +286,13 @@ def _eos(model_name: str, tokenizer: Tokenizer | None, model: Any) -> frozenset[
 def _context_length(asked: int | None, model: Any) -> int:
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(asked or own or _DEFAULT_CONTEXT, own or asked or _DEFAULT_CONTEXT)
+
+
+def _num_threads(options: TorchEngineConfig, context: WorkerContext, model: Any) -> int | None:
+    """Threads of one operator in the engine's thread; None leaves PyTorch's."""
+    chosen = options.num_threads
+    if chosen is None and torch.device(context.device).type == "cpu":
+        size = sum(parameter.numel() for parameter in model.parameters())
+        chosen = 1 if size < _ONE_THREAD_BELOW else None
+    limits = [number for number in (chosen, context.num_threads) if number is not None]
+    return min(limits, default=None)

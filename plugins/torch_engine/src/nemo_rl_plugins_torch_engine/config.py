@@ -26,5 +26,11 @@ class TorchEngineConfig:
     """Of the K/V cache; None is the precision of the model."""
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs (CUDA and the lean decoder only)."""
+    packed_weights: bool = True
+    """Decode with a second copy of the linear layers' weights, laid out for small batches and made anew after every
+    weight update (CPU, float32 and the lean decoder only). False saves its memory."""
+    num_threads: int | None = field(default=None, validator=optional(ge(1)))
+    """Threads of one operator while generating, on the CPU. None is 1 for models below 0.2 billion parameters, whose
+    steps are too short to share, else PyTorch's own number. Never more than the launcher gives the worker."""
     refit_timeout_s: float = field(default=600.0, validator=gt(0))
     """Deadline for a weight update to get between two steps and finish."""

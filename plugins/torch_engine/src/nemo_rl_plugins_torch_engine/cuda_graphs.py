@@ -95,10 +95,10 @@ class BucketedDecoder:
             replay = self._replays[size, length] = self._prepare(size, length)
         return replay()[:count]
 
-    def refresh(self) -> None:
+    def refresh(self) -> int:
         """Weights may lie elsewhere now: captured steps that point to the old ones are dropped."""
-        self._inner.refresh()
         self._replays.clear()
+        return self._inner.refresh()
 
     def _prepare(self, size: int, length: int) -> _Replay:
         static = DecodePass(self._tokens[:size], self._positions[:size], self._rows[:size], length)

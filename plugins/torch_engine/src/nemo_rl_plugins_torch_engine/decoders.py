@@ -20,7 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_decoder(
-    model: Any, *, choice: str, num_rows: int, max_length: int, cache_dtype: torch.dtype, cuda_graphs: bool = False
+    model: Any,
+    *,
+    choice: str,
+    num_rows: int,
+    max_length: int,
+    cache_dtype: torch.dtype,
+    cuda_graphs: bool = False,
+    packed_weights: bool = True,
 ) -> Decoder:
     """The decoder of `choice`, or with "auto" the fastest that fits the model.
 
@@ -32,7 +39,7 @@ def build_decoder(
     reasons: list[str] = []
     if choice in ("auto", "lean"):
         try:
-            lean = LeanDecoder(model, cache_dtype=cache_dtype, **sizes)
+            lean = LeanDecoder(model, cache_dtype=cache_dtype, packed_weights=packed_weights, **sizes)
             captured = cuda_graphs and lean.cache.device.type == "cuda"
             return BucketedDecoder(lean, capture=True) if captured else lean
         except UnsupportedModel as error:

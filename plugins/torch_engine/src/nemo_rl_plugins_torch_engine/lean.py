@@ -1,7 +1,8 @@
 """Our own forward for decoders of the Llama shape (Llama, Mistral, Qwen2, Qwen3).
 
-It reads the Hugging Face module's parameters where they lie, so that aliased weights stay aliased, and
-calls a fraction of the operators: one rotation for queries and keys, packed rows, no module calls.
+It reads the Hugging Face module's parameters where they lie, so that aliased weights stay aliased (on the CPU
+in float32 the linear layers' weights are copied, see `packed`), and calls a fraction of the operators: one
+rotation for queries and keys, packed rows, no module calls.
 
 Legend: N tokens of a pass, H query heads, K kv heads, D head size, T positions.
 """
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from attrs import frozen
 from torch import Tensor
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm, silu
 
 from nemo_rl_plugins_torch_engine.attention import attend_cache, attend_packed, length_mask
 from nemo_rl_plugins_torch_engine.attention_decoder import UnsupportedModel
 from nemo_rl_plugins_torch_engine.cache import KVCache, LayerShape
+from nemo_rl_plugins_torch_engine.packed import Linear, Packing
 from nemo_rl_plugins_torch_engine.passes import DecodePass, PrefillPass
 
 __all__ = ["LeanDecoder"]
@@ -25,47 +27,35 @@ __all__ = ["LeanDecoder"]
 _CLASSES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 _FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
-_Linear = tuple[Tensor, Tensor | None]
-
 
 @frozen(eq=False)
 class _Layer:
     """The parameters of one layer, taken out of the module once: attribute access through it is slow."""
 
     input_norm: Tensor
-    query: _Linear
-    key: _Linear
-    value: _Linear
+    query_key_value: Linear
     query_norm: Tensor | None
     key_norm: Tensor | None
-    output: _Linear
+    output: Linear
     mlp_norm: Tensor
-    gate: _Linear
-    up: _Linear
-    down: _Linear
+    gate_up: Linear
+    down: Linear
     scale: float
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, layer: Any, packing: Packing) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             input_norm=layer.input_layernorm.weight,
-            query=_linear(attention.q_proj),
-            key=_linear(attention.k_proj),
-            value=_linear(attention.v_proj),
+            query_key_value=packing.linear(attention.q_proj, attention.k_proj, attention.v_proj),
             query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
             key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-            output=_linear(attention.o_proj),
+            output=packing.linear(attention.o_proj),
             mlp_norm=layer.post_attention_layernorm.weight,
-            gate=_linear(mlp.gate_proj),
-            up=_linear(mlp.up_proj),
-            down=_linear(mlp.down_proj),
+            gate_up=packing.linear(mlp.gate_proj, mlp.up_proj),
+            down=packing.linear(mlp.down_proj),
             scale=attention.scaling,
         )
-
-
-def _linear(module: Any) -> _Linear:
-    return module.weight, module.bias
 
 
 class LeanDecoder:
@@ -75,7 +65,9 @@ class LeanDecoder:
         UnsupportedModel: The model is of another shape.
     """
 
-    def __init__(self, model: Any, *, num_rows: int, max_length: int, cache_dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, *, num_rows: int, max_length: int, cache_dtype: torch.dtype, packed_weights: bool = True
+    ) -> None:
         config = model.config
         _refuse_by_config(model)
         self._model = model
@@ -99,15 +91,18 @@ class LeanDecoder:
         half = self._head_size // 2
         self._cos = cos[0, :, None].to(weight.dtype)
         self._sin = torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1).to(weight.dtype)
+        self._packing = Packing(enabled=packed_weights, max_rows=num_rows)
         self.refresh()
 
-    def refresh(self) -> None:
-        """Take the module's parameters again."""
-        model = self._model
-        self._layers = [_Layer.of(layer) for layer in model.model.layers]
+    def refresh(self) -> int:
+        """Take the module's parameters again; the bytes that were copied for it."""
+        model, before = self._model, self._packing.num_bytes
+        self._layers: list[_Layer] = []  # the old copies' memory serves the new ones
+        self._layers += [_Layer.of(layer, self._packing) for layer in model.model.layers]
         self._embedding = model.model.embed_tokens.weight
         self._final_norm = model.model.norm.weight
-        self._head = _linear(model.lm_head)
+        self._head = self._packing.linear(model.lm_head)
+        return self._packing.num_bytes - before
 
     def prefill(self, batch: PrefillPass) -> Tensor:
         """See `Decoder.prefill`."""
@@ -119,7 +114,7 @@ class LeanDecoder:
         return self._logits(self._run(batch.token_ids, batch.positions, batch))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return linear(self._norm(hidden, self._final_norm), *self._head)
+        return self._head(self._norm(hidden, self._final_norm))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, (x.shape[-1],), weight, self._eps)
@@ -132,11 +127,12 @@ class LeanDecoder:
             mask = length_mask(positions, batch.length, hidden.dtype)
         for index, layer in enumerate(self._layers):
             x = self._norm(hidden, layer.input_norm)
-            hidden = hidden + linear(self._attend(index, layer, x, cos, sin, batch, mask), *layer.output)
+            hidden = hidden + layer.output(self._attend(index, layer, x, cos, sin, batch, mask))
             x = self._norm(hidden, layer.mlp_norm)
-            gate = silu(linear(x, *layer.gate), inplace=True)
-            gate *= linear(x, *layer.up)
-            hidden += linear(gate, *layer.down)
+            gate, up = layer.gate_up.split(x)
+            gate = silu(gate)
+            gate *= up
+            hidden += layer.down(gate)
         return hidden
 
     def _attend(
@@ -144,12 +140,11 @@ class LeanDecoder:
         batch: PrefillPass | DecodePass, mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
         size, heads = self._head_size, self._heads
-        query = linear(x, *layer.query).view(-1, heads, size)
-        key = linear(x, *layer.key).view(-1, self._kv_heads, size)
-        value = linear(x, *layer.value).view(-1, self._kv_heads, size)
+        projected = layer.query_key_value(x).view(x.shape[0], -1, size)
+        both, value = projected.split([heads + self._kv_heads, self._kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
-        both = torch.cat([query, key], dim=1)
+            query, key = self._norm(both[:, :heads], layer.query_norm), self._norm(both[:, heads:], layer.key_norm)
+            both = torch.cat([query, key], dim=1)
         both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
         query, key = both[:, :heads], both[:, heads:]
         keys, values = self.cache.keys[index], self.cache.values[index]

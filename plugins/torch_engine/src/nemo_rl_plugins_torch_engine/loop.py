@@ -19,6 +19,7 @@ __all__ = ["EngineLoop"]
 
 logger = logging.getLogger(__name__)
 
+_START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
 
 _Result = tuple[Sequence, Exception | None]
@@ -48,6 +49,10 @@ class EngineLoop:
     """Runs a scheduler in a thread of its own.
 
     An error in a step reaches every request in flight, and every later one.
+
+    Args:
+        scheduler: What is stepped.
+        num_threads: Threads of one operator in the engine's thread, whatever other threads use; None is PyTorch's own.
     """
 
     def __init__(self, scheduler: Scheduler, *, num_threads: int | None = None) -> None:
@@ -60,7 +65,9 @@ class EngineLoop:
         self._stopping = False
         self._broken: GenerationError | None = None
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
+        self._ready = threading.Event()
         self._thread.start()
+        self._ready.wait(_START_TIMEOUT_S)
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Queue sequences; those that belong to one prompt best come in one call.
@@ -124,7 +131,8 @@ class EngineLoop:
 
     def _run(self) -> None:
         if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
+            _set_own_threads(self._num_threads)
+        self._ready.set()
         try:
             with torch.inference_mode():
                 while self._wait():
@@ -176,6 +184,19 @@ class EngineLoop:
             error.__cause__ = self._broken.__cause__
             return error
         return GenerationError("The torch engine is shut down; make a new one to generate.")
+
+
+def _set_own_threads(count: int) -> None:
+    """Set the number of threads of operators of the calling thread, and of no other.
+
+    `torch.set_num_threads` sets it for the calling thread, and the default of threads that have run no
+    operator yet. The default is put back from a thread of its own.
+    """
+    default = torch.get_num_threads()
+    torch.set_num_threads(count)
+    restore = threading.Thread(target=torch.set_num_threads, args=(default,), name="torch-engine-threads")
+    restore.start()
+    restore.join()
 
 
 def _deliver(results: list[_Result]) -> None:

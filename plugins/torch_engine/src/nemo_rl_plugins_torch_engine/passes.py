@@ -112,6 +112,6 @@ class Decoder(Protocol):
         """Add one token to each row's cache; [B, V] logits after it."""
         ...
 
-    def refresh(self) -> None:
-        """Called after the model's weights were replaced or changed."""
+    def refresh(self) -> int:
+        """Called after the model's weights were replaced or changed; bytes of them that it copied."""
         ...

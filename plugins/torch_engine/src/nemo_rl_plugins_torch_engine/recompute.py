@@ -48,8 +48,9 @@ class RecomputeDecoder:
         tokens = self.cache.keys[0][:count, 0, : batch.length, 0]
         return self._logits(tokens)[batch.rows, batch.positions]
 
-    def refresh(self) -> None:
+    def refresh(self) -> int:
         """Nothing is derived from the weights."""
+        return 0
 
     def _logits(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
