@@ -266,7 +266,7 @@ def _attend(
     return out.transpose(1, 2).reshape(count * width, q.shape[1], v.shape[-1])
 
 
-def _attend_shared(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> list[Tensor]:
+def _attend_shared(packing: Packing, scaling: float | None, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     """Groups, then branches; each [places, heads, D]."""
     query = _Pad.apply(query, packing.pad, packing.unpad)  # type: ignore[no-untyped-call]
     key, value = (_Repeat.apply(x, packing.key_pad) for x in (key, value))  # type: ignore[no-untyped-call]
