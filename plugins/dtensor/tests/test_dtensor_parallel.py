@@ -132,3 +132,26 @@ def test_resuming_is_bit_equal_and_a_damaged_file_is_named(group, make_shipped_l
 def test_a_model_that_cannot_be_split_is_a_clear_error(model_name, family, size, message):
     with pytest.raises(ConfigError, match=message):
         tensor_plan(load_model(model_name(family), dtype=torch.float32), size)
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_ranks_that_share_prefixes_take_the_step_of_whole_sequences(
+    launcher, model_name, make_backend, make_shipped_loss, make_batch, tensor_parallel_size
+):
+    batch = make_batch([15, 17, 14, 20, 16, 13])
+    prompt = batch.position_ids < 12
+    batch["input_ids"][prompt] = torch.arange(12).repeat(len(batch))
+    batch.set_tokens("loss_mask", ~prompt)
+    loss = make_shipped_loss(batch)
+    alone = make_backend("qwen3", lr=1e-3, max_grad_norm=0.05, options=DTensorConfig(share_prefixes=False))
+    assert len(make_backend("qwen3").network.row(batch, device="cpu", only_trained=True).input_ids) == 12 + 17
+    ranks = launcher.launch(_spec(model_name("qwen3"), tensor_parallel_size=tensor_parallel_size))
+    try:
+        for _ in range(2):
+            results = ranks.call_each("train_step", _arguments(ranks, batch, loss), timeout_s=60)
+            expected = alone.train_step(batch, loss, StepPlan(micro_batches=[range(len(batch))]))
+            assert results[0].grad_norm == results[1].grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        for found in ranks.call("get_logprobs", batch, timeout_s=60):
+            torch.testing.assert_close(found, alone.get_logprobs(batch), rtol=1e-5, atol=1e-5)
+    finally:
+        ranks.shutdown()

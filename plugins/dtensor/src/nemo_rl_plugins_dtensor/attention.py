@@ -240,7 +240,7 @@ def packed_attention(
     window = sliding_window if sliding_window is not None and sliding_window < packing.max_length else None
     if packing.key_pad is not None:
         assert window is None, "prefixes are not shared where a sequence is longer than the window"
-        outputs = _attend_shared(*streams, packing, scaling)
+        outputs = _attend_shared(packing, scaling, *streams)
     else:
         if packing.pad is not None:
             streams = [_Pad.apply(x, packing.pad, packing.unpad) for x in streams]  # type: ignore[no-untyped-call]
@@ -266,7 +266,7 @@ def _attend(
     return out.transpose(1, 2).reshape(count * width, q.shape[1], v.shape[-1])
 
 
-def _attend_shared(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> list[Tensor]:
+def _attend_shared(packing: Packing, scaling: float | None, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     """Groups, then branches; each [places, heads, D]."""
     query = _Pad.apply(query, packing.pad, packing.unpad)  # type: ignore[no-untyped-call]
     key, value = (_Repeat.apply(x, packing.key_pad) for x in (key, value))  # type: ignore[no-untyped-call]
