@@ -1,11 +1,13 @@
 """The quickstart's two trainings, through the public API and the same code as any run.
 
-A small model made from scratch learns the format of arithmetic answers by SFT, until it is right about a
-quarter of the time; GRPO then teaches it to be right from nothing but the reward.
+A small model made from scratch is fine-tuned on sloppy demonstrations of addition: three of four answers are off
+by one. So it learns to add, and to be wrong about three times of four. GRPO then teaches it to be right, from
+nothing but the reward.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from attrs import frozen
 
 from nemo_rl_core.training.state import RunResult, Sample
 from nemo_rl_core.training.trainer import Trainer
+from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymData, ReasoningGymSource
 from nemo_rl_plugins_grpo.trainer import GRPOTrainer
 from nemo_rl_plugins_sft.trainer import SFTTrainer
 
@@ -24,6 +27,9 @@ MODEL = "scratch:qwen2-1m"
 TRAIN_SEED_OFFSET = 1_000
 HELD_OUT_SEED = 77_777
 NUM_HELD_OUT = 256
+NUM_DEMONSTRATIONS = 30_000
+EXACT_SHARE = 0.25
+"""Of the demonstrations."""
 
 
 @frozen(kw_only=True)
@@ -110,29 +116,39 @@ def run_quickstart(
     return result
 
 
+def demonstrations(*, seed: int, size: int) -> list[dict[str, str]]:
+    """Rows with `prompt` and `response`; the response is right with probability `EXACT_SHARE`, else off by one."""
+    source = arithmetic_data(seed=seed, size=size)
+    rows = ReasoningGymSource(ReasoningGymData(**source["options"])).load()
+    rng = random.Random(seed)
+    made = []
+    for row in rows:
+        slip = 0 if rng.random() < EXACT_SHARE else rng.choice((-1, 1))
+        made.append({"prompt": source["prompt_template"].format(**row), "response": str(int(row["answer"]) + slip)})
+    return made
+
+
+def _policy(warmup_steps: int) -> dict[str, Any]:
+    return {
+        "optimizer": {"weight_decay": 0.0, "betas": [0.9, 0.95]},
+        "scheduler": {"warmup_steps": warmup_steps},
+        "max_sequence_length": 32,
+    }
+
+
 def _warm_start(run_dir: Path, common: dict[str, Any], seed: int) -> RunResult:
     trainer = SFTTrainer(
         {
             "model": MODEL,
             "learning_rate": 2e-3,
-            "batch_size": 256,
-            "max_steps": 200,
+            "batch_size": 128,
+            "max_steps": 500,
             "run_dir": str(run_dir),
-            "policy": {
-                "optimizer": {"weight_decay": 0.0, "betas": [0.9, 0.95]},
-                "scheduler": {"warmup_steps": 50},
-                "max_sequence_length": 32,
-            },
-            "data": {
-                "train": {
-                    **arithmetic_data(seed=TRAIN_SEED_OFFSET + seed, size=20_000),
-                    "columns": {"response": "answer"},
-                }
-            },
+            "policy": _policy(50),
             **common,
         }
     )
-    return trainer.fit()
+    return trainer.fit(demonstrations(seed=TRAIN_SEED_OFFSET + seed, size=NUM_DEMONSTRATIONS))
 
 
 def _grpo(run_dir: Path, common: dict[str, Any], model: Path, seed: int) -> RunResult:
@@ -140,15 +156,11 @@ def _grpo(run_dir: Path, common: dict[str, Any], model: Path, seed: int) -> RunR
         {
             "model": str(model),
             "learning_rate": 1e-3,
-            "num_prompts_per_step": 32,
+            "num_prompts_per_step": 128,
             "num_generations_per_prompt": 8,
-            "max_steps": 200,
+            "max_steps": 240,
             "run_dir": str(run_dir),
-            "policy": {
-                "optimizer": {"weight_decay": 0.0, "betas": [0.9, 0.95]},
-                "scheduler": {"warmup_steps": 5},
-                "max_sequence_length": 32,
-            },
+            "policy": _policy(5),
             "generation": {"max_new_tokens": 6},
             "data": {"train": arithmetic_data(seed=2 * TRAIN_SEED_OFFSET + seed, size=20_000)},
             "environment": "reasoning_gym",
