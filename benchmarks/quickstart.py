@@ -1,6 +1,6 @@
 """The quickstart with three seeds: seconds, and held-out accuracy before and after GRPO.
 
-    python benchmarks/quickstart.py            # seeds 0, 1, 2; about a quarter of an hour on two cores
+python benchmarks/quickstart.py            # seeds 0, 1, 2; about a quarter of an hour on two cores
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ def run(seed: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "nemo_rl_core.cli", "quickstart", "--json", "--seed", str(seed)]
         done = subprocess.run([*command, "--run-dir", folder], capture_output=True, text=True, check=True)
         row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    row["within_bounds"] = (
-        row["accuracy_before"] < BELOW and row["accuracy_after"] > ABOVE and row["seconds"] < SECONDS
-    )
+    row["within_bounds"] = row["accuracy_before"] < BELOW and row["accuracy_after"] > ABOVE and row["seconds"] < SECONDS
     return {name: value for name, value in row.items() if name not in ("report", "model")}
 
 
