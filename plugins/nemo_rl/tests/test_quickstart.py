@@ -6,9 +6,9 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+
 from nemo_rl.quickstart import recipe
 from nemo_rl.quickstart.report import curve, write_report
-
 from nemo_rl_core.training.state import RunResult, Sample
 
 
