@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import nemo_rl
 import pytest
+
+import nemo_rl
 
 
 def reward(response: str) -> float:

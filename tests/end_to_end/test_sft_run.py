@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-import nemo_rl
 import pytest
 
+import nemo_rl
 from nemo_rl_core._errors import ConfigError, DataError
 
 

@@ -21,7 +21,7 @@ from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymData, Reasonin
 from nemo_rl_plugins_grpo.trainer import GRPOTrainer
 from nemo_rl_plugins_sft.trainer import SFTTrainer
 
-__all__ = ["QuickstartResult", "arithmetic_data", "run_quickstart"]
+__all__ = ["QuickstartResult", "arithmetic_data", "demonstrations", "run_quickstart"]
 
 MODEL = "scratch:qwen2-1m"
 NUM_ROWS = 64_000
@@ -163,7 +163,7 @@ def _grpo(run_dir: Path, common: dict[str, Any], model: Path, seed: int) -> RunR
             "learning_rate": 1e-3,
             "num_prompts_per_step": 128,
             "num_generations_per_prompt": 8,
-            "max_steps": 200,
+            "max_steps": 240,
             "run_dir": str(run_dir),
             "policy": _policy(5, "linear"),
             "generation": {"max_new_tokens": 6},
