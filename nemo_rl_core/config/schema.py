@@ -374,3 +374,8 @@ class RunConfig:
     def group_size(self) -> int:
         """Rollouts per prompt; 1 for algorithms fed with examples."""
         return 1
+
+    @property
+    def max_batches_per_step(self) -> int:
+        """Batches of prompts one step may sample until enough groups can be trained on."""
+        return 10

@@ -354,13 +354,12 @@ def _make_feed(parts: RunParts) -> ExampleFeed | RolloutFeed:
     config = parts.config
     if parts.runner is None:
         return ExampleFeed(parts.data, config.num_items_per_step)
-    sampling = getattr(config, "dynamic_sampling", None)
     return RolloutFeed(
         data=parts.data,
         runner=parts.runner,
         algorithm=parts.algorithm,
         config=config,
-        max_batches=getattr(sampling, "max_batches", 10),
+        max_batches=config.max_batches_per_step,
     )
 
 

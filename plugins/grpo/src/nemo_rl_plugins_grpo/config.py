@@ -231,6 +231,11 @@ class GRPOConfig(RunConfig):
         return shaping.max_response_length or generation.max_new_tokens or self.policy.max_sequence_length
 
     @property
+    def max_batches_per_step(self) -> int:
+        """Batches of prompts that dynamic sampling may draw for one step."""
+        return self.dynamic_sampling.max_batches
+
+    @property
     def num_updates_per_step(self) -> int:
         """Optimizer steps of one step."""
         return self.updates_per_step * self.epochs_per_step
