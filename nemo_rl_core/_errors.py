@@ -14,6 +14,7 @@ __all__ = [
     "EnvironmentFailure",
     "GenerationError",
     "InvariantViolation",
+    "MissingExtra",
     "NemoRLError",
     "PluginBroken",
     "PluginConflict",
@@ -61,6 +62,12 @@ class PluginBroken(PluginError, ImportError):
 
 class PluginIncompatible(PluginError, ImportError):
     """The plugin was written for another version of the core or of its kind's contract."""
+
+
+class MissingExtra(NemoRLError, ImportError):
+    """What was asked for needs an optional package that is not installed."""
+
+    exit_code = 3
 
 
 class DataError(NemoRLError, ValueError):

@@ -109,6 +109,15 @@ def nemo_rl_defaults() -> Mapping[str, str] | None:
     """Kind to the name used when a configuration names none, such as {"training_backends": "x"}."""
 
 
+@hookspec
+def nemo_rl_node_manifests() -> Mapping[str, Sequence[Mapping[str, Any]]] | None:
+    """Node name to the plugins of that node, from a launcher that knows several machines.
+
+    The rows are those that `nemo-rl plugins list --json` prints there. Asked by `nemo-rl plugins doctor`, which
+    reports nodes that differ from the machine it runs on.
+    """
+
+
 # -- lifecycle: events of one run, in the order in which they come ---------------------------------------
 
 

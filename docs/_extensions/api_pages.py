@@ -6,7 +6,7 @@ from pathlib import Path
 
 from source_reader import Class, Field, Function, Module, markdown, read_package
 
-__all__ = ["write_api_pages"]
+__all__ = ["class_markdown", "write_api_pages"]
 
 
 def _packages(root: Path) -> list[Path]:
@@ -37,7 +37,8 @@ def _field(item: Field, kind: str, depth: int) -> list[str]:
     return _directive(kind, item.name, markdown(item.doc), options=options, depth=depth)
 
 
-def _class(item: Class) -> list[str]:
+def class_markdown(item: Class) -> list[str]:
+    """A class with its fields and methods, as directives."""
     body = [markdown(item.doc), ""]
     if item.bases:
         body = [f"Bases: {', '.join(f'`{base}`' for base in item.bases)}", "", *body]
@@ -56,7 +57,7 @@ def _module_page(module: Module, children: list[Module]) -> str:
     for constant in module.constants:
         out += _field(constant, "data", 0)
     for item in module.classes:
-        out += _class(item)
+        out += class_markdown(item)
     for function in module.functions:
         out += _function(function, "function", 0)
     if children:

@@ -9,9 +9,9 @@ import typer
 from typer.main import get_command
 
 from nemo_rl_core._version import __version__
-from nemo_rl_core.cli._boundary import DEBUG_VARIABLE
+from nemo_rl_core.cli._boundary import switch_on_debug
 from nemo_rl_core.cli._lazy import LazyGroup
-from nemo_rl_core.registry._index import ALLOW_VARIABLE, STRICT_VARIABLE
+from nemo_rl_core.registry._index import ALLOW_VARIABLE, DEBUG_VARIABLE, STRICT_VARIABLE
 
 __all__ = ["app", "command"]
 
@@ -47,11 +47,6 @@ def _no_plugins(wanted: bool) -> None:
         os.environ[ALLOW_VARIABLE] = ""
 
 
-def _debug(wanted: bool) -> None:
-    if wanted:
-        os.environ[DEBUG_VARIABLE] = "1"
-
-
 @app.callback()
 def root(
     version: Annotated[
@@ -66,13 +61,20 @@ def root(
         typer.Option("--no-plugins", callback=_no_plugins, is_eager=True, help="Use nothing but the core."),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show tracebacks of errors.")
+        bool,
+        typer.Option(
+            "--debug",
+            callback=switch_on_debug,
+            is_eager=True,
+            help="Show tracebacks, and which plugin's code runs when.",
+        ),
     ] = False,
 ) -> None:
     """Post-training for language models, made of plugins."""
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    switch_on_debug(bool(os.environ.get(DEBUG_VARIABLE)))
 
 
 def command() -> Any:

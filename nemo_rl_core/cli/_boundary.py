@@ -6,13 +6,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from types import TracebackType
 
 from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.registry._index import DEBUG_VARIABLE, DENY_VARIABLE
 
-__all__ = ["DEBUG_VARIABLE", "run"]
-
-DEBUG_VARIABLE = "NEMO_RL_DEBUG"
+__all__ = ["run", "switch_on_debug"]
 
 UNEXPECTED, INTERRUPTED = 70, 130
 
@@ -35,6 +33,15 @@ def run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         return _from_parser(error)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def switch_on_debug(wanted: bool) -> None:
+    """Callback of `--debug`: kept in the environment, so that it reaches worker processes."""
+    if wanted:
+        import logging
+
+        os.environ[DEBUG_VARIABLE] = "1"
+        logging.getLogger("nemo_rl_core.debug").setLevel(logging.DEBUG)
 
 
 def _debug() -> bool:
@@ -80,43 +87,46 @@ def _unexpected(error: Exception) -> int:
     import traceback
 
     text = "".join(traceback.format_exception(error))
-    lines = [f"error: unexpected {type(error).__name__}: {error}"]
-    plugin = _plugin_at_fault(error.__traceback__)
-    lines.append(f"It was raised in {plugin}." if plugin else "This is a bug of nemo-rl.")
+    origin, plugin = _who(error)
+    message = str(error).removeprefix(f"{origin}: ")
+    if origin is None:
+        lines = [f"error: unexpected {type(error).__name__}: {message}", "This is a bug of nemo-rl."]
+    else:
+        lines = [f"error: {origin}: {type(error).__name__}: {message}"]
+        if plugin:
+            lines.append(
+                f"Upgrade it (pip install -U {plugin}), choose another, or disable it: {DENY_VARIABLE}={plugin}"
+            )
     try:
         handle, path = tempfile.mkstemp(prefix="nemo-rl-error-", suffix=".txt", text=True)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(f"{' '.join(sys.argv)}\n\n{text}")
-        lines.append(f"The traceback is in {path}; please report it{_tracker(plugin)}.")
+        report = "" if origin and not plugin else f"; please report it{_tracker(plugin)}"
+        lines.append(f"The traceback is in {path} (nemo-rl --debug ... shows it){report}.")
     except OSError:  # the disk may be what failed
         lines.append(text)
     return _say("\n".join(lines), UNEXPECTED)
 
 
-def _plugin_at_fault(frames: TracebackType | None) -> str | None:
-    """The plugin distribution whose code is innermost in a traceback."""
-    from nemo_rl_core.registry import get_registry
-    from nemo_rl_core.registry._index import CORE
+def _who(error: Exception) -> tuple[str | None, str | None]:
+    """Who raised it, and the distribution of that plugin; None of the framework's own."""
+    from nemo_rl_core.registry._trace import blamed, provider_at_fault
 
-    packages = {
-        entry.value.partition(":")[0].partition(".")[0]: entry.distribution
-        for entries in get_registry().index.entries.values()
-        for entry in entries
-        if entry.distribution.name != CORE
-    }
-    found = None
-    while frames is not None:
-        dist = packages.get(str(frames.tb_frame.f_globals.get("__name__")).partition(".")[0])
-        found = f"plugin {dist.name} {dist.version}" if dist is not None else found
-        frames = frames.tb_next
-    return found
+    found = blamed(error)
+    if found is not None:
+        return found
+    at_fault = provider_at_fault(error)
+    if at_fault is None:
+        return None, None
+    provider, call = at_fault
+    return provider.at(call), provider.distribution
 
 
 def _tracker(plugin: str | None) -> str:
     """Where to report: the issue tracker of the distribution's metadata, if it names one."""
     from nemo_rl_core.registry import get_registry
 
-    dist = get_registry().distribution(plugin.split()[1] if plugin else "nemo-rl-core")
+    dist = get_registry().distribution(plugin or "nemo-rl-core")
     for line in ((dist.read("METADATA") if dist else None) or "").splitlines():
         key, _, value = line.partition(":")
         label, _, address = value.partition(",")

@@ -13,7 +13,7 @@ from typer.main import get_command as typer_command
 
 from nemo_rl_core.registry._index import Entry, Index, Selection
 
-__all__ = ["CORE_COMMANDS", "CoreCommand", "LazyCommand", "LazyGroup", "as_command"]
+__all__ = ["CORE_COMMANDS", "CoreCommand", "LazyCommand", "LazyGroup", "as_command", "load_core"]
 
 
 class CoreCommand(NamedTuple):
@@ -27,7 +27,8 @@ class CoreCommand(NamedTuple):
 CORE_COMMANDS: dict[str, CoreCommand] = {
     "train": CoreCommand("nemo_rl_core.cli.train:train", "Train what a configuration describes."),
     "eval": CoreCommand("nemo_rl_core.cli.train:evaluate", "Score a model on the validation data."),
-    "config": CoreCommand("nemo_rl_core.cli.config:app", "Validate, show, compare and describe configurations."),
+    "replay": CoreCommand("nemo_rl_core.cli.replay:app", "Train on recorded rollouts, or sample without a trainer."),
+    "config": CoreCommand("nemo_rl_core.cli.config:app", "Start, validate, show, compare and describe configurations."),
     "plugins": CoreCommand("nemo_rl_core.cli.plugins:app", "List and describe what is installed."),
 }
 
@@ -59,7 +60,7 @@ class LazyGroup(TyperGroup):
         """A stand-in for the command, or None if there is none of that name."""
         core = CORE_COMMANDS.get(cmd_name)
         if core is not None:
-            return LazyCommand(cmd_name, core.help, lambda: _load_core(cmd_name, core))
+            return LazyCommand(cmd_name, core.help, lambda: load_core(cmd_name, core))
         providers = [e for e in self._plugins if cmd_name in (e.name, f"{e.distribution.name}:{e.name}")]
         if not providers:
             return None
@@ -78,7 +79,8 @@ class LazyGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _load_core(name: str, core: CoreCommand) -> Any:
+def load_core(name: str, core: CoreCommand) -> Any:
+    """The command object of one of the core's own commands; imports its module."""
     module, _, attribute = core.target.partition(":")
     return as_command(getattr(importlib.import_module(module), attribute), name)
 

@@ -1,4 +1,4 @@
-"""`nemo-rl config`: validate, show, compare and describe configurations."""
+"""`nemo-rl config`: start, validate, show, compare and describe configurations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,63 @@ from nemo_rl_core._errors import ConfigError
 if TYPE_CHECKING:
     from nemo_rl_core.config import RunConfig
 
-__all__ = ["app", "diff", "schema", "show", "validate"]
+__all__ = ["app", "diff", "new", "schema", "show", "templates", "validate"]
 
-app = typer.Typer(name="config", help="Validate, show, compare and describe configurations.", no_args_is_help=True)
+app = typer.Typer(
+    name="config", help="Start, validate, show, compare and describe configurations.", no_args_is_help=True
+)
 
 File = Annotated[Path, typer.Argument(help="Configuration file (YAML, JSON or TOML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides: dotted.path=value, such as policy.optimizer.lr=1e-5.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for programs.")]
+
+
+@app.command()
+def new(
+    algorithm: Annotated[str, typer.Argument(help="Algorithm, such as grpo.")],
+    template: Annotated[
+        str | None, typer.Option("--template", "-t", help="Template to start from; see `nemo-rl config templates`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; by default it is printed.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Start a configuration from a template of the algorithm's package."""
+    from nemo_rl_core.config.templates import config_template
+
+    found = config_template(algorithm, template)
+    if out is None:
+        typer.echo(found.text, nl=False)
+        return
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists. Name another file, or replace it with --overwrite.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(found.text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot write {out}: {error.strerror or error}. Name another file.") from error
+    typer.echo(f"Wrote {out}. Next: nemo-rl config validate {out}, then nemo-rl train {out}")
+
+
+@app.command()
+def templates(
+    algorithm: Annotated[str | None, typer.Argument(help="Algorithm; by default every one that is installed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the templates that `new` starts from."""
+    from nemo_rl_core.config.templates import config_templates
+
+    found = config_templates(algorithm)
+    if as_json:
+        rows = [{"algorithm": t.algorithm, "name": t.name, "summary": t.summary, "path": str(t.path)} for t in found]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    if not found:
+        typer.echo("No template is installed.")
+    width = max((len(f"{t.algorithm} {t.name}") for t in found), default=0)
+    for t in found:
+        typer.echo(f"{f'{t.algorithm} {t.name}':<{width}}  {t.summary}")
 
 
 @app.command()

@@ -9,21 +9,44 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nemo_rl_core._errors import PluginError
+from nemo_rl_core.cli._lazy import CoreCommand, LazyCommand, load_core
 from nemo_rl_core.registry import KINDS, ComponentRef, Registry, get_registry
 from nemo_rl_core.registry._distributions import normalize
 from nemo_rl_core.registry._index import Entry, Selection
 
 __all__ = ["app", "list_plugins", "show"]
 
+_MORE: dict[str, CoreCommand] = {
+    "why": CoreCommand("nemo_rl_core.cli.plugins_why:why", "Show how a name is resolved, place by place."),
+    "check": CoreCommand("nemo_rl_core.cli.plugins_check:check", "Run the conformance kit of a component."),
+    "doctor": CoreCommand("nemo_rl_core.cli.plugins_doctor:doctor", "Look for what is wrong, each with its fix."),
+    "new": CoreCommand("nemo_rl_core.cli.plugins_new:new", "Make a plugin package from a template."),
+}
+
+
+class _Commands(TyperGroup):
+    """`list` and `show`, which stand here, and those that are imported when they are invoked."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_MORE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = _MORE.get(cmd_name)
+        if found is None:
+            return super().get_command(ctx, cmd_name)
+        return LazyCommand(cmd_name, found.help, lambda: load_core(cmd_name, found))
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="List and describe what is installed.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KindOption = Annotated[str | None, typer.Option("--kind", help=f"One of: {', '.join(KINDS)}.")]
 
@@ -155,8 +178,6 @@ def _raise_not_found(registry: Registry, name: str, kind: str | None) -> None:
 
 
 def _details(ref: ComponentRef) -> dict[str, Any]:
-    from nemo_rl_core.cli._describe import config_rows
-
     component: Any = None
     with contextlib.suppress(PluginError):  # the state and the traceback tell
         component = ref.load()
@@ -168,9 +189,32 @@ def _details(ref: ComponentRef) -> dict[str, Any]:
         "protocol": KINDS[ref.kind].protocol,
         "summary": doc.partition("\n\n")[0].replace("\n", " "),
         "config_class": f"{config_class.__module__}:{config_class.__qualname__}" if config_class else None,
-        "options": config_rows(config_class, without=_shared_root(ref.kind)),
+        "options": _options(config_class, shared=_shared_root(ref.kind)),
         "traceback": ref.traceback,
     }
+
+
+def _options(config_class: Any, *, shared: type | None) -> list[dict[str, Any]]:
+    """A row for each setting of a component; those that every configuration of its kind has are left out."""
+    import attrs
+
+    from nemo_rl_core.config.reference import describe
+
+    if not (isinstance(config_class, type) and attrs.has(config_class)):
+        return []
+    known = {f.name for f in attrs.fields(shared)} if shared is not None else set()
+    return [
+        {
+            "name": row.path,
+            "type": row.type,
+            "allowed": row.allowed,
+            "default": "required" if row.default == "(required)" else json.dumps(row.default, default=str),
+            "unit": row.unit,
+            "description": " ".join(row.doc.split()),
+        }
+        for row in describe(config_class)
+        if row.path.partition(".")[0] not in known
+    ]
 
 
 def _shared_root(kind: str) -> type | None:
@@ -197,8 +241,8 @@ def _print_details(details: dict[str, Any]) -> None:
         typer.echo(f"\n{details['traceback']}")
     if details["options"]:
         typer.echo(f"  options      {details['config_class']}")
-        columns = ("name", "type", "default", "description")
-        _print_table(columns, [[row[c] for c in columns] for row in details["options"]])
+        columns = ("name", "allowed", "default", "unit", "description")
+        _print_table(columns, [[row[c] or "" for c in columns] for row in details["options"]])
     typer.echo("")
 
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from nemo_rl_core.cli._boundary import switch_on_debug
+
+if TYPE_CHECKING:
+    from nemo_rl_core.training.evaluation import EvaluationResult
 
 __all__ = ["evaluate", "train"]
 
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML, JSON or TOML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides: dotted.path=value, such as policy.optimizer.lr=1e-5.")
+]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        callback=switch_on_debug,
+        help="Write which plugin's code ran when to debug.jsonl in the run folder and to the log; show tracebacks.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, for programs.")]
 
@@ -25,6 +38,7 @@ def train(
         bool, typer.Option("--dry-run", help="Check everything, print the resolved run, start nothing.")
     ] = False,
     as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Train what a configuration describes.
 
@@ -65,7 +79,11 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON-lines file for every rollout.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Sample the validation data of a configuration with its model and score the responses."""
+    """Sample the validation data of a configuration with its model and score the responses.
+
+    What is sampled and counted (pass@k, cons@k, runs, subsets) stands in `evaluation` of the configuration, such as
+    evaluation.num_generations_per_prompt=8 evaluation.temperature=1.
+    """
     from nemo_rl_core.config import finalize, load_config
     from nemo_rl_core.training.assembly import RunInputs
     from nemo_rl_core.training.evaluation import evaluate as run_evaluation
@@ -75,15 +93,44 @@ def evaluate(
         changes.append(f"model={json.dumps(model)}")
     result = run_evaluation(finalize(load_config(config, overrides=changes)), RunInputs(), output=output)
     if as_json:
-        typer.echo(json.dumps(result.metrics))
+        typer.echo(json.dumps(_result_as_dict(result)))
         return
+    _print_result(result)
+
+
+def _result_as_dict(result: EvaluationResult) -> dict[str, Any]:
+    """`metrics` (means over the runs), `std`, `runs`, and by subset `subsets` and `subset_std`."""
+    names = ("metrics", "std", "runs", "subsets", "subset_std")
+    return {name: getattr(result, name) for name in names}
+
+
+def _print_result(result: EvaluationResult) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("metric", "value")
-    for name, value in sorted(result.metrics.items()):
-        table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    console = Console()
+    spread = [f"std of {len(result.runs)} runs"] if result.std else []
+    table = Table("metric", "mean" if spread else "value", *spread)
+    for name in sorted(result.metrics, key=_order):
+        cells = [f"{result.metrics[name]:.4f}"] + ([f"{result.std[name]:.4f}"] if name in result.std else [])
+        table.add_row(Text(name), *cells)
+    console.print(table)
+    if not result.subsets:
+        return
+    columns = sorted({name for found in result.subsets.values() for name in found}, key=_order)
+    table = Table("subset", *columns)
+    for subset, found in result.subsets.items():
+        std = result.subset_std.get(subset, {})
+        cells = [f"{found[n]:.4f}" + (f" ± {std[n]:.4f}" if n in std else "") if n in found else "-" for n in columns]
+        table.add_row(Text(subset), *cells)
+    console.print(table)
+
+
+def _order(name: str) -> tuple[int, str, int]:
+    """Scores first, pass@2 before pass@10."""
+    stem, _, k = name.partition("@")
+    return (0 if name == "accuracy" else 1 if k else 2, stem, int(k or 0))
 
 
 def _show_plan(config: Any, as_json: bool) -> None:

@@ -6,6 +6,7 @@ with `mistake(path, problem, fix)`, paths relative to itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +21,14 @@ __all__ = ["check_tree"]
 
 def check_tree(config: RunConfig) -> list[Mistake]:
     """The mistakes between the fields of a finished configuration."""
-    found = [*_length_of_run(config), *_lengths(config), *_ranks(config.policy, config.cluster)]
+    found = [*_length_of_run(config), *_lengths(config)]
+    for f in fields_of(type(config)):
+        model = getattr(config, f.name)
+        if isinstance(model, PolicyConfig):
+            found += [*_ranks(f.name, model, config.cluster), *_filled_by_the_run(f.name, model)]
+    found += _roles_of(config.cluster)
     found += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
-    return [*found, *_own_checks(config)]
+    return [*found, *_evaluation(config), *_own_checks(config)]
 
 
 def _own_checks(node: Any) -> Iterator[Mistake]:
@@ -55,6 +61,7 @@ def _lengths(config: RunConfig) -> Iterator[Mistake]:
     sampled = {
         "generation.max_new_tokens": generation.max_new_tokens,
         "validation.max_new_tokens": config.validation.max_new_tokens,
+        "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
     }
     for path, tokens in sampled.items():
         if tokens is not None and tokens >= limit:
@@ -72,15 +79,18 @@ def _lengths(config: RunConfig) -> Iterator[Mistake]:
         yield mistake("generation.model_name", problem, "Remove it.", related=["policy.model_name", "model"])
 
 
-def _ranks(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[Mistake]:
+def _filled_by_the_run(role: str, model: PolicyConfig) -> Iterator[Mistake]:
+    if not model.trained:
+        problem = "whether a model is trained follows from its role in the algorithm"
+        yield mistake(f"{role}.trained", problem, "Remove it.")
+
+
+def _ranks(role: str, policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[Mistake]:
     workers, parallel = policy.num_workers, policy.tensor_parallel_size
     if workers % parallel:
         problem = f"{workers} workers cannot be divided into replicas of tensor_parallel_size = {parallel}"
         fix = f"Use a multiple of {parallel}, such as {-(-workers // parallel) * parallel}."
-        yield mistake("policy.num_workers", problem, fix, related=["policy.tensor_parallel_size"])
-    if cluster.device == "cuda" and cluster.gpus_per_node == 0:
-        fix = "Set `cluster.device: cpu`, or the number of GPUs."
-        yield mistake("cluster.gpus_per_node", "cluster.device is cuda but there are 0 GPUs", fix)
+        yield mistake(f"{role}.num_workers", problem, fix, related=[f"{role}.tensor_parallel_size"])
     if not cluster.gpus_per_node or cluster.device == "cpu":
         return
     devices = cluster.num_nodes * cluster.gpus_per_node
@@ -89,7 +99,16 @@ def _ranks(policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[Mistake]:
             f"{workers} workers need {workers} devices, the cluster has {cluster.num_nodes} x {cluster.gpus_per_node}"
         )
         related = ["cluster.gpus_per_node", "cluster.num_nodes"]
-        yield mistake("policy.num_workers", problem, f"Use at most {devices}, or more nodes.", related=related)
+        yield mistake(f"{role}.num_workers", problem, f"Use at most {devices}, or more nodes.", related=related)
+
+
+def _roles_of(cluster: ClusterConfig) -> Iterator[Mistake]:
+    if cluster.device == "cuda" and cluster.gpus_per_node == 0:
+        fix = "Set `cluster.device: cpu`, or the number of GPUs."
+        yield mistake("cluster.gpus_per_node", "cluster.device is cuda but there are 0 GPUs", fix)
+    if not cluster.gpus_per_node or cluster.device == "cpu":
+        return
+    devices = cluster.num_nodes * cluster.gpus_per_node
     if not cluster.colocated and sum(cluster.roles.values()) > devices:
         total = " + ".join(f"{role} {count}" for role, count in cluster.roles.items())
         problem = f"the roles need {sum(cluster.roles.values())} devices ({total}), the cluster has {devices}"
@@ -113,6 +132,31 @@ def _checkpoints(checkpointing: CheckpointConfig) -> Iterator[Mistake]:
         problem = f"the best {checkpointing.keep_best} checkpoints are kept, but no metric ranks them"
         fix = "Set `checkpointing.metric`, such as `validation/accuracy`."
         yield mistake("checkpointing.metric", problem, fix, related=["checkpointing.keep_best"])
+
+
+def _evaluation(config: RunConfig) -> Iterator[Mistake]:
+    evaluation, validation = config.evaluation, config.validation
+    own = evaluation.num_generations_per_prompt
+    num = validation.num_generations_per_prompt if own is None else own
+    related = ["evaluation.num_generations_per_prompt", "validation.num_generations_per_prompt"]
+    for name in ("pass_at", "cons_at"):
+        for k in getattr(evaluation, name):
+            if not 1 <= k <= num:
+                problem = f"k={k} of {num} rollouts per prompt cannot be had"
+                fix = f"Set evaluation.num_generations_per_prompt to {k} or more." if k > num else "Use 1 or more."
+                yield mistake(f"evaluation.{name}", problem, fix, related=related)
+    temperature = validation.temperature if evaluation.temperature is None else evaluation.temperature
+    if temperature == 0 and ((own or 1) > 1 or evaluation.num_runs > 1):
+        problem = "0 takes the most likely token, so that all rollouts of a prompt are the same"
+        fix = "Set evaluation.temperature, such as to 1.0, or sample each prompt once."
+        related = ["validation.temperature", *related, "evaluation.num_runs"]
+        yield mistake("evaluation.temperature", problem, fix, related=related)
+    if evaluation.answer_pattern is not None:
+        try:
+            re.compile(evaluation.answer_pattern)
+        except re.error as error:
+            problem = f"{evaluation.answer_pattern!r} is no regular expression: {error}"
+            yield mistake("evaluation.answer_pattern", problem, "Mend it; backslashes need single quotes in YAML.")
 
 
 def _thresholds(config: RunConfig) -> Iterator[Mistake]:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import attrs
 
-from nemo_rl_core._errors import PluginError
+from nemo_rl_core._errors import PluginError, PluginNotFound
 from nemo_rl_core.config._types import fields_of
 from nemo_rl_core.config.mistakes import Key, Mistake, suggest
-from nemo_rl_core.config.schema import ComponentChoice
+from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig
 from nemo_rl_core.config.structure import structure
 
 __all__ = ["Reference", "Resolver", "default_resolver", "find", "resolve_choice", "resolve_tree"]
@@ -83,7 +83,16 @@ def resolve_choice(
 
 
 def resolve_tree(config: Any, resolver: Resolver, pins: Mapping[str, str]) -> tuple[Any, list[Mistake]]:
-    """A copy of an attrs tree with the options of every chosen component structured, and the mistakes."""
+    """A copy of an attrs tree with the options of every chosen component structured, and the mistakes.
+
+    A model beside the policy that names no backend takes the policy's.
+    """
+    policy = getattr(config, "policy", None)
+    if isinstance(policy, PolicyConfig) and policy.backend is not None:
+        others = {f.name: getattr(config, f.name) for f in fields_of(type(config))}
+        unset = {n: m for n, m in others.items() if isinstance(m, PolicyConfig) and m.backend is None}
+        if unset:
+            config = attrs.evolve(config, **{n: attrs.evolve(m, backend=policy.backend) for n, m in unset.items()})
     return _Pass(resolver, pins).tree(config)
 
 
@@ -191,7 +200,7 @@ class _Pass:
     def not_found(self, kind: str, name: Any, error: PluginError, at: tuple[Key, ...]) -> Mistake:
         text = str(error)
         meant = None
-        if isinstance(name, str) and isinstance(error, LookupError) and "did you mean" not in text.lower():
+        if isinstance(name, str) and isinstance(error, PluginNotFound) and "did you mean" not in text.lower():
             meant = suggest(name, self.resolver.names(kind))
         return Mistake(keys=at, problem=text.rstrip(".") if meant else text, suggestion=meant, error=error)
 

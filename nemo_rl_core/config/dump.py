@@ -33,7 +33,9 @@ def to_dict(config: Any, *, defaults: bool = True) -> dict[str, Any]:
         needed = f.default is attrs.NOTHING or (f.name == "algorithm" and value is not None)
         if not defaults and not needed and same(value, default_of(f)):
             continue
-        plain = _plain(value, defaults)
+        # What a preset's component has of its own is no default of the component's class: shown in full.
+        preset = bool(getattr(default_of(f), "options", None)) and "kind" in f.metadata
+        plain = _plain(value, defaults or preset)
         if not needed and not defaults and plain == {} and attrs.has(type(value)):
             continue  # options of which none was changed
         result[f.name] = plain

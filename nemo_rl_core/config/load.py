@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_rl_core._errors import ConfigError, PluginError
+from nemo_rl_core._errors import ConfigError, PluginError, PluginNotFound
 from nemo_rl_core.config._types import default_of, fields_of
 from nemo_rl_core.config.checks import check_tree
 from nemo_rl_core.config.components import Resolver, default_resolver, find, resolve_tree
@@ -16,6 +16,7 @@ from nemo_rl_core.config.merge import merge_layers
 from nemo_rl_core.config.mistakes import InvalidConfig, Key, Mistake, locate, suggest
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.config.structure import structure, structure_partially
+from nemo_rl_core.config.user_code import explain_user_code
 
 __all__ = ["Source", "finalize", "load_config"]
 
@@ -67,7 +68,7 @@ def load_config(
         config, found = _checked(config, resolver, mistakes)
         mistakes += found
     if mistakes or config is None:
-        raise InvalidConfig(locate(mistakes, positions))
+        raise InvalidConfig(locate(explain_user_code(mistakes, tree), positions))
     result: RunConfig = config
     return result
 
@@ -147,7 +148,7 @@ def _class_of_algorithm(
         algorithm = find(resolver, "algorithms", name, pins).load()
     except PluginError as error:
         meant = None
-        if isinstance(name, str) and isinstance(error, LookupError) and "did you mean" not in str(error).lower():
+        if isinstance(name, str) and isinstance(error, PluginNotFound) and "did you mean" not in str(error).lower():
             meant = suggest(name, resolver.names("algorithms"))
         return RunConfig, [Mistake(keys=keys, problem=str(error), suggestion=meant, error=error)]
     config_class = getattr(algorithm, "config_class", None)

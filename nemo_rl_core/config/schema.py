@@ -19,6 +19,7 @@ __all__ = [
     "ComponentChoice",
     "DataConfig",
     "DatasetConfig",
+    "EvaluationConfig",
     "GenerationConfig",
     "InvariantsConfig",
     "LoggingConfig",
@@ -46,9 +47,12 @@ class ComponentChoice:
     """Structured by the component's `config_class`."""
 
 
-def component(kind: str, default: str | None = None) -> Any:
-    """An attrs field that chooses a component of `kind`."""
-    return field(default=ComponentChoice(name=default), metadata={"kind": kind})
+def component(kind: str, default: str | None = None, **options: Any) -> Any:
+    """An attrs field that chooses a component of `kind`, by default `default` with these options.
+
+    Options that are configured without a name, or with this name, are laid over these.
+    """
+    return field(default=ComponentChoice(name=default, options=options), metadata={"kind": kind})
 
 
 @frozen(kw_only=True)
@@ -91,6 +95,8 @@ class PolicyConfig:
     """Hub name, local folder, or `scratch:<name or folder>` for random weights of a shipped shape."""
     tokenizer_name: str | None = None
     """None is the model's own."""
+    head: Literal["lm", "scalar"] = "lm"
+    """What the model gives: logits of the next token, or one number for each token (a critic, a reward model)."""
     backend: Any = None
     """Training backend: name, `dist:name`, `module:attr` or class; None is the installed default."""
     options: Any = field(factory=dict, metadata={"options_of": ("training_backends", "backend"), "required": True})
@@ -115,6 +121,8 @@ class PolicyConfig:
     """The optimizer of the policy."""
     scheduler: SchedulerConfig = Factory(SchedulerConfig)
     """The learning rate over optimizer steps."""
+    trained: bool = True
+    """Filled from the model's role; do not set it. One that is not trained holds no optimizer and no gradients."""
 
 
 @frozen(kw_only=True)
@@ -218,11 +226,40 @@ class ValidationConfig:
     max_samples: int = field(default=256, validator=ge(1))
     """Prompts of one validation at most."""
     num_generations_per_prompt: int = field(default=1, validator=ge(1))
-    """Rollouts per prompt; more than one also gives pass@k."""
+    """Rollouts per prompt; more than one also gives pass@k for all of them."""
     temperature: float = field(default=0.0, validator=ge(0))
     """Divides the logits; 0 takes the most likely token."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
     """Tokens of one completion at most; None is `generation.max_new_tokens`."""
+
+
+@frozen(kw_only=True)
+class EvaluationConfig:
+    """Scoring a model without training (`nemo-rl eval`). What is None is as in `validation`."""
+
+    num_generations_per_prompt: int | None = field(default=None, validator=optional(ge(1)))
+    """Rollouts per prompt, of which `pass_at` and `cons_at` look at k."""
+    num_runs: int = field(default=1, validator=ge(1))
+    """Times everything is sampled, each with seeds of its own; more than one also gives standard deviations."""
+    temperature: float | None = field(default=None, validator=optional(ge(0)))
+    """Divides the logits; 0 takes the most likely token."""
+    max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
+    """Tokens of one completion at most."""
+    max_samples: int | None = field(default=None, validator=optional(ge(1)))
+    """Prompts at most; None is every row."""
+    pass_at: tuple[int, ...] = ()
+    """Each k of pass@k, such as [1, 8]: a correct one among k rollouts; empty is 1 and the rollouts per prompt."""
+    cons_at: tuple[int, ...] = ()
+    """Each k of cons@k: the most frequent answer of k rollouts is correct; empty is the rollouts per prompt where the
+    answers can be told."""
+    correct_reward: float = 1.0
+    """A rollout is correct if its reward is at least this."""
+    answer_key: str = "extracted_answer"
+    """Where the environment's `info` of a rollout has the answer that it votes for."""
+    answer_pattern: str | None = None
+    """Regular expression that finds the answer in the response instead: of its last match the last group."""
+    subset_column: str | None = None
+    """Column of the rows that names the subset of each; the scores of every subset are shown too."""
 
 
 @frozen(kw_only=True)
@@ -342,6 +379,8 @@ class RunConfig:
     """How episodes are run."""
     validation: ValidationConfig = Factory(ValidationConfig)
     """Validation during the run."""
+    evaluation: EvaluationConfig = Factory(EvaluationConfig)
+    """Scoring a model without training."""
     checkpointing: CheckpointConfig = Factory(CheckpointConfig)
     """Saving and resuming."""
     logging: LoggingConfig = Factory(LoggingConfig)

@@ -285,7 +285,7 @@ def _build(cls: Any, given: Mapping[Any, Any], converter: Converter) -> tuple[An
     mistakes = [_unknown(key, cls, fields) for key in given if key not in fields]
     for name, f in fields.items():
         if name in given:
-            found = _field(f, given[name], converter, values)
+            found = _field(f, _over_default(f, given[name]), converter, values)
             mistakes += [_annotate(m, cls, f) for m in found]
         elif f.default is attrs.NOTHING:
             mistakes.append(_annotate(Mistake(keys=(name,), problem="this setting is missing"), cls, f))
@@ -297,6 +297,21 @@ def _build(cls: Any, given: Mapping[Any, Any], converter: Converter) -> tuple[An
         return cls(**{fields[name].alias or name: value for name, value in values.items()}), []
     except (ValueError, TypeError, NemoRLError) as error:  # what __attrs_post_init__ refuses
         return None, [Mistake(problem=str(error), error=error)]
+
+
+def _over_default(f: attrs.Attribute[Any], value: Any) -> Any:
+    """A choice without a name, or with the name that stands by default, keeps the default's options under its own."""
+    default = default_of(f)
+    if "kind" not in f.metadata or not isinstance(default, ComponentChoice) or default.name is None:
+        return value
+    if isinstance(value, str) and value == default.name:
+        return default
+    if not isinstance(value, Mapping) or value.get("name") not in (None, default.name):
+        return value
+    below, above = default.options, value.get("options")
+    if not isinstance(below, Mapping) or not (above is None or isinstance(above, Mapping)):
+        return value
+    return {**value, "name": default.name, "options": {**below, **(above or {})}}
 
 
 def _field(f: attrs.Attribute[Any], value: Any, converter: Converter, into: dict[str, Any]) -> list[Mistake]:

@@ -18,7 +18,7 @@ from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.protocols.environment import Message
 
-__all__ = ["ChatFormatter", "Extension"]
+__all__ = ["ChatFormatter", "Extension", "apply_template"]
 
 _CACHE_SIZE = 2048
 
@@ -122,16 +122,9 @@ class ChatFormatter:
         return text
 
     def _apply(self, messages: Sequence[Message], *, tokenize: bool) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=tokenize, add_generation_prompt=True, **self._template_kwargs
-            )
-        except Exception as error:  # jinja2 raises its own types, and whatever a template calls
-            roles = [message.get("role") for message in messages]
-            raise DataError(
-                f"The chat template refused a conversation of roles {roles}: {type(error).__name__}: {error}. "
-                "Check the messages, or give another template as data.chat_template."
-            ) from error
+        return apply_template(
+            self.tokenizer, messages, tokenize=tokenize, add_generation_prompt=True, **self._template_kwargs
+        )
 
     def _encode(self, text: str) -> list[int]:
         found = self._pieces.get(text)
@@ -139,6 +132,30 @@ class ChatFormatter:
             found = tuple(self.tokenizer.encode(text, add_special_tokens=False))
             _remember(self._pieces, text, found)
         return list(found)
+
+
+def apply_template(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, **options: Any
+) -> Any:
+    """`tokenizer.apply_chat_template`, with an error that says what to do.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: The conversation.
+        tokenize: Token ids instead of text.
+        **options: Passed on, such as `add_generation_prompt`.
+
+    Raises:
+        DataError: The template refuses these messages.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=tokenize, **options)
+    except Exception as error:  # jinja2 raises its own types, and whatever a template calls
+        roles = [message.get("role") for message in messages]
+        raise DataError(
+            f"The chat template refused a conversation of roles {roles}: {type(error).__name__}: {error}. "
+            "Check the messages, or give another template as data.chat_template."
+        ) from error
 
 
 def _join(messages: Sequence[Message]) -> str:

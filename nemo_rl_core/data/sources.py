@@ -15,6 +15,7 @@ from nemo_rl_core._errors import DataError, NemoRLError, PluginError
 from nemo_rl_core.config.mistakes import InvalidConfig, suggest
 from nemo_rl_core.config.schema import DatasetConfig
 from nemo_rl_core.config.structure import structure
+from nemo_rl_core.registry import PluginCall
 
 __all__ = ["LoadedRows", "RowStream", "TableRows", "load_rows"]
 
@@ -126,11 +127,14 @@ def _open(source: Any, options: Any, *, name: str) -> LoadedRows:
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):  # a data frame indexes by column
         source = source.to_dict("records")
     if isinstance(source, type) or hasattr(source, "load"):
-        component = source(_structured(source, options)) if isinstance(source, type) else source
-        return _wrapped(component.load(), component.load, name)
+        with PluginCall(_KIND, source, "__init__", "made"):
+            component = source(_structured(source, options)) if isinstance(source, type) else source
+        with PluginCall(_KIND, component, "load"):
+            return _wrapped(component.load(), component.load, name)
     if callable(source):
         keywords = options if isinstance(options, Mapping) else attrs.asdict(options)
-        return _wrapped(source(**keywords), lambda: source(**keywords), name)
+        with PluginCall(_KIND, source, "call"):
+            return _wrapped(source(**keywords), lambda: source(**keywords), name)
     return _wrapped(source, None, name)
 
 
@@ -206,30 +210,42 @@ def _find(source: str, options: Any, registry: Any) -> tuple[Any, Any]:
     unknown: PluginError | None = None
     if source in names or not (os.path.exists(path) or _looks_like_path(source)):
         try:
-            return _loaded(registry.resolve(_KIND, source)), options
+            return _loaded(_chosen(registry, registry.resolve(_KIND, source))), options
         except LookupError as e:  # PluginNotFound: perhaps a hub name
             named_after_one = source.partition("/")[0] in names  # such as `<component>/<task>`: not a hub name
             if source in names or named_after_one or not isinstance(e, PluginError):
                 raise
             unknown = e
-    for component in _accepting(registry, names):
+    for ref, component in _accepting(registry, names):
         if component.accepts(path if os.path.exists(path) else source):
+            _chosen(registry, ref)
             given = options if isinstance(options, Mapping) else attrs.asdict(options)
             return component, {"path": path if os.path.exists(path) else source, **given}
     raise _not_found(source, names, exists=os.path.exists(path)) from unknown
 
 
-def _accepting(registry: Any, names: list[str]) -> Iterator[Any]:
-    """Each installed dataset class that can say whether it accepts a text; broken plugins are passed over."""
+def _chosen(registry: Any, ref: Any) -> Any:
+    """Tell a registry that keeps a record which component is used."""
+    if hasattr(registry, "chosen"):
+        registry.chosen(ref)
+    return ref
+
+
+def _accepting(registry: Any, names: list[str]) -> Iterator[tuple[Any, Any]]:
+    """Each installed dataset class that can say whether it accepts a text, with its reference.
+
+    Broken plugins are passed over.
+    """
     seen: set[int] = set()
     for name in names:
         try:
-            component = _loaded(registry.resolve(_KIND, name))
+            ref = registry.resolve(_KIND, name)
+            component = _loaded(ref)
         except PluginError:
             continue
         if id(component) not in seen and callable(getattr(component, "accepts", None)):
             seen.add(id(component))
-            yield component
+            yield ref, component
 
 
 def _not_found(source: str, names: list[str], *, exists: bool) -> DataError:

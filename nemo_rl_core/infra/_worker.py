@@ -1,21 +1,24 @@
 """The child side of a worker process: takes calls from a connection until it is told to stop.
 
-Importing this module must not import torch: thread counts are set first.
+Importing this module must not import torch: plugins are verified and thread counts are set first.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 __all__ = ["run"]
 
 
-def run(connection: Connection, payload: bytes, environment: dict[str, str], log_path: str) -> None:
+def run(connection: Connection, payload: bytes, environment: dict[str, str], log_path: str, manifest: str) -> None:
     """Entry point of the process.
 
     Args:
@@ -23,24 +26,31 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
         payload: cloudpickled (factory, config, context).
         environment: Set before anything heavy is imported.
         log_path: File that receives standard output and error.
+        manifest: Rows of the plugins that this process must have, as JSON; compared before all else.
     """
     _redirect(log_path)
-    os.environ.update(environment)
+    _adopt(environment)
     _die_with_parent()
+    if not verify(connection, manifest):
+        return
     import cloudpickle
 
     from nemo_rl_core.infra._wire import receive, send
-    from nemo_rl_core.infra.local import make_worker
+    from nemo_rl_core.infra.local import kind_of, make_worker
+    from nemo_rl_core.registry import PluginCall
 
     worker: Any = None
     try:
         factory, config, context = cloudpickle.loads(payload)
+        _trace(context)
+        component_kind = kind_of(factory)
         if context.num_threads is not None:
             import torch
 
             torch.set_num_threads(context.num_threads)
         worker = make_worker(factory)
-        worker.setup(config, context)
+        with PluginCall(component_kind, worker, "setup"):
+            worker.setup(config, context)
     except BaseException as error:  # reported to the driver, which raises it
         send(connection, ("error", describe(error)))
         return
@@ -56,13 +66,41 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
         try:
             if kind == "call":
                 method, args, kwargs = rest
-                send(connection, ("result", getattr(worker, method)(*args, **kwargs)))
+                with PluginCall(component_kind, worker, method):
+                    result = getattr(worker, method)(*args, **kwargs)
+                send(connection, ("result", result))
+                del result, args, kwargs
             else:
-                _iterate(connection, worker, *rest)
+                with PluginCall(component_kind, worker, rest[0]):
+                    _iterate(connection, worker, *rest)
         except (BrokenPipeError, ConnectionError):
             return
         except BaseException as error:  # reported to the driver, which raises it
             send(connection, ("error", describe(error)))
+
+
+def _trace(context: Any) -> None:
+    """Under NEMO_RL_DEBUG write this process's calls into the run's trace as well."""
+    from nemo_rl_core.registry import Trace
+    from nemo_rl_core.registry._index import DEBUG_VARIABLE
+
+    if os.environ.get(DEBUG_VARIABLE) and context.run_dir is not None:
+        Trace(Path(context.run_dir) / "debug.jsonl", f"{context.role} rank {context.rank}").__enter__()
+
+
+def verify(connection: Connection, manifest: str) -> bool:
+    """Tell the driver how this process's plugins differ from the manifest's; whether that could be told.
+
+    Takes a fraction of a second: neither torch nor a plugin is imported.
+    """
+    from nemo_rl_core.registry import get_registry, node_differences
+
+    try:
+        answer: tuple[str, Any] = ("result", node_differences(json.loads(manifest), get_registry()))
+    except BaseException as error:  # reported to the driver, which raises it
+        answer = ("error", describe(error))
+    connection.send_bytes(pickle.dumps(answer))  # as `_wire.send` would, which imports torch
+    return answer[0] == "result"
 
 
 def _iterate(connection: Connection, worker: Any, method: str, args: tuple[Any, ...], stream: bool) -> None:
@@ -86,8 +124,8 @@ def _stop(connection: Connection, worker: Any) -> None:
         send(connection, ("error", describe(error)))
 
 
-def describe(error: BaseException) -> tuple[BaseException | None, str, str]:
-    """The exception if it can be pickled, its one-line summary, and its traceback."""
+def describe(error: BaseException) -> tuple[BaseException, str, str]:
+    """The exception, or one that stands for it if it cannot be pickled, its one-line summary, and its traceback."""
     import cloudpickle
 
     summary = f"{type(error).__name__}: {error}"
@@ -97,8 +135,19 @@ def describe(error: BaseException) -> tuple[BaseException | None, str, str]:
         bare.__cause__ = bare.__context__ = None
         cloudpickle.loads(cloudpickle.dumps(bare))
     except Exception:  # any object may refuse to be pickled
-        return None, summary, trace
+        return _stand_in(error), summary, trace
     return bare, summary, trace
+
+
+def _stand_in(error: BaseException) -> RuntimeError:
+    """For an exception that cannot be sent: its type and text, and who raised it."""
+    from nemo_rl_core.registry._trace import blamed, mark
+
+    origin, distribution = blamed(error) or (None, None)
+    found = RuntimeError(f"{type(error).__name__}: {str(error).removeprefix(f'{origin}: ')}")
+    if origin is not None:
+        mark(found, origin, distribution)
+    return found
 
 
 def _redirect(log_path: str) -> None:
@@ -109,6 +158,13 @@ def _redirect(log_path: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
+
+
+def _adopt(environment: dict[str, str]) -> None:
+    """Set the worker's environment; `PYTHONPATH` goes before the driver's own path, which this process has."""
+    os.environ.update(environment)
+    added = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:0] = [entry for entry in added if entry not in sys.path]
 
 
 def _die_with_parent() -> None:

@@ -12,11 +12,12 @@ from attrs.validators import gt
 from nemo_rl_core._errors import ResourceError
 from nemo_rl_core.infra.resources import ResourceManager
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
+from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import ClusterConfig
 
-__all__ = ["InProcessGroup", "LocalConfig", "LocalLauncher", "make_worker"]
+__all__ = ["InProcessGroup", "LocalConfig", "LocalLauncher", "kind_of", "make_worker"]
 
 
 @frozen(kw_only=True)
@@ -37,8 +38,9 @@ class InProcessGroup:
 
     size = 1
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, *, kind: str = "training_backends") -> None:
         self._worker: Any | None = worker
+        self._kind = kind
 
     @property
     def local(self) -> Any | None:
@@ -52,30 +54,44 @@ class InProcessGroup:
 
     def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
         """`[worker.method(*args, **kwargs)]`."""
-        return [getattr(self._alive(), method)(*args, **kwargs)]
+        worker = self._alive()
+        with PluginCall(self._kind, worker, method):
+            return [getattr(worker, method)(*args, **kwargs)]
 
     def call_each(
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
     ) -> list[Any]:
         """`[worker.method(*arguments[0])]`."""
         (only,) = arguments
-        return [getattr(self._alive(), method)(*only)]
+        worker = self._alive()
+        with PluginCall(self._kind, worker, method):
+            return [getattr(worker, method)(*only)]
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
         """What the worker's generator yields."""
-        yield from getattr(self._alive(), method)(*args)
+        worker = self._alive()
+        with PluginCall(self._kind, worker, method):
+            yield from getattr(worker, method)(*args)
 
     def shutdown(self) -> None:
         """Shut the worker down; does nothing the second time."""
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.shutdown()
+            with PluginCall(self._kind, worker, "shutdown"):
+                worker.shutdown()
+
+
+def kind_of(factory: Any) -> str:
+    """The kind of component that a worker's factory makes."""
+    return str(getattr(factory, "kind", "training_backends"))
 
 
 def make_worker(factory: Any) -> Any:
     """Make a worker from a `ComponentRef` (or a class)."""
     load = None if isinstance(factory, type) else getattr(factory, "load", None)
-    return (load() if callable(load) else factory)()
+    made = load() if callable(load) else factory
+    with PluginCall(kind_of(factory), factory, "__init__", "made"):
+        return made()
 
 
 class LocalLauncher:
@@ -139,8 +155,9 @@ class LocalLauncher:
     def _in_process(self, spec: WorkerSpec, context: WorkerContext) -> WorkerGroup:
         os.environ.update(spec.env)
         worker = make_worker(spec.factory)
-        worker.setup(spec.config, context)
-        return InProcessGroup(worker)
+        group = InProcessGroup(worker, kind=kind_of(spec.factory))
+        group.call("setup", spec.config, context)
+        return group
 
     def _processes(self, spec: WorkerSpec, contexts: Sequence[WorkerContext]) -> WorkerGroup:
         from nemo_rl_core.infra.processes import ProcessGroup

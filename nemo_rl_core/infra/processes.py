@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import socket
@@ -20,6 +21,7 @@ from nemo_rl_core._errors import DeadlineExceeded, NemoRLError, WorkerDied
 from nemo_rl_core.infra import _worker
 from nemo_rl_core.infra._wire import receive, send
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
+from nemo_rl_core.registry import ComponentRef, check_nodes, manifest, origin_of, worker_rows
 
 __all__ = ["ProcessGroup"]
 
@@ -53,9 +55,10 @@ class ProcessGroup:
         start_timeout_s: float,
         failure_grace_s: float,
     ) -> ProcessGroup:
-        """Start one process per context and run `setup` in each.
+        """Start one process per context, compare its plugins with this process's, and run `setup` in each.
 
         Raises:
+            PluginIncompatible: Workers lack a plugin or have another version; the message holds a table.
             WorkerDied: A process ended during its start.
             DeadlineExceeded: A worker was not ready in time.
             Exception: What a worker's `setup` raised, with its rank.
@@ -66,6 +69,8 @@ class ProcessGroup:
         try:
             for context in contexts:
                 group._spawn(spec, evolve(context, master_port=port), folder)
+            answers = group._collect("start", start_timeout_s)
+            check_nodes([difference for answer in answers for difference in answer])
             group._collect("setup", start_timeout_s)
         except BaseException:
             group._end("its start failed")
@@ -156,7 +161,7 @@ class ProcessGroup:
         payload = cloudpickle.dumps((spec.factory, spec.config, context))
         process = spawn.Process(
             target=_worker.run,
-            args=(there, payload, _environment(spec, context), str(log_path)),
+            args=(there, payload, _environment(spec, context), str(log_path), _expected(spec)),
             name=f"nemo-rl-{spec.role}-{context.rank}",
             daemon=True,
         )
@@ -300,14 +305,16 @@ def _sooner(deadline: float | None, grace_s: float) -> float:
     return limit if deadline is None else min(deadline, limit)
 
 
-def _rebuild(role: str, rank: int, described: tuple[BaseException | None, str, str]) -> BaseException:
+def _rebuild(role: str, rank: int, described: tuple[BaseException, str, str]) -> BaseException:
     """What a worker raised, of the same type, with its rank in the message and its traceback as a note."""
     error, summary, trace = described
     place = f"[{role} rank {rank}] "
-    if error is None:
-        error = RuntimeError(place + summary)
-    elif error.args and isinstance(error.args[0], str):
-        error.args = (place + error.args[0], *error.args[1:])
+    origin = origin_of(error)
+    if error.args and isinstance(error.args[0], str):
+        text = error.args[0]
+        if origin is not None and text.startswith(f"{origin}: "):  # who raised it comes first
+            place, text = f"{origin}: {place}", text.removeprefix(f"{origin}: ")
+        error.args = (place + text, *error.args[1:])
     elif isinstance(error, NemoRLError) or not error.args:
         error.args = (place + summary, *error.args)
     if not isinstance(error, Exception):  # SystemExit or KeyboardInterrupt of a worker is not ours
@@ -327,6 +334,12 @@ def _environment(spec: WorkerSpec, context: WorkerContext) -> dict[str, str]:
     if context.num_threads is not None:
         found["OMP_NUM_THREADS"] = found["MKL_NUM_THREADS"] = str(context.num_threads)
     return {**found, **spec.env}
+
+
+def _expected(spec: WorkerSpec) -> str:
+    """What every worker must have installed, as JSON: plain text, so that reading it imports nothing."""
+    factory = [spec.factory] if isinstance(spec.factory, ComponentRef) else []
+    return json.dumps(worker_rows(spec.manifest or manifest(factory)))
 
 
 def _log_folder(spec: WorkerSpec) -> Path:

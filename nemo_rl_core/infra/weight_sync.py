@@ -40,9 +40,10 @@ class _Tap:
         self.num_bytes = 0
         self.num_cast_bytes = 0
         self.digest = Fingerprint()
-        self.waiting_for = "the trainer (export_weights)"
+        self.waiting_for = "the engine (update_weights)"
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.waiting_for = "the trainer (export_weights)"
         for name, tensor in self.source:
             out = tensor.detach()
             if self.dtype is not None and out.is_floating_point() and out.dtype != self.dtype:

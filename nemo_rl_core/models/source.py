@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_rl_core._errors import ConfigError
 
@@ -121,15 +121,18 @@ def load_model(
     *,
     dtype: torch.dtype,
     seed: int = 0,
+    head: Literal["lm", "scalar"] = "lm",
     attn_implementation: str | None = None,
     empty: bool = False,
 ) -> Any:
-    """The causal language model, on the CPU.
+    """The model, on the CPU.
 
     Args:
         model_name: See the module.
         dtype: Of the parameters.
         seed: Draws the weights of a scratch model; the global RNG is left as it was.
+        head: "lm" gives a causal language model; "scalar" the same with one number for each token in place of the
+            logits (a sequence classifier of one label; the head is drawn from `seed` if the checkpoint has none).
         attn_implementation: Name of a registered attention function.
         empty: Make the module on the meta device without weights (for sharding, or to be refitted).
 
@@ -137,22 +140,26 @@ def load_model(
         ConfigError: No such model, or a folder that is not a readable checkpoint.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
 
     config = load_model_config(model_name)
+    auto: Any = AutoModelForCausalLM
+    if head == "scalar":
+        auto = AutoModelForSequenceClassification
+        config.num_labels = 1
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if empty:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **extra)
-    if is_scratch(model_name):
+            return auto.from_config(config, dtype=dtype, **extra)
+    try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **extra)
-    try:
-        return AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, **extra)
+            if is_scratch(model_name):
+                return auto.from_config(config, dtype=dtype, **extra)
+            return auto.from_pretrained(model_name, config=config, dtype=dtype, **extra)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _explain(model_name, "weights", error) from error
     except Exception as error:  # safetensors raises its own type for a truncated file

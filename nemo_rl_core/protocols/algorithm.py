@@ -1,4 +1,4 @@
-"""Contract of an algorithm: its config, the roles it needs, its data transform and its loss.
+"""Contract of an algorithm: its config, the models it needs, its data transform and its loss.
 
 Nothing of set-up, logging, checkpoints, validation or distribution: those exist once, in the run loop.
 """
@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from attrs import frozen
 
+from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.protocols.loss import Loss
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.data.tokenizer import Tokenizer
     from nemo_rl_core.rollouts.records import RolloutGroup
 
-__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm"]
+__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update"]
 
 
 @frozen(kw_only=True)
@@ -30,15 +34,59 @@ class AlgorithmContext:
     max_sequence_length: int
 
 
+@frozen(kw_only=True)
+class ModelRole:
+    """A model beside the policy, run by the same training backends."""
+
+    config: PolicyConfig
+    """Its model, backend and budget; a `model_name` of None is the policy's."""
+    trained: bool = False
+    """It takes optimizer steps (a critic) and stands in the checkpoints; else it is frozen and has no optimizer."""
+
+
+@frozen
+class Update:
+    """One optimizer step of one model."""
+
+    indices: Sequence[int]
+    """Sequences of the batch to train on."""
+    loss: Loss
+    model: str = "policy"
+    """Name in `Algorithm.models`, or "policy"."""
+
+
+class Model(Protocol):
+    """A running model as an algorithm sees it: the policy, or one of its `models`.
+
+    Nothing here carries a gradient.
+    """
+
+    def logprobs(self, batch: BatchedDataDict) -> Tensor:
+        """[N] float32 logprobs of the batch's tokens at the sampling temperature; 0 outside `loss_mask`."""
+        ...
+
+    def values(self, batch: BatchedDataDict) -> Tensor:
+        """[N] float32 output of a scalar head at each token: what the critic or reward model says after it."""
+        ...
+
+    def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
+        """[N, k] token ids and float32 logprobs of the k likeliest tokens in place of each token."""
+        ...
+
+
 @runtime_checkable
 class Algorithm(Protocol):
     """A training method. A component of group `nemo_rl.algorithms`: `AlgorithmClass(config, context)`.
 
+    What an algorithm keeps from step to step (a moving baseline, a coefficient under control) it gives and takes
+    by two further methods, `state_dict() -> Any` and `load_state_dict(state)`; the run loop saves it with each
+    checkpoint, so that a resumed run equals an uninterrupted one. One fed with rollouts that does not learn from their
+    rewards says so by `learns_from_rewards = False`, and equal rewards are then no alarm.
+
     Attributes:
         config_class: Root configuration class (a `RunConfig`) that `algorithm: <name>` picks.
         feed: "rollouts": each step consumes groups sampled by the policy; "examples": rows of a dataset.
-        roles: Models beside the policy, of "reference", "critic", "teacher", "reward_model".
-        loss: The objective.
+        loss: The objective of the policy.
     """
 
     config_class: ClassVar[type]
@@ -46,15 +94,15 @@ class Algorithm(Protocol):
     loss: Loss
 
     @property
-    def roles(self) -> frozenset[str]:
-        """Models needed beside the policy, from the configuration."""
+    def models(self) -> Mapping[str, ModelRole]:
+        """Models needed beside the policy, by role ("reference", "critic", "teacher", ...)."""
         ...
 
     @property
     def required_fields(self) -> frozenset[str]:
-        """Fields the run loop computes with a forward pass before `finish_batch`.
+        """Fields that `fill_batch` adds by a forward pass.
 
-        Of "logprobs" (the policy before this step's update) and "ref_logprobs" (the reference role).
+        Of "logprobs" (the policy before this step's update) and "ref_logprobs" (the role "reference").
         """
         ...
 
@@ -69,12 +117,25 @@ class Algorithm(Protocol):
         """
         ...
 
+    def fill_batch(self, batch: BatchedDataDict, models: Mapping[str, Model]) -> None:
+        """Add what only a forward pass can tell, in place.
+
+        Args:
+            batch: From `build_batch`.
+            models: "policy", and those of `models`.
+        """
+        ...
+
     def finish_batch(self, batch: BatchedDataDict) -> Mapping[str, float]:
-        """Add what needs `required_fields` (advantages), in place; return metrics of the batch."""
+        """Add what follows from the fields (advantages), in place; return metrics of the batch."""
         ...
 
     def minibatches(self, batch: BatchedDataDict) -> Sequence[Sequence[int]]:
         """Sequence indices of each optimizer step of this batch, in order; one step by default."""
+        ...
+
+    def updates(self, batch: BatchedDataDict) -> Sequence[Update]:
+        """Every optimizer step of this batch, of whichever model, in order; by default `minibatches` of the policy."""
         ...
 
 
@@ -90,9 +151,9 @@ class BaseAlgorithm:
         self.context = context
 
     @property
-    def roles(self) -> frozenset[str]:
+    def models(self) -> Mapping[str, ModelRole]:
         """None beside the policy."""
-        return frozenset()
+        return {}
 
     @property
     def required_fields(self) -> frozenset[str]:
@@ -103,6 +164,20 @@ class BaseAlgorithm:
         """Keep every group."""
         return True
 
+    def fill_batch(self, batch: BatchedDataDict, models: Mapping[str, Model]) -> None:
+        """Add `required_fields`.
+
+        Raises:
+            ConfigError: "ref_logprobs" is required and there is no role "reference".
+        """
+        required = self.required_fields
+        if "logprobs" in required:
+            batch.set_tokens("logprobs", models["policy"].logprobs(batch))
+        if "ref_logprobs" in required:
+            if "reference" not in models:
+                raise ConfigError(f"{type(self).__name__} requires ref_logprobs, but its models have no reference.")
+            batch.set_tokens("ref_logprobs", models["reference"].logprobs(batch))
+
     def finish_batch(self, batch: BatchedDataDict) -> Mapping[str, float]:
         """Nothing to add."""
         return {}
@@ -110,3 +185,7 @@ class BaseAlgorithm:
     def minibatches(self, batch: BatchedDataDict) -> Sequence[Sequence[int]]:
         """The whole batch in one optimizer step."""
         return [range(len(batch))]
+
+    def updates(self, batch: BatchedDataDict) -> Sequence[Update]:
+        """The policy on each minibatch."""
+        return [Update(indices, self.loss) for indices in self.minibatches(batch)]

@@ -72,6 +72,9 @@ class Environment(Protocol):
     keep construction cheap and put what is heavy in the class or the pool. Methods may be sync or async;
     a sync method must not block for long (use `context.run_in_pool`).
 
+    A class may have an attribute `example`: a mapping with a `task` and the `response` that is right (and what
+    else `nemo_rl_core.testing.EnvironmentCase` takes), which `nemo-rl plugins check` plays.
+
     Attributes:
         config_class: attrs class of the environment's options.
     """
@@ -99,7 +102,11 @@ Reward = Callable[..., float | Mapping[str, float] | Awaitable[float | Mapping[s
 `prompt` (str), `response` (str), `messages` (the whole conversation), `task` (the row), `completion_ids`
 and every column of the row (`answer`, ...); `**kwargs` takes all. It returns a finite float or a mapping
 of named rewards. An exception is an error on that rollout, never a silent zero. Sync functions run in a
-process pool with a deadline; async ones on the event loop."""
+process pool with a deadline; async ones on the event loop.
+
+A reward that holds something (a model) is a class: it is made once per run as `RewardClass(options)`, the options
+structured by its `config_class`, and the object is then called as a function is. A plain function gets the options of
+the configuration as preset arguments."""
 
 
 class SingleTurnEnvironment:

@@ -49,6 +49,11 @@ class WorkerSpec:
     seed: int = 0
     run_dir: str | None = None
     timeout_s: float = 600.0
+    manifest: Sequence[Mapping[str, Any]] = ()
+    """Rows (`nemo_rl_core.registry.manifest`) of the installed plugins that every worker must have too.
+
+    A launcher that starts processes lets each compare them first thing, before anything heavy is imported
+    (`node_differences`), and raises what `check_nodes` makes of all answers."""
 
 
 @runtime_checkable

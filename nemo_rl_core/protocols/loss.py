@@ -32,8 +32,12 @@ class ModelOutputs:
     """[N] float32 entropy in nats of the distribution that predicts the token, if asked for."""
     logits: Tensor | None = None
     """[N, V] logits that predict each token, only if the loss asks for them (costs memory)."""
+    top_logprobs: Tensor | None = None
+    """[N, ...] float32 log p of the tokens `batch["top_ids"]` [N, ...] in place of each token, with gradient; 0 at each
+    first token. Made in chunks: what a loss over a few likely tokens asks for in place of `logits`."""
     values: Tensor | None = None
-    """[N] the critic's value before each token, if the model has a value head."""
+    """[N] float32 output of the model's scalar head at each token, which has read the token: a critic's value of
+    the state after it, a reward model's score of the sequence so far."""
 
 
 @frozen
@@ -71,7 +75,12 @@ class Loss(Protocol):
 
     Attributes:
         denominator: See `Denominator`.
-        needs: Fields of `ModelOutputs` that the loss reads ("logprobs", "entropy", "logits", "values").
+        needs: Fields of `ModelOutputs` that the loss reads ("logprobs", "entropy", "logits", "top_logprobs", "values").
+
+    A loss may have the attribute `unit`: "sequence" (as without it), or "group" if it compares the sequences
+    of a group (equal `group_ids`), as losses of preference pairs do. A group is then never cut apart by
+    micro-batches or ranks. It may have `conformance`, what its kit should know,
+    such as `{"differentiable": False}` where the gradient is on purpose not that of the value.
     """
 
     denominator: Denominator

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from attrs import field, frozen
 
+from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 
 if TYPE_CHECKING:
@@ -78,19 +79,19 @@ class TrainingBackend(Protocol):
 
     Attributes:
         config_class: attrs class of `policy.options` for this backend.
-        capabilities: Of "tensor_parallel", "pipeline_parallel", "context_parallel", "value_head",
-            "lora", "share_weights" (export_weights yields live tensors that an engine in the same
-            process may alias).
+        capabilities: Of "tensor_parallel", "pipeline_parallel", "context_parallel", "lora", "scalar_head"
+            (serves `policy.head: scalar`), "top_logprobs", "share_weights" (export_weights yields live tensors
+            that an engine in the same process may alias). After `setup` an object may have fewer than its class.
     """
 
     config_class: ClassVar[type]
-    capabilities: ClassVar[frozenset[str]] = frozenset()
+    capabilities: frozenset[str] = frozenset()
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
-        """Build or load the model and the optimizer on this rank.
+        """Build or load the model and, if `config.trained`, the optimizer on this rank.
 
         Args:
-            config: The policy's configuration; `config.options` is a `config_class`.
+            config: The configuration of this model, the policy or another role; `config.options` is a `config_class`.
             context: Rank, world size, device, rendezvous address and seed of this worker.
         """
         ...
@@ -116,6 +117,38 @@ class TrainingBackend(Protocol):
         Computed in chunks: an [N, V] float32 matrix is never held. Logits are divided by `temperature`.
         """
         ...
+
+    def get_values(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """[N] float32 output of the scalar head at each token, on the CPU, no gradient. Needs "scalar_head"."""
+        raise ConfigError(f"{type(self).__name__} has no scalar head, which a critic or a reward model needs.")
+
+    def get_top_logprobs(
+        self,
+        batch: BatchedDataDict,
+        k: int,
+        temperature: float = 1.0,
+        micro_batches: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[N, k] int64 ids and float32 logprobs of the likeliest tokens, on the CPU. Needs "top_logprobs".
+
+        Position i holds what the model would put in place of token i, likeliest first; zeros at each first token
+        and outside `loss_mask`. Computed in chunks: an [N, V] float32 matrix is never held.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot give the likeliest tokens, which distillation needs.")
+
+    def has_initial_weights(self) -> bool:
+        """Whether the weights of `setup` can be had beside the current ones without a second copy of the model.
+
+        True where only adapters are trained. The run then takes its reference model from the policy's own workers.
+        """
+        return False
+
+    def use_initial_weights(self, on: bool) -> None:
+        """Compute what follows with the weights of `setup`, until called again with False.
+
+        Only between steps: `get_logprobs`, `get_values` and `get_top_logprobs` are affected, nothing else is called.
+        """
+        raise ConfigError(f"{type(self).__name__} keeps no initial weights beside those it trains.")
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face parameter name, full tensor) of the current weights, tied ones once.

@@ -28,9 +28,25 @@ if TYPE_CHECKING:
         register_weight_sync,
     )
     from nemo_rl_core.registry._hooks import HookFailure, HookPlugins, RunHooks
-    from nemo_rl_core.registry._manifest import ManifestDifference, compare_manifests, difference_table, manifest
+    from nemo_rl_core.registry._manifest import (
+        ManifestDifference,
+        active_table,
+        compare_manifests,
+        difference_table,
+        is_first_party,
+        manifest,
+        report_changes,
+    )
     from nemo_rl_core.registry._reference import ComponentRef
     from nemo_rl_core.registry._registry import Registry, get_registry
+    from nemo_rl_core.registry._trace import PluginCall, Provider, Trace, origin_of, provider_of
+    from nemo_rl_core.registry._verification import (
+        NodeDifference,
+        check_nodes,
+        node_differences,
+        node_table,
+        worker_rows,
+    )
 
 __all__ = [
     "KINDS",
@@ -39,12 +55,23 @@ __all__ = [
     "HookPlugins",
     "Kind",
     "ManifestDifference",
+    "NodeDifference",
+    "PluginCall",
+    "Provider",
     "Registry",
     "RunHooks",
+    "Trace",
+    "active_table",
+    "check_nodes",
     "compare_manifests",
     "difference_table",
     "get_registry",
+    "is_first_party",
     "manifest",
+    "node_differences",
+    "node_table",
+    "origin_of",
+    "provider_of",
     "register_advantage",
     "register_algorithm",
     "register_callback",
@@ -60,6 +87,8 @@ __all__ = [
     "register_sandbox",
     "register_training_backend",
     "register_weight_sync",
+    "report_changes",
+    "worker_rows",
 ]
 
 
@@ -68,12 +97,25 @@ _HOMES = {
     "HookFailure": "_hooks",
     "HookPlugins": "_hooks",
     "ManifestDifference": "_manifest",
+    "PluginCall": "_trace",
+    "Provider": "_trace",
     "Registry": "_registry",
     "RunHooks": "_hooks",
+    "Trace": "_trace",
+    "NodeDifference": "_verification",
+    "active_table": "_manifest",
+    "check_nodes": "_verification",
     "compare_manifests": "_manifest",
     "difference_table": "_manifest",
     "get_registry": "_registry",
+    "is_first_party": "_manifest",
     "manifest": "_manifest",
+    "origin_of": "_trace",
+    "provider_of": "_trace",
+    "node_differences": "_verification",
+    "node_table": "_verification",
+    "report_changes": "_manifest",
+    "worker_rows": "_verification",
     **{name: "_decorators" for name in __all__ if name.startswith("register_")},
 }
 

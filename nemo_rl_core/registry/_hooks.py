@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
@@ -14,8 +15,10 @@ import pluggy
 from nemo_rl_core import hookspecs
 from nemo_rl_core._errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
 from nemo_rl_core.registry._compatibility import incompatibility
+from nemo_rl_core.registry._importing import importing
 from nemo_rl_core.registry._index import DENY_VARIABLE, Entry
-from nemo_rl_core.registry._reference import ComponentRef, import_path, quiet_stdout
+from nemo_rl_core.registry._reference import ComponentRef, import_path
+from nemo_rl_core.registry._trace import Provider, mark, trace_event
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry._distributions import Distribution
@@ -50,9 +53,22 @@ class HookPlugin(NamedTuple):
     """How messages name it: `plugin x 1.2 (dist y)` or `callback module.Class`."""
     listener: Any
     distribution: Distribution | None = None
+    name: str = ""
+    """Of the entry point, or under which the callback was asked for."""
+    is_callback: bool = False
+    """Given to this run, not listening to every run."""
 
     def __str__(self) -> str:
         return self.label
+
+    @property
+    def provider(self) -> Provider:
+        """Who it is, for the trace."""
+        cls = self.listener if isinstance(self.listener, ModuleType) else type(self.listener)
+        value = f"{getattr(cls, '__module__', '')}:{getattr(cls, '__qualname__', '')}".strip(":") or cls.__name__
+        dist = self.distribution
+        name = self.name or value.rpartition(":")[2]
+        return Provider("hook", name, dist.name if dist else None, dist.version if dist else None, value)
 
     @property
     def critical(self) -> bool:
@@ -128,6 +144,15 @@ class HookPlugins:
                 sound.append(plugin)
         return cls(sound)
 
+    @classmethod
+    def of(cls, registry: Registry, entry: Entry) -> HookPlugins:
+        """One installed hook plugin alone.
+
+        Raises:
+            PluginError: It cannot be imported, does not fit this core, or is malformed.
+        """
+        return cls([_load(registry, entry)])
+
     def call_each(self, hook: str, /, **arguments: Any) -> Iterator[tuple[HookPlugin, Any]]:
         """Call every listener of a hook; yield who answered and what, without the Nones.
 
@@ -140,12 +165,17 @@ class HookPlugins:
             raise TypeError(f"hook {hook} takes {', '.join(SPECS[hook])}; got {', '.join(arguments)}")
         for impl in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             plugin = self._names[impl.plugin_name]
+            started = time.perf_counter()
+            failure: Exception | None = None
             try:
                 result = impl.function(**_subset(impl.function, arguments))
             except RunInterrupted:  # a signal that happened to arrive in a listener
                 raise
             except Exception as error:
-                self._failed(plugin, hook, error)
+                failure = error
+            trace_event("hook", plugin.provider, hook, time.perf_counter() - started, failure)
+            if failure is not None:
+                self._failed(plugin, hook, failure)
                 continue
             if result is not None:
                 yield plugin, result
@@ -154,6 +184,7 @@ class HookPlugins:
         where = f"{plugin.label}, hook {hook}"
         if plugin.critical:
             error.add_note(f"Raised by {where}, which is critical.")
+            mark(error, where, plugin.distribution.name if plugin.distribution is not None else None)
             raise error
         self.failures.append(HookFailure(plugin.label, hook, error))
         level = logging.DEBUG if (plugin.label, hook) in self._warned else logging.WARNING
@@ -211,11 +242,14 @@ class RunHooks(HookPlugins):
 
 
 def _callback(registry: Registry, choice: Any) -> HookPlugin:
+    name, dist = "", None
     if isinstance(choice, str | ComponentRef):
-        choice = registry.resolve("callbacks", choice).load()
+        ref = registry.resolve("callbacks", choice)
+        name, dist = ref.name, registry.distribution(ref.distribution) if ref.distribution else None
+        choice = ref.load()
     listener = _made(choice) if isinstance(choice, type) else choice
     cls = type(listener)
-    return HookPlugin(f"callback {cls.__module__}.{cls.__qualname__}", listener)
+    return HookPlugin(f"callback {cls.__module__}.{cls.__qualname__}", listener, dist, name, is_callback=True)
 
 
 def _made(cls: type) -> Any:
@@ -236,13 +270,13 @@ def _load(registry: Registry, entry: Entry) -> HookPlugin:
     if problem is not None:
         raise PluginIncompatible(f"{label}: {problem}. {remedy}")
     try:
-        with quiet_stdout():
+        with importing(label):
             listener = import_path(entry.value)
             listener = listener() if isinstance(listener, type) else listener
     except (Exception, SystemExit) as error:
         found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
         raise PluginBroken(f"{label}: importing {entry.value} raised {found}. {remedy}") from error
-    return HookPlugin(label, listener, dist)
+    return HookPlugin(label, listener, dist, entry.name)
 
 
 def _validate(plugin: HookPlugin) -> None:

@@ -10,12 +10,22 @@ from typing import NamedTuple
 from nemo_rl_core.registry._distributions import Distribution, distributions, normalize
 from nemo_rl_core.registry._kinds import API_GROUP, HOOKS_GROUP, KINDS
 
-__all__ = ["ALLOW_VARIABLE", "CORE", "DENY_VARIABLE", "STRICT_VARIABLE", "Entry", "Index", "Selection"]
+__all__ = [
+    "ALLOW_VARIABLE",
+    "CORE",
+    "DEBUG_VARIABLE",
+    "DENY_VARIABLE",
+    "STRICT_VARIABLE",
+    "Entry",
+    "Index",
+    "Selection",
+]
 
 CORE = "nemo-rl-core"
 ALLOW_VARIABLE = "NEMO_RL_PLUGINS"
 DENY_VARIABLE = "NEMO_RL_DISABLE_PLUGINS"
 STRICT_VARIABLE = "NEMO_RL_STRICT_PLUGINS"
+DEBUG_VARIABLE = "NEMO_RL_DEBUG"
 
 _PREFIX = "nemo_rl."
 _NAME = re.compile(r"[^\s:=\[\]]+\Z")

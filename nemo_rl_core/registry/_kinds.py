@@ -51,8 +51,8 @@ KINDS: dict[str, Kind] = {
         Kind("weight_syncs", "weight sync", f"{_P}.weight_sync:WeightSync"),
         Kind("loggers", "logger", f"{_P}.logger:Logger"),
         Kind("callbacks", "callback"),
-        Kind("sandboxes", "sandbox"),
-        Kind("exporters", "exporter"),
+        Kind("sandboxes", "sandbox", f"{_P}.sandbox:Sandbox"),
+        Kind("exporters", "exporter", f"{_P}.exporter:Exporter"),
         Kind("commands", "command"),
     )
 }

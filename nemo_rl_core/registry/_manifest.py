@@ -1,8 +1,10 @@
-"""Which components a run uses, exactly: written into checkpoints, compared on resume and in workers."""
+"""Which components a run uses, exactly: shown at its start, written into checkpoints, compared on resume."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -11,17 +13,20 @@ from nemo_rl_core._errors import PluginIncompatible
 from nemo_rl_core.registry._source import source_hash
 
 if TYPE_CHECKING:
+    from nemo_rl_core.registry._hooks import HookPlugin
     from nemo_rl_core.registry._reference import ComponentRef
-    from nemo_rl_core.registry._registry import Registry
 
 __all__ = [
     "ManifestDifference",
-    "check_manifest",
+    "active_table",
+    "aligned",
     "compare_manifests",
-    "compare_with_installed",
     "difference_table",
+    "hook_row",
+    "is_first_party",
     "manifest",
     "manifest_row",
+    "report_changes",
 ]
 
 _COMPARED = ("distribution", "version", "value", "api_version", "source_hash")
@@ -52,13 +57,84 @@ def manifest_row(ref: ComponentRef) -> dict[str, Any]:
         "value": ref.value,
         "api_version": ref.api_version,
         "source_hash": ref.source_hash,
+        "origin": ref.origin,
+        "defined_in": None if ref.distribution else _file_of(ref._status.component),
     }
 
 
-def manifest(refs: Iterable[ComponentRef]) -> list[dict[str, Any]]:
-    """One row per component, ordered by kind and name, each component once."""
+def hook_row(plugin: HookPlugin) -> dict[str, Any]:
+    """The row of a listener: an installed hook plugin (kind "hooks") or a callback of the run."""
+    listener, dist = plugin.listener, plugin.distribution
+    code = listener if inspect.ismodule(listener) or isinstance(listener, type) else type(listener)
+    value = code.__name__ if inspect.ismodule(code) else f"{code.__module__}:{code.__qualname__}"
+    hashed = dist is None or dist.editable
+    return {
+        "kind": "callbacks" if plugin.is_callback else "hooks",
+        "name": plugin.name or value.rpartition(":")[2],
+        "distribution": dist.name if dist else None,
+        "version": dist.version if dist else None,
+        "value": value,
+        "api_version": 1,
+        "source_hash": source_hash(value, whole_package=dist is not None, component=code) if hashed else None,
+        "origin": "entry point" if dist else "object",
+        "defined_in": None if dist else _file_of(code),
+    }
+
+
+def _file_of(component: Any) -> str | None:
+    """The file of user code, so that a later run can say which one to run again."""
+    code = component if inspect.isroutine(component) or isinstance(component, type) else type(component)
+    try:
+        return None if component is None else inspect.getsourcefile(code)
+    except (OSError, TypeError):  # made in a notebook or an interpreter
+        return None
+
+
+def manifest(refs: Iterable[ComponentRef], hooks: Iterable[HookPlugin] = ()) -> list[dict[str, Any]]:
+    """One row per component and listener, ordered by kind and name, each once."""
     rows = {(ref.kind, ref.name, ref.qualified_name): ref for ref in refs}
-    return [manifest_row(rows[key]) for key in sorted(rows)]
+    found = [manifest_row(rows[key]) for key in sorted(rows)]
+    known = {(row["kind"], row["value"]) for row in found}
+    listeners = [row for row in map(hook_row, hooks) if (row["kind"], row["value"]) not in known]
+    return found + sorted(listeners, key=lambda row: (row["kind"], row["name"], row["value"]))
+
+
+# -- the table at the start of a run -------------------------------------------------------------------------
+
+
+@cache
+def _our_distributions() -> frozenset[str]:
+    from nemo_rl_core.registry._index import CORE
+    from nemo_rl_core.registry._messages import known_packages
+
+    return frozenset({CORE, *known_packages()})
+
+
+def is_first_party(distribution: str | None) -> bool:
+    """Whether a distribution is one of this project's own; user code (None) is not."""
+    return distribution in _our_distributions()
+
+
+def active_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a run is made of, as text; `*` marks plugins of others, `+` code of the user's own."""
+    cells = []
+    for row in rows:
+        mark = "+" if not row["distribution"] else " " if is_first_party(row["distribution"]) else "*"
+        provider = f"{row['distribution']} {row['version']}" if row["distribution"] else "own code"
+        source = f"source {row['source_hash']}" if row.get("source_hash") else ""
+        cells.append((f"{mark} {row['kind']}", row["name"], provider, str(row["value"] or "-"), source))
+    marks = {line[0][0] for line in cells}
+    legend = [text for mark, text in (("*", "* third-party plugin"), ("+", "+ your own code")) if mark in marks]
+    return "\n".join([f"Plugins of this run:{'  ' if legend else ''}{', '.join(legend)}", *aligned(cells)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text with the cells of each column under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+# -- comparing -------------------------------------------------------------------------------------------------
 
 
 def compare_manifests(
@@ -85,46 +161,29 @@ def compare_manifests(
 def difference_table(differences: Sequence[ManifestDifference], *, before: str = "before", after: str = "after") -> str:
     """The differences as an aligned table of text, with these headings over the two sides."""
     head = ("kind", "name", "what", before, after)
-    rows = [head, *((d.kind, d.name, d.field, str(d.before), str(d.after)) for d in differences)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(aligned([head, *((d.kind, d.name, d.field, str(d.before), str(d.after)) for d in differences)]))
 
 
-def _row_here(row: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
-    """The row of the same component as this process has it."""
-    here, distribution, value = dict(row), row["distribution"], row["value"]
-    installed = registry.distribution(distribution) if distribution else None
-    if distribution:
-        here["distribution"] = installed.name if installed else None
-        here["version"] = installed.version if installed else None
-    same_place = distribution is None or installed is not None
-    if row.get("source_hash") and value and same_place and value.partition(":")[0] not in ("__main__", "__mp_main__"):
-        here["source_hash"] = source_hash(value, whole_package=distribution is not None)
-    return here
+def report_changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], *, where: str) -> str | None:
+    """What changed since a checkpoint was written, as a table; None if nothing did.
 
-
-def check_manifest(rows: Sequence[Mapping[str, Any]], registry: Registry) -> None:
-    """Compare the rows of another process with what is installed here, importing no plugin.
+    Args:
+        before: The manifest in the checkpoint.
+        now: The manifest of this run.
+        where: The checkpoint, for the message.
 
     Raises:
-        PluginIncompatible: Something differs; the message holds a table of all differences.
+        PluginIncompatible: A component has another API version: its state may not mean what it meant.
     """
-    differences = compare_manifests(rows, [_row_here(row, registry) for row in rows])
-    if differences:
+    differences = compare_manifests(before, now)
+    table = difference_table(differences, before="checkpoint", after="now")
+    broken = [d for d in differences if d.field == "api_version"]
+    if broken:
+        named = ", ".join(sorted({f"{d.kind} {d.name!r}" for d in broken}))
+        old = sorted({f"{r['distribution']}=={r['version']}" for r in before if r.get("distribution")})
         raise PluginIncompatible(
-            "This process has other plugins than the process that sent them:\n"
-            f"{difference_table(differences, before='sent', after='here')}\n"
-            "Install the same versions on every machine."
+            f"{where} was written with another API version of {named}, so it cannot be continued:\n{table}\n"
+            f"Install what wrote it (pip install {' '.join(old)}), or start anew with another run_dir or "
+            "checkpointing.resume=never."
         )
-
-
-def compare_with_installed(ref: ComponentRef, expected_hash: str | None) -> None:
-    """In a worker: compare one reference sent by the driver with what is installed here.
-
-    Raises:
-        PluginIncompatible: Another version or source, or none; the message holds a table.
-    """
-    from nemo_rl_core.registry._registry import get_registry
-
-    row = {**manifest_row(ref), "source_hash": expected_hash}
-    check_manifest([row], get_registry())
+    return f"Since {where} was written, plugins have changed:\n{table}" if differences else None

@@ -14,16 +14,25 @@ if TYPE_CHECKING:
     from nemo_rl_core.registry._index import Entry
     from nemo_rl_core.registry._reference import ComponentRef
 
-__all__ = ["conflict", "known_package", "not_found"]
+__all__ = ["conflict", "known_package", "known_packages", "not_found"]
 
 
 def known_package(kind: str, name: str) -> str | None:
     """The published distribution that provides a name, from the table shipped with the core."""
-    import json  # only an error needs it
+    return _known().get(kind, {}).get(name)
 
-    table = json.loads(Path(__file__).with_name("known_plugins.json").read_text(encoding="utf-8"))
-    package: str | None = table.get(kind, {}).get(name)
-    return package
+
+def known_packages() -> frozenset[str]:
+    """Every distribution of that table: those of this project."""
+    return frozenset(package for names in _known().values() for package in names.values())
+
+
+def _known() -> dict[str, dict[str, str]]:
+    import json  # only an error or the start of a run needs it
+
+    text = Path(__file__).with_name("known_plugins.json").read_text(encoding="utf-8")
+    table: dict[str, dict[str, str]] = json.loads(text)
+    return table
 
 
 def _listing(names: Iterable[str]) -> str:

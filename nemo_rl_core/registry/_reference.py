@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -14,12 +13,14 @@ from typing import Any, Literal
 from attrs import define, field, frozen
 
 from nemo_rl_core._errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
+from nemo_rl_core.registry._importing import importing
 from nemo_rl_core.registry._index import CORE, DENY_VARIABLE
 from nemo_rl_core.registry._kinds import KINDS
 from nemo_rl_core.registry._source import source_hash
+from nemo_rl_core.registry._trace import PluginCall
 from nemo_rl_core.registry._verify import shortcoming
 
-__all__ = ["ComponentRef", "LoadStatus", "Origin", "State", "import_path", "is_importable", "quiet_stdout"]
+__all__ = ["ComponentRef", "LoadStatus", "Origin", "State", "import_path", "is_importable"]
 
 _MAIN = ("__main__", "__mp_main__")
 
@@ -163,11 +164,11 @@ class ComponentRef:
             if self._payload is not None:
                 import cloudpickle  # type: ignore[import-untyped,unused-ignore]
 
-                with quiet_stdout():
+                with importing(self.description):
                     return cloudpickle.loads(self._payload)
             if self.value is None:
                 raise PluginBroken(f"The {self.description} has neither an import path nor an object.")
-            with quiet_stdout():
+            with PluginCall(self.kind, self, "import", "import"), importing(self.description):
                 return import_path(self.value)
         except PluginError:
             raise
@@ -191,7 +192,7 @@ class ComponentRef:
     def _compare_with_sender(self) -> None:
         """In a process that got this reference by pickle: is the code the same as where it came from?"""
         if self._received and self._payload is None:
-            from nemo_rl_core.registry._manifest import compare_with_installed
+            from nemo_rl_core.registry._verification import compare_with_installed
 
             compare_with_installed(self, self._expected_hash)
 
@@ -226,25 +227,25 @@ class ComponentRef:
         import cloudpickle  # type: ignore[import-untyped,unused-ignore]
 
         component = self.load()
+        module = sys.modules.get((self.value or "").partition(":")[0])
+        made_here = module is not None and module.__name__ not in _MAIN and getattr(module, "__spec__", None) is None
         try:
+            if made_here:  # no file that another process could import
+                cloudpickle.register_pickle_by_value(module)
             payload: bytes = cloudpickle.dumps(component)
         except Exception as error:
             raise PluginError(
                 f"The {self.description} cannot be sent to worker processes: it has no importable home and "
                 f"pickling it raised {type(error).__name__}: {error}. Move it into a module of its own."
             ) from error
+        finally:
+            if made_here:
+                cloudpickle.unregister_pickle_by_value(module)
         return payload
 
 
 def _rebuild(fields: Mapping[str, Any]) -> ComponentRef:
     return ComponentRef(**fields, received=True)
-
-
-@contextlib.contextmanager
-def quiet_stdout() -> Any:
-    """What a plugin prints on import goes to stderr: stdout belongs to the command's own output."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 def import_path(value: str) -> Any:

@@ -11,15 +11,15 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core._errors import PluginBroken, PluginConflict, PluginError, PluginNotFound
-from nemo_rl_core.registry import _manifest, _messages
+from nemo_rl_core.registry import _manifest, _messages, _verification
 from nemo_rl_core.registry._compatibility import incompatibility
 from nemo_rl_core.registry._distributions import Distribution, normalize
-from nemo_rl_core.registry._index import DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
+from nemo_rl_core.registry._index import CORE, DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
 from nemo_rl_core.registry._kinds import KINDS, Kind
 from nemo_rl_core.registry._reference import ComponentRef, LoadStatus, Origin, is_importable
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._hooks import HookPlugins
+    from nemo_rl_core.registry._hooks import HookPlugin, HookPlugins
 
 __all__ = ["Registry", "get_registry"]
 
@@ -58,6 +58,9 @@ class Registry:
         self._provided: dict[str, list[ComponentRef]] = {}
         self._hooks: HookPlugins | None = None
         self._warned = False
+        self._shadows_told: set[tuple[str, str]] = set()
+        self.providers: dict[Any, Any] = {}
+        """Who provides which class or function; filled when a message or a trace asks."""
 
     @property
     def index(self) -> Index:
@@ -118,18 +121,24 @@ class Registry:
     def check(self) -> None:
         """Name each broken plugin in one warning, once; under strict, refuse to go on.
 
+        A run calls it when all that it uses is loaded: what is still broken then is not used.
+
         Raises:
             PluginBroken: Strict, and something is broken; lists everything that is.
         """
-        if self._warned:
-            return
-        problems = self.problems()
-        if problems and self.strict:
-            listing = "\n".join(f"- {problem}" for _, problem in problems)
-            raise PluginBroken(f"Broken plugins (strict mode):\n{listing}")
+        self._require_sound()
+        problems = [] if self._warned else self.problems()
         self._warned = True
         for distribution, problem in problems:
             logger.warning("%s (It is not used, so this is all; %s=%s hides it.)", problem, DENY_VARIABLE, distribution)
+
+    def _require_sound(self) -> None:
+        """Under strict, refuse to go on with anything that is broken."""
+        problems = self.problems() if self.strict and not self._warned else []
+        if problems:
+            listing = "\n".join(f"- {problem}" for _, problem in problems)
+            raise PluginBroken(f"Broken plugins (strict mode):\n{listing}")
+        self._warned = self._warned or self.strict
 
     # -- resolving ----------------------------------------------------------------------------
 
@@ -150,7 +159,7 @@ class Registry:
             PluginIncompatible: It does not fit this core.
         """
         which = self._kind(kind)
-        self.check()
+        self._require_sound()
         if choice is None:
             choice = self.default(kind)
             if choice is None:
@@ -179,7 +188,7 @@ class Registry:
             PluginConflict: Several are installed, and no default or more than one is declared.
         """
         which = self._kind(kind)
-        self.check()
+        self._require_sound()
         names = self.names(kind)
         declared: dict[str, object] = {}
         for plugin, defaults in self.hooks.call_each("nemo_rl_defaults"):
@@ -229,6 +238,10 @@ class Registry:
         candidates = installed + ([registered] if registered is not None else [])
         if not candidates:
             candidates = [ref for ref in self._from_hooks(kind.name) if ref.name == name]
+        built_in = [ref for ref in candidates if ref.distribution == CORE]
+        if built_in and registered is None:
+            self._tell_of_shadows(kind, name, [ref for ref in candidates if ref not in built_in])
+            return built_in[0]
         if len(candidates) > 1:
             raise _messages.conflict(kind, name, candidates)
         if not candidates:
@@ -239,6 +252,20 @@ class Registry:
             ]
             raise _messages.not_found(kind, name, self.names(kind.name, full=True), disabled)
         return candidates[0]
+
+    def _tell_of_shadows(self, kind: Kind, name: str, shadows: Sequence[ComponentRef]) -> None:
+        """A plugin that takes a name of the core is used only when asked for by its full name; say so once."""
+        if shadows and (kind.name, name) not in self._shadows_told:
+            self._shadows_told.add((kind.name, name))
+            others = ", ".join(f"{ref.distribution} {ref.version} ({ref.qualified_name})" for ref in shadows)
+            logger.warning(
+                "The %s %r is the core's own; that of %s is not used. To use it, write plugins: {%s: %r}.",
+                kind.label,
+                name,
+                others,
+                name,
+                shadows[0].qualified_name,
+            )
 
     def _preferred(self, kind: Kind, name: str, wanted: str) -> ComponentRef | None:
         """The preferred provider; None if it has that name in another kind only (one line may serve two)."""
@@ -365,17 +392,17 @@ class Registry:
 
     # -- manifests --------------------------------------------------------------------------------
 
-    def manifest(self, refs: Iterable[ComponentRef]) -> list[dict[str, Any]]:
+    def manifest(self, refs: Iterable[ComponentRef], hooks: Iterable[HookPlugin] = ()) -> list[dict[str, Any]]:
         """See `nemo_rl_core.registry.manifest`."""
-        return _manifest.manifest(refs)
+        return _manifest.manifest(refs, hooks)
 
     def check_manifest(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """In a worker: compare the driver's manifest with what is installed here, importing nothing.
 
         Raises:
-            PluginIncompatible: Something differs; the message holds a table of all differences.
+            PluginIncompatible: Something differs; the message holds a table of node, plugin, found, expected.
         """
-        _manifest.check_manifest(rows, self)
+        _verification.check_nodes(_verification.node_differences(rows, self))
 
 
 def _is_module(name: str) -> bool:

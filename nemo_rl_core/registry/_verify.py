@@ -7,6 +7,8 @@ import functools
 import importlib
 import inspect
 import textwrap
+import types
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -34,7 +36,7 @@ class Contract:
     def missing(self, component: Any) -> list[str]:
         """Members that the component lacks, in the protocol's order."""
         cls = component if isinstance(component, type) else type(component)
-        if any("__getattr__" in vars(base) for base in cls.__mro__):
+        if _is_dynamic(cls):
             return []
         found: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
@@ -45,10 +47,31 @@ class Contract:
             found.update(getattr(component, "__dict__", {}))
         return [name for name in (*self.class_attributes, *self.methods) if not self._provided(name, found)]
 
+    def misfit(self, component: Any) -> str | None:
+        """The first method that cannot be called as the protocol says, or None."""
+        cls = component if isinstance(component, type) else type(component)
+        for name in self.methods:
+            promised = inspect.getattr_static(self.protocol, name)
+            own = inspect.getattr_static(cls, name, None)
+            if own is promised or not (inspect.isfunction(promised) and inspect.isfunction(own)):
+                continue
+            parameters = list(inspect.signature(promised).parameters.values())
+            arguments = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            keywords = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
+            problem = _binding(name, own, arguments, keywords)
+            if problem is not None:
+                return problem
+        return None
+
     def _provided(self, name: str, found: dict[str, Any]) -> bool:
         if name not in found:
             return False
         return not (name in self.stubs and found[name] is vars(self.protocol)[name])
+
+
+def _is_dynamic(cls: type) -> bool:
+    """Whether the members of its objects cannot be told from the class."""
+    return any("__getattr__" in vars(base) for base in cls.__mro__)
 
 
 def _stubs(protocol: type) -> list[str]:
@@ -95,7 +118,57 @@ def shortcoming(kind: str, component: Any) -> str | None:
     if rules is None or inspect.isroutine(component) or isinstance(component, functools.partial):
         return None
     missing = rules.missing(component)
-    if not missing:
-        return None
     name = getattr(component, "__name__", type(component).__name__)
-    return f"{name} is not a {label}: it lacks {', '.join(missing)} (see {KINDS[kind].protocol})"
+    if missing:
+        return f"{name} is not {_a(label)}: it lacks {', '.join(missing)} (see {KINDS[kind].protocol})"
+    if _is_dynamic(component if isinstance(component, type) else type(component)):
+        return None
+    problem = _config_class(component) or _construction(kind, component) or rules.misfit(component)
+    return problem and f"{name} {problem} (see {KINDS[kind].protocol})"
+
+
+def _a(label: str) -> str:
+    return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
+
+
+def _config_class(component: Any) -> str | None:
+    """What is wrong with the class of its options."""
+    found = inspect.getattr_static(component, "config_class", None)
+    if found is None or isinstance(found, property | types.MemberDescriptorType):
+        return None
+    if isinstance(found, type) and (issubclass(found, dict) or "__attrs_attrs__" in vars(found)):
+        return None
+    shown = f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else repr(found)
+    return f"has the config_class {shown}, which is not an attrs class: decorate it with @attrs.frozen(kw_only=True)"
+
+
+_CONSTRUCTED_WITH = {
+    "algorithms": ("config", "context"),
+    "environments": ("config", "context"),
+    "training_backends": (),
+    "generation_backends": (),
+}
+"""What the core makes a component with."""
+
+
+def _construction(kind: str, component: Any) -> str | None:
+    """How its constructor differs from the call that the core makes."""
+    arguments = _CONSTRUCTED_WITH.get(kind)
+    if arguments is None or not isinstance(component, type):
+        return None
+    return _binding("", component, arguments, {})
+
+
+def _binding(name: str, function: Any, arguments: Sequence[str], keywords: Mapping[str, Any]) -> str | None:
+    """Why `function(*arguments, **keywords)` is no call of it, or None."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return None
+    try:
+        signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        asked = ", ".join([*(a for a in arguments if a != "self"), *(f"{key}=..." for key in keywords)])
+        what = f"has the method {name}{signature}" if name else f"is made by {signature}"
+        return f"{what}, which cannot be called as the core does, {name or 'Class'}({asked}): {error}"
+    return None

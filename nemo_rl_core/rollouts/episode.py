@@ -29,6 +29,7 @@ from nemo_rl_core.protocols.generation_backend import (
     GenerationRequest,
     SamplingParams,
 )
+from nemo_rl_core.registry import PluginCall, origin_of
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.deadlines import Deadline, DeadlineWatch
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
@@ -124,7 +125,8 @@ class Episode:
         started = perf_counter()
         environment: Environment | None = None
         try:
-            environment = self.settings.environment(self.context)
+            with PluginCall("environments", self.settings.environment, "__init__", "made"):
+                environment = self.settings.environment(self.context)
             await self._play(environment)
         except asyncio.CancelledError as error:
             if task.cancelling():
@@ -195,9 +197,10 @@ class Episode:
         started = perf_counter()
         self.settings.generating.count += 1
         try:
-            completion = await self._deadline.wait(
-                self.settings.generation.generate(request), self.config.generation_timeout_s
-            )
+            with PluginCall("generation_backends", self.settings.generation, "generate"):
+                completion = await self._deadline.wait(
+                    self.settings.generation.generate(request), self.config.generation_timeout_s
+                )
         except TimeoutError as error:
             if error.args or isinstance(error, NemoRLError):
                 raise  # the engine's own
@@ -280,10 +283,11 @@ class Episode:
         self._stage = stage
         started = perf_counter()
         try:
-            result = method(*args)
-            if hasattr(result, "__await__"):
-                result = await self._in_time(stage, result)
-            return result
+            with PluginCall("environments", method.__self__, stage):
+                result = method(*args)
+                if hasattr(result, "__await__"):
+                    result = await self._in_time(stage, result)
+                return result
         except SystemExit as error:
             raise EnvironmentFailure(f"The environment called sys.exit({error.code!r}) in {stage}.") from error
         finally:
@@ -315,10 +319,11 @@ class Episode:
 
     def _fail(self, error: Exception) -> None:
         stage: _Stage = "score" if isinstance(error, RewardError) else self._stage
-        message = str(error) or type(error).__name__
+        origin = origin_of(error)
+        message = str(error).removeprefix(f"{origin}: ") or type(error).__name__
         if not isinstance(error, NemoRLError):
             message += _where(error)
-        self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message)
+        self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message, origin=origin)
         self.rollout.rewards = {}
         _log.debug("%s failed in %s: %s: %s", self.name, stage, type(error).__name__, message)
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import attrs
+
 from nemo_rl_core._errors import DataError
 from nemo_rl_core.protocols.environment import Message
 from nemo_rl_core.rollouts._gym_records import rollout_from_gym
@@ -233,7 +235,7 @@ def _rollout_to_dict(rollout: Rollout) -> dict[str, Any]:
         "rewards": dict(rollout.rewards),
         "terminated": rollout.terminated,
         "truncated": rollout.truncated,
-        "error": None if error is None else {"stage": error.stage, "type": error.type, "message": error.message},
+        "error": None if error is None else attrs.asdict(error),
         "info": dict(rollout.info),
         "timing_s": dict(rollout.timing_s),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from nemo_rl_core.protocols.environment import Message
 from nemo_rl_core.protocols.generation_backend import FinishReason
@@ -33,13 +33,15 @@ class Turn:
     last_weight_version: int | None = None
 
 
-@define(kw_only=True)
+@frozen(kw_only=True)
 class RolloutError:
     """Why a rollout failed; recorded, counted, never a silent zero reward."""
 
     stage: Literal["reset", "generate", "step", "score", "close"]
     type: str
     message: str
+    origin: str | None = None
+    """Who raised it, such as `plugin maze 1.2 (dist acme-maze), environment step`; None if that is the core."""
 
 
 @define(kw_only=True)

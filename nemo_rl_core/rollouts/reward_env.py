@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from nemo_rl_core._errors import ConfigError, RewardError
 from nemo_rl_core.protocols.environment import EnvironmentContext, EnvironmentStep, Message, Task
+from nemo_rl_core.registry import PluginCall
 from nemo_rl_core.rollouts._threads import ThreadCalls
 from nemo_rl_core.rollouts.episode import finite_rewards
 
@@ -173,18 +174,19 @@ class RewardEnvironment:
             "task": self._task,
             "completion_ids": list(getattr(self._context, "completion_ids", ())),
         }
-        arguments = factory.arguments(known, self._task)
-        try:
-            result = await factory.call(self._context, arguments)
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(f"reward {factory.name} raised {type(error).__name__}: {error}") from error
-        rewards = result if isinstance(result, Mapping) else {"reward": result}
-        try:
-            return EnvironmentStep(rewards=finite_rewards(rewards), terminated=True)
-        except RewardError as error:
-            raise RewardError(f"reward {factory.name} returned {_short(result)}: {error}") from error
+        with PluginCall("rewards", factory.reward_fn, "call"):
+            arguments = factory.arguments(known, self._task)
+            try:
+                result = await factory.call(self._context, arguments)
+            except RewardError:
+                raise
+            except Exception as error:
+                raise RewardError(f"reward {factory.name} raised {type(error).__name__}: {error}") from error
+            rewards = result if isinstance(result, Mapping) else {"reward": result}
+            try:
+                return EnvironmentStep(rewards=finite_rewards(rewards), terminated=True)
+            except RewardError as error:
+                raise RewardError(f"reward {factory.name} returned {_short(result)}: {error}") from error
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,1 +1,102 @@
-"""Fakes and contracts for plugin tests."""
+"""What a plugin's own tests need: conformance kits, fakes, and a site of little distributions.
+
+The contracts are named `<Kind>Contract` and are imported when first asked for; they need pytest, which the extra
+`testing` installs. With it, pytest has the fixtures of `nemo_rl_core.testing.pytest_plugin`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_rl_core.testing.conformance.advantage import AdvantageContract
+    from nemo_rl_core.testing.conformance.algorithm import AlgorithmContract
+    from nemo_rl_core.testing.conformance.algorithm_case import AlgorithmCase
+    from nemo_rl_core.testing.conformance.callback import CallbackContract
+    from nemo_rl_core.testing.conformance.dataset import BrokenSource, DatasetContract
+    from nemo_rl_core.testing.conformance.environment import EnvironmentCase, EnvironmentContract
+    from nemo_rl_core.testing.conformance.exporter import ExporterContract
+    from nemo_rl_core.testing.conformance.generation_backend import GenerationBackendContract
+    from nemo_rl_core.testing.conformance.kit import ClauseResult, Contract, KitReport, contract_for, run_kit
+    from nemo_rl_core.testing.conformance.launcher import LauncherContract
+    from nemo_rl_core.testing.conformance.logger import LoggerContract
+    from nemo_rl_core.testing.conformance.loss import LossContract
+    from nemo_rl_core.testing.conformance.reward import RewardContract
+    from nemo_rl_core.testing.conformance.sandbox import SandboxContract
+    from nemo_rl_core.testing.conformance.subject import Configured
+    from nemo_rl_core.testing.conformance.training_backend import TrainingBackendContract
+    from nemo_rl_core.testing.conformance.weight_sync import WeightSyncContract
+    from nemo_rl_core.testing.scripted_generation import ScriptedGeneration, ScriptedReply
+    from nemo_rl_core.testing.site import PluginSite
+
+__all__ = [
+    "AdvantageContract",
+    "AlgorithmCase",
+    "AlgorithmContract",
+    "BrokenSource",
+    "CallbackContract",
+    "ClauseResult",
+    "Configured",
+    "Contract",
+    "DatasetContract",
+    "EnvironmentCase",
+    "EnvironmentContract",
+    "ExporterContract",
+    "GenerationBackendContract",
+    "KitReport",
+    "LauncherContract",
+    "LoggerContract",
+    "LossContract",
+    "PluginSite",
+    "RewardContract",
+    "SandboxContract",
+    "ScriptedGeneration",
+    "ScriptedReply",
+    "TrainingBackendContract",
+    "WeightSyncContract",
+    "contract_for",
+    "run_kit",
+]
+
+_HOMES = {
+    "AdvantageContract": "conformance.advantage",
+    "AlgorithmCase": "conformance.algorithm_case",
+    "AlgorithmContract": "conformance.algorithm",
+    "BrokenSource": "conformance.dataset",
+    "CallbackContract": "conformance.callback",
+    "ClauseResult": "conformance.kit",
+    "Configured": "conformance.subject",
+    "Contract": "conformance.kit",
+    "DatasetContract": "conformance.dataset",
+    "EnvironmentCase": "conformance.environment",
+    "EnvironmentContract": "conformance.environment",
+    "ExporterContract": "conformance.exporter",
+    "GenerationBackendContract": "conformance.generation_backend",
+    "KitReport": "conformance.kit",
+    "LauncherContract": "conformance.launcher",
+    "LoggerContract": "conformance.logger",
+    "LossContract": "conformance.loss",
+    "PluginSite": "site",
+    "RewardContract": "conformance.reward",
+    "SandboxContract": "conformance.sandbox",
+    "ScriptedGeneration": "scripted_generation",
+    "ScriptedReply": "scripted_generation",
+    "TrainingBackendContract": "conformance.training_backend",
+    "WeightSyncContract": "conformance.weight_sync",
+    "contract_for": "conformance.kit",
+    "run_kit": "conformance.kit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

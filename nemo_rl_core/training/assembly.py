@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
@@ -13,16 +15,17 @@ from nemo_rl_core.config.schema import ComponentChoice, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.models import load_tokenizer
-from nemo_rl_core.protocols.algorithm import AlgorithmContext
+from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.protocols.launcher import Launcher, WorkerSpec
 from nemo_rl_core.protocols.weight_sync import WeightSync
-from nemo_rl_core.registry import ComponentRef, get_registry
+from nemo_rl_core.registry import ComponentRef, PluginCall, get_registry, worker_rows
 from nemo_rl_core.rollouts.engine import EnvironmentFactory, RolloutEngine
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
-from nemo_rl_core.training.policy import Policy
+from nemo_rl_core.training.policy import InitialModel, Policy
+from nemo_rl_core.training.replay import RecordedRollouts, check_recorded
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.tokenizer import Tokenizer
@@ -41,24 +44,38 @@ class RunInputs:
     validation_rows: Any = None
     reward: Reward | None = None
     environment: EnvironmentFactory | type | None = None
+    recorded: RecordedRollouts | None = None
+    """Rollouts to train on: then no generation backend and no environment is built, and no data is read."""
 
 
 @define(kw_only=True)
 class RunParts:
-    """The objects of one run. Of an evaluation, only those that sample: `policy` and `algorithm` are None."""
+    """The objects of one run. Of an evaluation, only those that sample: there is no model and no algorithm."""
 
     config: RunConfig
     tokenizer: Tokenizer
     data: DataModule
     algorithm: Any = None
-    policy: Any = None
-    reference: Policy | None = None
+    models: dict[str, Any] = field(factory=dict)
+    """The policy, and the algorithm's other models, by role: each a `Policy`, or the `InitialModel` of one."""
     generation: GenerationBackend | None = None
     weight_sync: WeightSync | None = None
     runner: RolloutRunner | None = None
     share_weights: bool = False
+    recorded: RecordedRollouts | None = None
     components: list[ComponentRef] = field(factory=list)
     _stack: ExitStack = field(factory=ExitStack, repr=False)
+
+    @property
+    def policy(self) -> Any:
+        """The model that is trained; None in an evaluation."""
+        return self.models.get("policy")
+
+    @property
+    def trained(self) -> dict[str, Policy]:
+        """The models that take optimizer steps, which a checkpoint holds."""
+        roles = {} if self.algorithm is None else self.algorithm.models
+        return {name: model for name, model in self.models.items() if name not in roles or roles[name].trained}
 
     def close(self) -> None:
         """Stop threads and processes, newest first; may be called twice."""
@@ -72,16 +89,40 @@ class _Resolver:
         self.plugins: Mapping[str, str] = config.plugins
         self.used: list[ComponentRef] = []
 
+    def names(self, kind: str) -> Sequence[str]:
+        """Names of a kind; with `resolve` and `chosen`, what the data module asks of a registry."""
+        return get_registry().names(kind)
+
+    def resolve(self, kind: str, name: Any) -> ComponentRef:
+        """A candidate, not yet counted as used."""
+        return get_registry().resolve(kind, name, plugins=self.plugins)
+
+    def chosen(self, ref: ComponentRef) -> None:
+        """The candidate that the data is read with."""
+        self.used.append(ref)
+
     def load(self, kind: str, name: Any) -> Any:
         """The component itself; None takes the default of its kind."""
-        ref = get_registry().resolve(kind, name, plugins=self.plugins)
+        ref = self.resolve(kind, name)
         self.used.append(ref)
         return ref.load()
 
     def build(self, kind: str, choice: ComponentChoice) -> Any:
         """The component called with its options (the default of its config class if there are none)."""
         component = self.load(kind, choice.name)
-        return component(_options(component, choice.options))
+        with PluginCall(kind, self.used[-1], "__init__", "made"):
+            return component(_options(component, choice.options)) if _takes_options(component) else component()
+
+
+def _takes_options(component: Any) -> bool:
+    """False for a class without options, which need not write a constructor."""
+    try:
+        inspect.signature(component).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # written in C
+        return True
+    return True
 
 
 def _options(component: Any, options: Any) -> Any:
@@ -127,7 +168,10 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
     with ExitStack() as stack:
         resolver = _Resolver(config)
         algorithm_class = resolver.load("algorithms", config.algorithm)
-        samples = algorithm_class.feed == "rollouts" or not training
+        recorded = inputs.recorded if training else None
+        if recorded is not None and algorithm_class.feed != "rollouts":
+            raise ConfigError(f"{config.algorithm} is trained on rows, not on rollouts; it cannot be replayed.")
+        samples = (algorithm_class.feed == "rollouts" or not training) and recorded is None
         environment = _environment(config, inputs, resolver) if samples else None
         parts = RunParts(
             config=config,
@@ -141,14 +185,19 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
                 feed=algorithm_class.feed if training else "rollouts",
                 train_rows=inputs.train_rows,
                 validation_rows=inputs.validation_rows,
+                registry=resolver,
             ),
         )
+        if recorded is not None:
+            check_recorded(recorded, parts.tokenizer)
+            parts.recorded = recorded
         launcher = _launcher(config, resolver)
         stack.callback(launcher.shutdown)
         if training:
             _add_policy(parts, algorithm_class, launcher, resolver, stack, run_dir)
         if environment is not None:
             _add_engine(parts, environment, launcher, resolver, stack, run_dir)
+        get_registry().check()
         parts.components = resolver.used
         parts._stack = stack.pop_all()
         return parts
@@ -158,21 +207,33 @@ def _add_policy(
     parts: RunParts, algorithm_class: Any, launcher: Launcher, resolver: _Resolver, stack: ExitStack, run_dir: str
 ) -> None:
     config = parts.config
-    parts.algorithm = algorithm_class(
-        config,
-        AlgorithmContext(
-            tokenizer=parts.tokenizer,
-            resolve=resolver.build,
-            max_sequence_length=config.policy.max_sequence_length,
-        ),
+    context = AlgorithmContext(
+        tokenizer=parts.tokenizer,
+        resolve=resolver.build,
+        max_sequence_length=config.policy.max_sequence_length,
     )
-    resolver.load("training_backends", config.policy.backend)
-    backend = resolver.used[-1]
-    parts.policy = _policy(launcher, backend, config, role="policy", run_dir=run_dir)
-    stack.callback(parts.policy.shutdown)
-    if "reference" in parts.algorithm.roles:
-        parts.reference = _policy(launcher, backend, config, role="reference", run_dir=run_dir)
-        stack.callback(parts.reference.shutdown)
+    with PluginCall("algorithms", algorithm_class, "__init__", "made"):
+        parts.algorithm = algorithm_class(config, context)
+    roles = {"policy": ModelRole(config=config.policy, trained=True), **_roles(parts.algorithm)}
+    backends = {}
+    for name, role in roles.items():
+        backend = resolver.load("training_backends", role.config.backend or config.policy.backend)
+        _check_head(name, role, backend)
+        backends[name] = resolver.used[-1]
+    rows = worker_rows(get_registry().manifest(resolver.used))
+    for name, role in roles.items():
+        if name != "policy" and _is_initial_policy(parts, name):
+            parts.models[name] = InitialModel(parts.policy)
+            continue
+        made = _model(launcher, backends[name], config, role, name=name, run_dir=run_dir, manifest=rows)
+        stack.callback(made.shutdown)
+        parts.models[name] = made
+
+
+def _is_initial_policy(parts: RunParts, name: str) -> bool:
+    """Whether a role is the policy as it was before the run, and the policy's workers can be that too."""
+    role = parts.algorithm.models[name]
+    return not role.trained and role.config == parts.config.policy and parts.policy.has_initial_weights
 
 
 def _add_engine(
@@ -193,6 +254,7 @@ def _add_engine(
             config=evolve(config.generation, options=_options(engine_class, config.generation.options)),
             seed=config.seed,
             run_dir=run_dir,
+            manifest=worker_rows(get_registry().manifest(resolver.used)),
         )
     )
     stack.callback(group.shutdown)
@@ -208,26 +270,65 @@ def _add_engine(
     parts.runner = _runner(config, group.local, environment, parts.tokenizer, stack)
 
 
+def _roles(algorithm: Any) -> Mapping[str, ModelRole]:
+    """The models beside the policy.
+
+    Raises:
+        ConfigError: One of them has the policy's name.
+    """
+    roles: Mapping[str, ModelRole] = algorithm.models
+    if "policy" in roles:
+        raise ConfigError(f"{type(algorithm).__name__}.models has a role 'policy', which every run has; rename it.")
+    return roles
+
+
+def _check_head(name: str, role: ModelRole, backend: Any) -> None:
+    """A scalar head needs a backend that has one."""
+    if role.config.head == "scalar" and "scalar_head" not in backend.capabilities:
+        raise ConfigError(
+            f"The role {name!r} needs a model with a scalar head, which the training backend {backend.__name__} does "
+            f"not serve (its capabilities: {', '.join(sorted(backend.capabilities)) or 'none'}). Choose another "
+            f"backend for this role, such as with {name}.backend."
+        )
+
+
 def _launcher(config: RunConfig, resolver: _Resolver) -> Launcher:
     launcher_class = resolver.load("launchers", config.cluster.launcher)
-    launcher: Launcher = launcher_class(_options(launcher_class, config.cluster.options))
-    launcher.setup(config.cluster)
+    with PluginCall("launchers", resolver.used[-1], "__init__", "made"):
+        launcher: Launcher = launcher_class(_options(launcher_class, config.cluster.options))
+    with PluginCall("launchers", launcher, "setup"):
+        launcher.setup(config.cluster)
     return launcher
 
 
-def _policy(launcher: Launcher, backend: ComponentRef, config: RunConfig, *, role: str, run_dir: str) -> Policy:
-    policy = evolve(config.policy, options=_options(backend.load(), config.policy.options))
+def _model(
+    launcher: Launcher,
+    backend: ComponentRef,
+    config: RunConfig,
+    role: ModelRole,
+    *,
+    name: str,
+    run_dir: str,
+    manifest: Sequence[Mapping[str, Any]],
+) -> Policy:
+    made = evolve(
+        role.config,
+        model_name=role.config.model_name or config.policy.model_name,
+        options=_options(backend.load(), role.config.options),
+        trained=role.trained,
+    )
     group = launcher.launch(
         WorkerSpec(
-            role=role,
+            role=name,
             factory=backend,
-            config=policy,
-            num_workers=policy.num_workers,
+            config=made,
+            num_workers=made.num_workers,
             seed=config.seed,
             run_dir=run_dir,
+            manifest=manifest,
         )
     )
-    return Policy(group, token_budget=policy.max_tokens_per_microbatch, temperature=config.generation.temperature)
+    return Policy(group, token_budget=made.max_tokens_per_microbatch, temperature=config.generation.temperature)
 
 
 def _runner(
@@ -273,23 +374,32 @@ def _environment(config: RunConfig, inputs: RunInputs, resolver: _Resolver) -> E
             "environments shows what is installed)."
         )
     if inputs.reward is not None:
+        resolver.used.append(resolver.resolve("rewards", inputs.reward))
         return reward_environment(inputs.reward)
     if inputs.environment is not None:
+        resolver.used.append(resolver.resolve("environments", inputs.environment))
         return _factory(inputs.environment, config.environment.options)
     if config.environment.name is not None:
         component = resolver.load("environments", config.environment.name)
         return _factory(component, _options(component, config.environment.options))
-    reward: Reward = resolver.load("rewards", config.reward.name)
-    return reward_environment(reward)
+    return reward_environment(_reward(config.reward, resolver))
+
+
+def _reward(choice: ComponentChoice, resolver: _Resolver) -> Reward:
+    """The reward of the configuration: a class is made with its options, a function has them as preset arguments."""
+    component: Reward = resolver.load("rewards", choice.name)
+    if isinstance(component, type):
+        with PluginCall("rewards", resolver.used[-1], "__init__", "made"):
+            made: Reward = component(_options(component, choice.options)) if _takes_options(component) else component()
+        return made
+    return partial(component, **choice.options) if choice.options else component
 
 
 def _factory(component: Any, options: Any) -> EnvironmentFactory:
     if not isinstance(component, type):
         factory: EnvironmentFactory = component
         return factory
-    options = _options(component, options)
-    make: Callable[..., Any] = component
-    return lambda context: make(options, context)
+    return partial(component, _options(component, options))
 
 
 def _may_share(config: RunConfig, policy: Policy, engine: Any) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nemo_rl_core._errors import EnvironmentFailure
-from nemo_rl_core.rollouts.records import RolloutGroup
+from nemo_rl_core.rollouts.records import RolloutError, RolloutGroup
 
 __all__ = ["check_failures"]
 
@@ -24,13 +24,20 @@ def check_failures(groups: Sequence[RolloutGroup], max_failed_fraction: float, *
     errors = [rollout.error for rollout in rollouts if rollout.error is not None]
     if not errors:
         return
-    counted = Counter(f"{e.stage}: {e.type}: {e.message}" for e in errors).most_common(3)
-    listing = "; ".join(f"{count} x {text}" for text, count in counted)
+    counted = Counter(errors).most_common(3)
+    listing = "; ".join(f"{count} x {_told(error)}" for error, count in counted)
     if len(errors) > max_failed_fraction * len(rollouts) or len(errors) == len(rollouts):
+        first = counted[0][0]
+        start = f"{first.origin}: {first.type}: {first.message}. " if first.origin else ""
         raise EnvironmentFailure(
-            f"{len(errors)} of {len(rollouts)} rollouts failed; rollouts.max_failed_fraction="
+            f"{start}{len(errors)} of {len(rollouts)} rollouts failed; rollouts.max_failed_fraction="
             f"{max_failed_fraction:g} allows fewer. Most frequent: {listing}. Mend the reward, the environment or the "
             "data, or raise the bound."
         )
     if warn:
         logger.warning("%d of %d rollouts failed and are left out: %s", len(errors), len(rollouts), listing)
+
+
+def _told(error: RolloutError) -> str:
+    by = f" ({error.origin})" if error.origin else ""
+    return f"{error.stage}: {error.type}: {error.message}{by}"

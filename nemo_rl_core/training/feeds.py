@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core._errors import ConfigError, InvariantViolation
+from nemo_rl_core.registry import PluginCall
 from nemo_rl_core.rollouts.buffer import GroupBuffer
 from nemo_rl_core.training.failures import check_failures
 
@@ -94,7 +95,8 @@ class RolloutFeed:
             groups = self._take(wanted, version)
             self.all_groups += groups
             check_failures(self.all_groups, limit, warn=False)
-            kept += [group for group in groups if group.valid and self.algorithm.keep_group(group)]
+            with PluginCall("algorithms", self.algorithm, "keep_group"):
+                kept += [group for group in groups if group.valid and self.algorithm.keep_group(group)]
             self.discarded = len(self.all_groups) - len(kept)
             if len(kept) == self.num_prompts:
                 check_failures(self.all_groups, limit)

@@ -52,8 +52,12 @@ class Invariants:
                 "sequences."
             )
 
-    def check_mismatch(self, metrics: Mapping[str, float]) -> None:
+    def check_mismatch(self, metrics: Mapping[str, float], *, may_abort: bool = True) -> None:
         """Engine and trainer logprobs of the sampled tokens: warn, then stop.
+
+        Args:
+            metrics: Of the step.
+            may_abort: False only warns: recorded rollouts may come from other weights.
 
         Raises:
             InvariantViolation: The mismatch is above `mismatch_abort`.
@@ -65,7 +69,7 @@ class Invariants:
             f"mean exp|trainer logprob - engine logprob| is {error:.4f} (1 is perfect). Usual causes: weights that "
             "were not loaded by the engine, another temperature or top-p/top-k on one side, low precision."
         )
-        if self.config.mismatch_abort is not None and error > self.config.mismatch_abort:
+        if may_abort and self.config.mismatch_abort is not None and error > self.config.mismatch_abort:
             raise InvariantViolation(
                 f"Stopped: {text} The bound is invariants.mismatch_abort={self.config.mismatch_abort:g}."
             )

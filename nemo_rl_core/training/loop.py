@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import pickle
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ import torch
 
 from nemo_rl_core._errors import CheckpointError, ConfigError, RunInterrupted
 from nemo_rl_core.config import to_dict
-from nemo_rl_core.registry import RunHooks, get_registry
+from nemo_rl_core.registry import PluginCall, RunHooks, get_registry, report_changes
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.training.assembly import RunParts, sampling_params
 from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
@@ -24,12 +26,14 @@ from nemo_rl_core.training.interrupts import InterruptGuard
 from nemo_rl_core.training.invariants import Invariants
 from nemo_rl_core.training.progress import Progress
 from nemo_rl_core.training.record import RunRecord
+from nemo_rl_core.training.replay import RecordedFeed
 from nemo_rl_core.training.state import RunResult, RunState, Sample
 from nemo_rl_core.training.timers import StageTimers
 from nemo_rl_core.training.validation import validate_loss, validate_rollouts
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.protocols.algorithm import Update
     from nemo_rl_core.rollouts.records import RolloutGroup
 
 __all__ = ["RunLoop"]
@@ -85,8 +89,8 @@ class RunLoop:
         status = "failed"
         with InterruptGuard() as guard:
             try:
+                run.manifest = get_registry().manifest(self.parts.components, self.hooks.plugins)
                 self._resume()
-                run.manifest = get_registry().manifest(self.parts.components)
                 self.record.start(self.config.name or run.algorithm, to_dict(self.config), run.manifest)
                 self.progress.start(run)
                 self.hooks.call("on_run_start", run=run)
@@ -141,10 +145,11 @@ class RunLoop:
         metrics: dict[str, float] = {}
         with guard.abandonable():
             items = self._take_items(metrics)
-        with self.timers("build_batch"):
+        with self.timers("build_batch"), PluginCall("algorithms", algorithm, "build_batch"):
             batch = algorithm.build_batch(items)
-        self._fill_logprobs(batch)
-        with self.timers("advantages"):
+        with self.timers("logprobs"):
+            algorithm.fill_batch(batch, self.parts.models)
+        with self.timers("advantages"), PluginCall("algorithms", algorithm, "finish_batch"):
             metrics.update({f"train/{n}": v for n, v in algorithm.finish_batch(batch).items()})
         self.hooks.call("on_batch", run=run, batch=batch)
         training = self._update(batch)
@@ -160,7 +165,7 @@ class RunLoop:
 
     def _take_items(self, metrics: dict[str, float]) -> Sequence[Any]:
         run = self.run_state
-        if not isinstance(self.feed, RolloutFeed):
+        if isinstance(self.feed, ExampleFeed):
             with self.timers("data"):
                 return self.feed.next(run.weight_version)
         self._refit()
@@ -170,7 +175,9 @@ class RunLoop:
         metrics["rollouts/discarded_groups"] = float(self.feed.discarded)
         if self.parts.generation is not None:
             metrics.update({f"generation/{n}": v for n, v in self.parts.generation.metrics().items()})
-        self.invariants.check_signal(metrics.get("rollouts/zero_variance_fraction"))
+        # A lone rollout has no variance and may carry a signal all the same.
+        if self.config.group_size > 1 and getattr(self.parts.algorithm, "learns_from_rewards", True):
+            self.invariants.check_signal(metrics.get("rollouts/zero_variance_fraction"))
         self._keep_samples(groups)
         if self.config.rollouts.record:
             with self.timers("record"):
@@ -178,32 +185,30 @@ class RunLoop:
         self.hooks.call("on_rollouts", run=run, groups=groups)
         return groups
 
-    def _fill_logprobs(self, batch: BatchedDataDict) -> None:
-        required = self.parts.algorithm.required_fields
-        if "logprobs" in required:
-            with self.timers("logprobs"):
-                batch.set_tokens("logprobs", self.parts.policy.logprobs(batch))
-        if "ref_logprobs" in required:
-            if self.parts.reference is None:
-                raise ConfigError(f"{self.run_state.algorithm} asks for ref_logprobs but not for the reference role.")
-            with self.timers("ref_logprobs"):
-                batch.set_tokens("ref_logprobs", self.parts.reference.logprobs(batch))
-
     def _update(self, batch: BatchedDataDict) -> dict[str, float]:
+        """Every optimizer step of the batch; metrics are means over the steps of a model."""
+        sums: dict[str, float] = {}
         algorithm = self.parts.algorithm
-        totals: dict[str, float] = {}
-        minibatches = algorithm.minibatches(batch)
+        with PluginCall("algorithms", algorithm, "updates"):
+            updates = algorithm.updates(batch)
+        _check_trained(updates, self.parts)
+        steps = Counter(update.model for update in updates)
+        first_of_policy = True
         with self.timers("train"):
-            for number, indices in enumerate(minibatches):
-                whole = len(minibatches) == 1 and len(indices) == len(batch)
-                part = batch if whole else batch.select(list(indices))
-                metrics = self.parts.policy.train_step(part, algorithm.loss)
-                if number == 0 and isinstance(self.feed, RolloutFeed) and self.config.rollouts.staleness == 0:
-                    self.invariants.check_first_update(metrics)
+            for update in updates:
+                whole = len(update.indices) == len(batch) and list(update.indices) == list(range(len(batch)))
+                part = batch if whole else batch.select(list(update.indices))
+                metrics = self.parts.models[update.model].train_step(part, update.loss)
+                is_policy = update.model == "policy"
+                if is_policy and first_of_policy:
+                    first_of_policy = False
+                    if isinstance(self.feed, RolloutFeed) and self.config.rollouts.staleness == 0:
+                        self.invariants.check_first_update(metrics)
                 for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value / len(minibatches)
-        self.invariants.check_mismatch(totals)
-        return {f"train/{name}": value for name, value in totals.items()}
+                    key = name if is_policy else f"{update.model}/{name}"
+                    sums[key] = sums.get(key, 0.0) + value / steps[update.model]
+        self.invariants.check_mismatch(sums, may_abort=self.parts.recorded is None)
+        return {f"train/{name}": value for name, value in sums.items()}
 
     def _after_step(self, metrics: dict[str, float], guard: InterruptGuard) -> None:
         run, config = self.run_state, self.config
@@ -228,7 +233,7 @@ class RunLoop:
         run, parts = self.run_state, self.parts
         if parts.weight_sync is None or parts.generation is None or self._engine_version == run.weight_version:
             return
-        with self.timers("refit"):
+        with self.timers("refit"), PluginCall("weight_syncs", parts.weight_sync, "sync"):
             parts.weight_sync.sync(
                 parts.policy.group,
                 parts.generation,
@@ -242,7 +247,7 @@ class RunLoop:
     def _validate(self) -> dict[str, float]:
         run, parts, config = self.run_state, self.parts, self.config.validation
         if parts.runner is None:
-            metrics = validate_loss(parts.policy, parts.algorithm, parts.data, config)
+            metrics = validate_loss(parts.models, parts.algorithm, parts.data, config)
         else:
             self._refit()
             changes: dict[str, Any] = {"temperature": config.temperature}
@@ -255,6 +260,7 @@ class RunLoop:
                 sampling=sampling_params(self.config, **changes),
                 weight_version=run.weight_version,
                 max_failed_fraction=self.config.rollouts.max_failed_fraction,
+                correct_reward=self.config.evaluation.correct_reward,
             )
             self._keep_samples(groups)
         self.hooks.call("on_validation", run=run, metrics=metrics)
@@ -281,6 +287,7 @@ class RunLoop:
             "invariants": self.invariants.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "python_rng": random.getstate(),
+            "algorithm": _state_of(self.parts.algorithm),
         }
 
     def _save(self) -> None:
@@ -289,7 +296,8 @@ class RunLoop:
             return
 
         def write(folder: Path) -> None:
-            self.parts.policy.save(folder / "policy")
+            for name, model in self.parts.trained.items():
+                model.save(folder / name)
             with (folder / "loop.pkl").open("wb") as file:
                 pickle.dump({**self._boundary, "history": run.history}, file)
 
@@ -318,13 +326,18 @@ class RunLoop:
                 f"{checkpoint.path} was written by the algorithm {state['algorithm']!r}, this run is "
                 f"{run.algorithm!r}. Use another run_dir, or checkpointing.resume=never."
             )
-        _report_changes(state.get("manifest", []), get_registry().manifest(self.parts.components))
-        self.parts.policy.load(checkpoint.path / "policy")
+        changes = report_changes(state.get("manifest", []), run.manifest, where=str(checkpoint.path))
+        if changes is not None:
+            logger.warning("%s", changes)
+        for name, model in self.parts.trained.items():
+            model.load(checkpoint.path / name)
         loop = _read_loop_state(checkpoint)
         self.feed.load_state_dict(loop["feed"], version=int(state["weight_version"]))
         self.invariants.load_state_dict(loop["invariants"])
         torch.set_rng_state(loop["torch_rng"])
         random.setstate(loop["python_rng"])
+        if loop.get("algorithm") is not None:
+            self.parts.algorithm.load_state_dict(loop["algorithm"])
         run.history = loop["history"]
         run.step = self._saved_step = checkpoint.step
         run.weight_version = int(state["weight_version"])
@@ -350,8 +363,23 @@ class RunLoop:
         )
 
 
-def _make_feed(parts: RunParts) -> ExampleFeed | RolloutFeed:
+def _check_trained(updates: Sequence[Update], parts: RunParts) -> None:
+    """Every update is of a model that takes steps."""
+    trained = parts.trained
+    for name in dict.fromkeys(update.model for update in updates):
+        if name in trained:
+            continue
+        what = "declares frozen (trained=False)" if name in parts.models else "does not name"
+        raise ConfigError(
+            f"{type(parts.algorithm).__name__}.updates trains the model {name!r}, which its `models` {what}. Trained "
+            f"are: {', '.join(trained)}."
+        )
+
+
+def _make_feed(parts: RunParts) -> ExampleFeed | RolloutFeed | RecordedFeed:
     config = parts.config
+    if parts.recorded is not None:
+        return RecordedFeed(parts.recorded, parts.algorithm, config.num_items_per_step)
     if parts.runner is None:
         return ExampleFeed(parts.data, config.num_items_per_step)
     return RolloutFeed(
@@ -372,8 +400,7 @@ def _read_loop_state(checkpoint: Checkpoint) -> Mapping[str, Any]:
         raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}.") from error
 
 
-def _report_changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
-    from nemo_rl_core.registry import compare_manifests
-
-    for difference in compare_manifests(before, now):
-        logger.warning("Since the checkpoint was written: %s", difference)
+def _state_of(algorithm: Any) -> Any:
+    """What the algorithm keeps from step to step, copied; None if it keeps nothing."""
+    state_dict = getattr(algorithm, "state_dict", None)
+    return copy.deepcopy(state_dict()) if state_dict is not None else None

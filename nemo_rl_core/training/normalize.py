@@ -10,6 +10,7 @@ from attrs import frozen
 
 from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.protocols.loss import LossSums, Metric
+from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
@@ -54,7 +55,13 @@ class NormalizedLoss:
 
     def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
         """The divided loss of one micro-batch, and its metrics with `loss` added."""
-        sums = self.loss(outputs, batch)
+        with PluginCall("losses", self.loss, "__call__"):
+            sums = self.loss(outputs, batch)
+            if not isinstance(sums, LossSums):
+                raise TypeError(
+                    f"it returned {type(sums).__name__}, not a LossSums. Return LossSums(total, metrics), total being "
+                    "the sum over the micro-batch."
+                )
         total = sums.total / self.divisor
         metrics: Mapping[str, Metric] = {
             **sums.metrics,

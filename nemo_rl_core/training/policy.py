@@ -5,7 +5,8 @@ The ranks get shards balanced by tokens, each with equally many micro-batches un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerGroup
     from nemo_rl_core.protocols.loss import Loss
 
-__all__ = ["Policy"]
+__all__ = ["InitialModel", "Policy"]
 
 
 @frozen
@@ -67,7 +68,7 @@ class Policy:
                 normalized,
                 StepPlan(micro_batches=shard.micro_batches, temperature=self.temperature, update=update),
             )
-            for shard in self._plan(batch)
+            for shard in self._plan(batch, whole_groups=getattr(loss, "unit", "sequence") == "group")
         ]
         results = self._call_each("train_step", arguments)
         metrics = metric_values(merge_metrics(result.metrics for result in self._one_per_shard(results)))
@@ -85,12 +86,23 @@ class Policy:
 
     def logprobs(self, batch: BatchedDataDict) -> Tensor:
         """[N] float32 logprobs of the batch's tokens under the current weights."""
-        shards = self._plan(batch)
-        arguments = [(self._take(batch, shard), self.temperature, shard.micro_batches) for shard in shards]
-        parts = self._one_per_shard(self._call_each_logprobs(arguments))
-        order = [i for shard in shards for i in shard.indices]
-        joined = torch.cat([part.to("cpu") for part in parts])
-        return _restore(joined, order, batch)
+        (found,) = self._forward("get_logprobs", batch, self.temperature)
+        return found
+
+    def values(self, batch: BatchedDataDict) -> Tensor:
+        """[N] float32 output of the model's scalar head at each token."""
+        (found,) = self._forward("get_values", batch)
+        return found
+
+    def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
+        """[N, k] ids and float32 logprobs of the k likeliest tokens in place of each token."""
+        ids, logprobs = self._forward("get_top_logprobs", batch, k, self.temperature)
+        return ids, logprobs
+
+    @property
+    def has_initial_weights(self) -> bool:
+        """Whether the model as it was before the run can be had from these workers, see `InitialModel`."""
+        return all(self.group.call("has_initial_weights"))
 
     def save(self, path: Path) -> None:
         """Write the backend's checkpoint into the new folder `path`."""
@@ -111,8 +123,25 @@ class Policy:
 
     # -- sharding -------------------------------------------------------------------------------
 
-    def _plan(self, batch: BatchedDataDict) -> list[_Shard]:
-        plans = plan_step(batch.lengths.tolist(), num_shards=self.num_shards, token_budget=self.token_budget)
+    def _forward(self, method: str, batch: BatchedDataDict, *options: Any) -> tuple[Tensor, ...]:
+        """A method of the backend on every shard; its per-token tensors in the order of the batch."""
+        shards = self._plan(batch)
+        arguments = [(self._take(batch, shard), *options, shard.micro_batches) for shard in shards]
+        results = self._one_per_shard(self._call_each(method, arguments))
+        parts = [result if isinstance(result, tuple) else (result,) for result in results]
+        order = [i for shard in shards for i in shard.indices]
+        return tuple(
+            _restore(torch.cat([part.to("cpu") for part in column]), order, batch)
+            for column in zip(*parts, strict=True)
+        )
+
+    def _plan(self, batch: BatchedDataDict, *, whole_groups: bool = False) -> list[_Shard]:
+        plans = plan_step(
+            batch.lengths,
+            num_shards=self.num_shards,
+            token_budget=self.token_budget,
+            group_ids=batch["group_ids"] if whole_groups else None,
+        )
         return [_Shard(plan.indices, plan.micro_batches) for plan in plans]
 
     def _take(self, batch: BatchedDataDict, shard: _Shard) -> BatchedDataDict:
@@ -121,17 +150,48 @@ class Policy:
     def _call_each(self, method: str, per_shard: list[tuple[Any, ...]]) -> list[Any]:
         return self.group.call_each(method, [per_shard[index] for index in self._shard_of_rank])
 
-    def _call_each_logprobs(self, per_shard: list[tuple[Any, ...]]) -> list[Any]:
-        return self._call_each("get_logprobs", per_shard)
-
     def _one_per_shard(self, results: Sequence[Any]) -> list[Any]:
         first = {index: rank for rank, index in reversed(list(enumerate(self._shard_of_rank)))}
         return [results[first[index]] for index in range(self.num_shards)]
 
 
+class InitialModel:
+    """A policy as it was before the run, computed by the policy's own workers (adapters are switched off).
+
+    Args:
+        policy: One that has its initial weights.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def logprobs(self, batch: BatchedDataDict) -> Tensor:
+        """[N] float32 logprobs of the batch's tokens under the initial weights."""
+        with self._initial() as model:
+            return model.logprobs(batch)
+
+    def values(self, batch: BatchedDataDict) -> Tensor:
+        """[N] float32 output of the initial model's scalar head at each token."""
+        with self._initial() as model:
+            return model.values(batch)
+
+    def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
+        """[N, k] ids and float32 logprobs of the k likeliest tokens under the initial weights."""
+        with self._initial() as model:
+            return model.top_logprobs(batch, k)
+
+    @contextmanager
+    def _initial(self) -> Iterator[Policy]:
+        self._policy.group.call("use_initial_weights", True)
+        try:
+            yield self._policy
+        finally:
+            self._policy.group.call("use_initial_weights", False)
+
+
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:
     """Put per-token values that stand in the order of `order`'s sequences back into the batch's order."""
-    out = torch.empty(batch.num_tokens, dtype=joined.dtype)
+    out = torch.empty(batch.num_tokens, *joined.shape[1:], dtype=joined.dtype)
     offsets = batch.offsets
     lengths = batch.lengths
     index = torch.as_tensor(order, dtype=torch.int64)

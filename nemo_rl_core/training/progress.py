@@ -6,6 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from nemo_rl_core.registry import active_table, is_first_party
+
 if TYPE_CHECKING:
     from nemo_rl_core.training.state import RunState
 
@@ -58,6 +60,10 @@ class LineProgress(Progress):
         self.stream.write(text + "\n")
         self.stream.flush()
 
+    def start(self, run: RunState) -> None:
+        """The plugins of the run."""
+        self._write(active_table(run.manifest))
+
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
         """`step 3/100 | reward ...`."""
         of = f"/{run.max_steps}" if run.max_steps else ""
@@ -80,7 +86,15 @@ class JsonProgress(Progress):
 
     def start(self, run: RunState) -> None:
         """`{"event": "start", ...}`."""
-        self._write("start", algorithm=run.algorithm, step=run.step, max_steps=run.max_steps, run_dir=str(run.run_dir))
+        rows = [{**row, "third_party": not is_first_party(row["distribution"])} for row in run.manifest]
+        self._write(
+            "start",
+            algorithm=run.algorithm,
+            step=run.step,
+            max_steps=run.max_steps,
+            run_dir=str(run.run_dir),
+            plugins=rows,
+        )
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
         """`{"event": "step", "step": n, "metrics": {...}}`."""
@@ -117,6 +131,7 @@ class BarProgress(Progress):
             console=Console(stderr=True),
         )
         self._task = self._bar.add_task(run.algorithm, total=run.max_steps, completed=run.step, numbers="")
+        self._bar.console.print(active_table(run.manifest), highlight=False, markup=False, soft_wrap=True)
         self._bar.start()
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.logger import Logger
@@ -76,7 +77,8 @@ class RunRecord:
 
     def _guarded(self, label: str, backend: Logger, method: str, *args: Any, **kwargs: Any) -> None:
         try:
-            getattr(backend, method)(*args, **kwargs)
+            with PluginCall("loggers", backend, method):
+                getattr(backend, method)(*args, **kwargs)
         except Exception as error:  # a logger must not end a run
             logger.warning("Logger %s failed in %s() and is left out from now on: %r", label, method, error)
             self._loggers = [entry for entry in self._loggers if entry[1] is not backend]

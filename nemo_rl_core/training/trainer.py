@@ -10,10 +10,14 @@ from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.training.state import RunResult, RunState
+from nemo_rl_core.training.tracing import traced
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.registry import ComponentRef
+    from nemo_rl_core.training.assembly import RunInputs
     from nemo_rl_core.training.evaluation import EvaluationResult
+    from nemo_rl_core.training.replay import RecordedRollouts
 
 __all__ = ["Trainer", "default_run_dir", "run"]
 
@@ -66,7 +70,9 @@ class Trainer:
         dataset: Any = None,
         environment: Any = None,
         validation_dataset: Any = None,
+        rollouts: Any = None,
         callbacks: Sequence[Any] = (),
+        debug: bool | None = None,
     ) -> RunResult:
         """Train.
 
@@ -77,7 +83,11 @@ class Trainer:
             dataset: See `train_dataset`.
             environment: An environment class instead of a reward function.
             validation_dataset: As `train_dataset`, for validation.
+            rollouts: Train on recorded rollouts instead of sampling: a file, the folder of a run, or groups. No
+                engine, environment or data is needed.
             callbacks: `Callback` objects, called at the events of this run.
+            debug: Write which plugin's code ran when to `debug.jsonl` in the run folder and to the logger
+                `nemo_rl_core.debug`; None is what NEMO_RL_DEBUG says.
 
         Returns:
             The result; `status` is "interrupted" after Ctrl-C (the state was saved).
@@ -95,7 +105,9 @@ class Trainer:
         inputs = RunInputs(
             train_rows=train_rows, validation_rows=validation_rows, reward=reward_fn, environment=environment
         )
-        return run(config, inputs, callbacks)
+        if rollouts is not None:
+            inputs.recorded = _recorded(rollouts)
+        return run(config, inputs, callbacks, debug=debug)
 
     def evaluate(
         self,
@@ -132,26 +144,52 @@ def _set(config: RunConfig, path: str, value: Any) -> RunConfig:
     return finalize(load_config(config, overrides={path: value}))
 
 
+def _recorded(rollouts: Any) -> RecordedRollouts:
+    from nemo_rl_core.training.replay import RecordedRollouts, read_recorded
+
+    if isinstance(rollouts, (str, Path)):
+        return read_recorded(rollouts)
+    if isinstance(rollouts, RecordedRollouts):
+        return rollouts
+    return RecordedRollouts(source="the rollouts given", groups=list(rollouts))
+
+
 def default_run_dir(config: RunConfig) -> Path:
     """`run_dir`, or `runs/<name>`."""
     return Path(config.run_dir or f"runs/{config.name or config.algorithm}").expanduser()
 
 
-def run(config: RunConfig, inputs: Any, callbacks: Sequence[Any] = ()) -> RunResult:
-    """Assemble and run a finalized configuration."""
+def run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any] = (), *, debug: bool | None = None) -> RunResult:
+    """Assemble and run a finalized configuration.
+
+    Args:
+        config: What to run.
+        inputs: Python objects that stand in for configured ones.
+        callbacks: Listeners of this run.
+        debug: Trace which plugin's code runs when; None is what NEMO_RL_DEBUG says.
+    """
+    with traced(default_run_dir(config), debug):
+        return _run(config, inputs, callbacks)
+
+
+def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any]) -> RunResult:
     from nemo_rl_core.registry import RunHooks
     from nemo_rl_core.training.assembly import assemble
     from nemo_rl_core.training.loop import RunLoop
     from nemo_rl_core.training.progress import make_progress
     from nemo_rl_core.training.record import RunRecord
+    from nemo_rl_core.training.replay import replay_config
 
+    if inputs.recorded is not None:
+        config = replay_config(config)
     run_dir = default_run_dir(config)
     hooks = RunHooks(callbacks)
     parts = assemble(config, inputs, run_dir=str(run_dir))
     try:
-        max_steps = _last_step(config.max_steps, parts.data.total_steps(config.num_items_per_step))
+        data_steps = None if parts.recorded is not None else parts.data.total_steps(config.num_items_per_step)
+        max_steps = _last_step(config.max_steps, data_steps)
         state = RunState(config=config, run_dir=run_dir, algorithm=str(config.algorithm), max_steps=max_steps)
-        record = RunRecord(run_dir, _loggers(config))
+        record = RunRecord(run_dir, _loggers(config, parts.components))
         loop = RunLoop(parts, state, hooks, record, make_progress(config.logging.progress))
         return loop.run()
     finally:
@@ -164,12 +202,14 @@ def _last_step(max_steps: int | None, data_steps: int | None) -> int | None:
     return min(bounds, default=None)
 
 
-def _loggers(config: RunConfig) -> list[tuple[str, Any]]:
-    from nemo_rl_core.registry import get_registry
+def _loggers(config: RunConfig, used: list[ComponentRef]) -> list[tuple[str, Any]]:
+    from nemo_rl_core.registry import PluginCall, get_registry
 
     made = []
     for choice in config.logging.loggers:
-        ref = get_registry().resolve("loggers", choice.name)
+        ref = get_registry().resolve("loggers", choice.name, plugins=config.plugins)
+        used.append(ref)
         logger_class = ref.load()
-        made.append((ref.name, logger_class(choice.options)))
+        with PluginCall("loggers", ref, "__init__", "made"):
+            made.append((ref.name, logger_class(choice.options)))
     return made

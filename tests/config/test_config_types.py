@@ -14,7 +14,7 @@ from attrs import field, frozen
 from attrs.validators import in_, matches_re, max_len, min_len
 
 from nemo_rl_core._errors import ConfigError
-from nemo_rl_core.config import describe, json_schema
+from nemo_rl_core.config import ComponentChoice, component, describe, json_schema, to_dict
 from nemo_rl_core.config._json import parse_json
 from nemo_rl_core.config._yaml import parse_yaml
 from nemo_rl_core.config.structure import structure
@@ -204,3 +204,43 @@ def test_plain_values_keep_their_kind(tmp_path: Path) -> Any:
     value, _, _ = parse_yaml("a: .inf\nb: -.INF\nc: 0o17\nd: !!str 5\ne: 'x'\nf: .nan\n", "f")
     assert (value["a"], value["b"], value["c"], value["d"], value["e"]) == (math.inf, -math.inf, 15, "5", "x")
     assert math.isnan(value["f"])
+
+
+@frozen(kw_only=True)
+class ClipOptions:
+    clip: float = 0.2
+    low: float = 0.1
+
+
+@frozen(kw_only=True)
+class Preset:
+    """A class whose component has options of its own."""
+
+    loss: ComponentChoice = component("losses", "clip", clip=0.3, low=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "options"),
+    [
+        ({}, "clip", {"clip": 0.3, "low": 0.1}),
+        ("clip", "clip", {"clip": 0.3, "low": 0.1}),
+        ({"options": {"low": 0.2}}, "clip", {"clip": 0.3, "low": 0.2}),
+        ({"name": None, "options": None}, "clip", {"clip": 0.3, "low": 0.1}),
+        ({"name": "clip", "options": {"low": 0.2}}, "clip", {"clip": 0.3, "low": 0.2}),
+        ("other", "other", {}),
+        ({"name": "other", "options": {"low": 0.2}}, "other", {"low": 0.2}),
+        (ComponentChoice(name="clip", options={"low": 0.2}), "clip", {"low": 0.2}),  # built in Python: as it is
+    ],
+)
+def test_options_are_laid_over_those_of_the_default_component(given, name, options):
+    built, mistakes = structure({"loss": given} if given != {} else {}, Preset)
+    assert mistakes == []
+    assert (built.loss.name, built.loss.options) == (name, options)
+
+
+def test_a_dump_without_defaults_gives_the_same_options_back():
+    options = ClipOptions(clip=0.2, low=0.1)  # the class's defaults, and not the preset's
+    built = Preset(loss=ComponentChoice(name="clip", options=options))
+    dumped = to_dict(built, defaults=False)
+    assert structure(dumped, Preset)[0].loss.options == {"clip": 0.2, "low": 0.1}
+    assert to_dict(Preset(), defaults=False) == {}

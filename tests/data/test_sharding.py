@@ -57,3 +57,15 @@ def test_micro_batches_select_the_same_tokens_from_a_batch():
 def test_refuses_no_shards():
     with pytest.raises(ValueError, match="num_shards=0"):
         plan_step([1], num_shards=0, token_budget=4)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_groups_stay_together_whatever_the_budget(num_shards):
+    lengths, groups = [5, 9, 4, 4, 7, 2, 3, 8], [3, 1, 3, 0, 1, 0, 2, 2]
+    plans = plan_step(lengths, num_shards=num_shards, token_budget=12, group_ids=groups)
+    cuts = [[plan.indices[i] for i in cut] for plan in plans for cut in plan.micro_batches]
+    assert sorted(i for cut in cuts for i in cut) == list(range(8))
+    for group in set(groups):
+        members = {i for i, g in enumerate(groups) if g == group}
+        assert sum(bool(members & set(cut)) for cut in cuts) == 1
+    assert len({len(plan.micro_batches) for plan in plans}) == 1

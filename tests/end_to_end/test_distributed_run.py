@@ -6,6 +6,8 @@ import pytest
 
 import nemo_rl
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker makes what they share
+
 
 def reward(response: str) -> float:
     return float(any(c.isdigit() for c in response))

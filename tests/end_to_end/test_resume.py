@@ -15,6 +15,8 @@ import pytest
 
 from nemo_rl_core.training.record import read_metrics
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker makes what they share
+
 SCRIPT = textwrap.dedent(
     """
     import json, os, signal, sys

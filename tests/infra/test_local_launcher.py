@@ -152,6 +152,7 @@ def test_items_are_streamed_and_an_early_stop_lets_the_workers_finish(group):
 def test_what_a_worker_raises_keeps_its_type_and_names_the_rank(group):
     with pytest.raises(ConfigError, match=r"\[policy rank 1\] wrong on 1") as caught:
         group.call("fail_on", (1,), timeout_s=30)
+    assert str(caught.value).startswith("user code ") and ", training backend fail_on: [policy" in str(caught.value)
     assert "fail_on" in "".join(caught.value.__notes__)
     with pytest.raises(RuntimeError, match=r"\[policy rank 0\] Odd: strange"):
         group.call("raise_unpicklable", timeout_s=30)

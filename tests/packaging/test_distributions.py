@@ -107,7 +107,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: dict[Path, Built], proj
     tops = {name.split("/")[0] for name in files if ".dist-info/" not in name}
     assert tops == {package.name}
     assert f"{package.name}/py.typed" in files
-    assert not [name for name in files if "/tests/" in name or "__pycache__" in name]
+    assert not [n for n in files if ("/tests/" in n and "/templates/" not in n) or "__pycache__" in n]
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
     sources = {str(p.relative_to(package.parent)) for p in package.rglob("*.py")}
     assert sources <= files

@@ -226,6 +226,7 @@ def test_malformed_entry_points(site, registry, caplog):
     with pytest.raises(PluginBroken, match="must be `module:attr`"):
         registry.resolve("losses", "mal:module_only")
     assert registry.resolve("losses", "nll").distribution == "nemo-rl-sft"  # the others are not hurt
+    registry.check()
     assert "mal 1.0" in caplog.text
     assert "NEMO_RL_DISABLE_PLUGINS=mal hides it" in caplog.text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 
 import pytest
 
@@ -107,11 +108,11 @@ def test_a_worker_with_another_version_refuses_with_a_table(site, tmp_path):
     (site.path / "r-1.0.dist-info").rename(site.path / "r-1.1.dist-info")
     lines = site.run("-c", RECEIVE, str(sent)).stdout.splitlines()
     assert lines[0].startswith("PluginIncompatible")
-    assert lines[1].split() == ["kind", "name", "what", "sent", "here"]
-    assert lines[2].split() == ["rewards", "r", "version", "1.0", "1.1"]
+    assert lines[1].split() == ["node", "plugin", "found", "expected"]
+    assert lines[2].split() == [socket.gethostname(), "r", "(rewards", "r)", "1.1", "1.0"]
 
     (site.path / "r-1.1.dist-info").rename(tmp_path / "gone")
-    assert "distribution  r     None" in site.run("-c", RECEIVE, str(sent)).stdout
+    assert "r (rewards r)  not installed  1.0" in site.run("-c", RECEIVE, str(sent)).stdout
 
 
 def test_a_worker_with_another_working_tree_refuses(site, tmp_path):
@@ -127,7 +128,7 @@ def test_a_worker_with_another_working_tree_refuses(site, tmp_path):
     site.run("-c", dump, str(sent))
     assert site.run("-c", RECEIVE, str(sent)).stdout == "1\n"
     site.module("r_pkg.part", "def f(response): return 2")  # not the file that the entry point names
-    assert "source_hash" in site.run("-c", RECEIVE, str(sent)).stdout
+    assert "1.0, source " in site.run("-c", RECEIVE, str(sent)).stdout
 
 
 def test_user_code_in_a_module_travels_by_name_and_is_compared(site, registry, tmp_path):
@@ -173,9 +174,11 @@ def test_manifest_rows_are_plain_and_sorted(site, registry):
     assert [(r["kind"], r["name"]) for r in rows] == [("losses", "x"), ("rewards", "own"), ("rewards", "r")]
     installed = rows[2]
     assert installed == {"kind": "rewards", "name": "r", "distribution": "b", "version": "2.0",
-                         "value": "b_pkg:r", "api_version": 1, "source_hash": None}  # fmt: skip
+                         "value": "b_pkg:r", "api_version": 1, "source_hash": None, "origin": "entry point",
+                         "defined_in": None}  # fmt: skip
     assert rows[0]["source_hash"] is not None  # a working tree
     assert rows[1]["source_hash"] is not None and rows[1]["distribution"] is None
+    assert rows[1]["origin"] == "decorator" and rows[1]["defined_in"] == __file__
     assert rows == manifest(refs)
     registry.check_manifest(rows)
 
@@ -220,3 +223,20 @@ def test_registered_again_in_the_receiving_process_is_no_conflict(registry):
     assert ref.load() is not twice  # local: came by value
     assert ref.load().__name__ == "twice"
     assert isinstance(ref, ComponentRef) and Registry is not None
+
+
+def test_a_module_without_a_file_travels_by_value(site, tmp_path):
+    """As one that a notebook's magic or a tool made: no other process can import it."""
+    sent = tmp_path / "ref.pickle"
+    code = """
+import pickle, sys, types
+from nemo_rl_core.registry import get_registry, register_reward
+module = types.ModuleType("made_by_a_tool")
+source = "FACTOR = 3\\ndef helper(x): return FACTOR * x\\ndef score(response): return helper(len(response))"
+exec(source, module.__dict__)
+sys.modules["made_by_a_tool"] = module
+register_reward("made")(module.score)
+pickle.dump(get_registry().resolve("rewards", "made"), open(sys.argv[1], "wb"))
+"""
+    assert site.run("-c", code, str(sent)).returncode == 0
+    assert site.run("-c", RECEIVE, str(sent)).stdout.strip() == "12"

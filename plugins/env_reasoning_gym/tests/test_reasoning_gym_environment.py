@@ -95,7 +95,13 @@ def test_another_tag():
 
 
 def test_what_is_recorded_beside_the_score():
-    assert play("8").info == {"extracted_answer": "8", "no_answer": 0.0, "scorer_error": 0.0, "timeout": 0.0}
+    assert play("8").info == {
+        "extracted_answer": "8",
+        "solved": 0.0,
+        "no_answer": 0.0,
+        "scorer_error": 0.0,
+        "timeout": 0.0,
+    }
     assert play("8", extraction="tag").info["no_answer"] == 1.0
 
 

@@ -13,17 +13,17 @@ from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
-from nemo_rl_plugins_grpo.advantages import GroupRelativeAdvantages
+from nemo_rl_plugins_grpo.advantages.grpo import GroupRelativeAdvantages
 from nemo_rl_plugins_grpo.algorithm import GRPO
 from nemo_rl_plugins_grpo.config import (
     AdvantageClipConfig,
-    ClippedPGConfig,
     DynamicSamplingConfig,
     GRPOConfig,
     RewardScalingConfig,
     RewardShapingConfig,
 )
-from nemo_rl_plugins_grpo.loss import ClippedPolicyGradientLoss
+from nemo_rl_plugins_grpo.loss_config import ClippedPGConfig
+from nemo_rl_plugins_grpo.losses.clipped import ClippedPolicyGradientLoss
 from nemo_rl_plugins_grpo.minibatches import split_by_groups
 from nemo_rl_plugins_grpo.shaping import response_lengths
 
@@ -222,7 +222,7 @@ def test_dynamic_sampling_looks_at_rewards_before_shaping():
 def test_what_it_asks_of_the_run_loop(fields, loss, required, roles):
     algorithm = make(loss, **fields)
     assert algorithm.required_fields == required
-    assert algorithm.roles == roles
+    assert algorithm.models.keys() == roles
 
 
 class StrangersLoss:
@@ -245,7 +245,7 @@ def test_another_loss_and_estimator_take_their_places():
         AlgorithmContext(tokenizer=None, resolve=resolve, max_sequence_length=8),
     )
     assert isinstance(other.loss, StrangersLoss)
-    assert other.roles == {"reference"}
+    assert other.models.keys() == {"reference"}
     assert other.required_fields == {"ref_logprobs"}
 
 

@@ -8,13 +8,21 @@ import pytest
 
 from nemo_rl_core.config.reference import describe
 from nemo_rl_core.config.schema import RunConfig
-from nemo_rl_plugins_grpo.config import ClippedPGConfig, GroupRelativeConfig, GRPOConfig
+from nemo_rl_plugins_grpo import advantage_config, loss_config
+from nemo_rl_plugins_grpo.config import GRPOConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMON = {row.path for row in describe(RunConfig)}
 
 
-@pytest.mark.parametrize("config_class", [GRPOConfig, ClippedPGConfig, GroupRelativeConfig])
+CLASSES = [
+    GRPOConfig,
+    *(getattr(advantage_config, name) for name in advantage_config.__all__),
+    *(getattr(loss_config, name) for name in loss_config.__all__),
+]
+
+
+@pytest.mark.parametrize("config_class", CLASSES)
 def test_the_readme_tells_every_setting(config_class):
     for row in describe(config_class):
         if row.path not in COMMON:

@@ -12,13 +12,13 @@ from nemo_rl.quickstart.report import curve, write_report
 from nemo_rl_core.training.state import RunResult, Sample
 
 
-def test_a_quarter_of_the_demonstrations_is_right_and_the_rest_is_off_by_one():
+def test_a_quarter_of_the_demonstrations_is_right_and_the_rest_is_one_too_high():
     rows = recipe.demonstrations(seed=3, size=2000)
     slips = []
     for row in rows:
         left, right = map(int, re.fullmatch(r"(\d+) \+ (\d+) =", row["prompt"]).groups())
         slips.append(int(row["response"]) - left - right)
-    assert set(slips) == {-1, 0, 1}
+    assert set(slips) == {0, 1}
     assert slips.count(0) / len(slips) == pytest.approx(recipe.EXACT_SHARE, abs=0.03)
 
 

@@ -6,10 +6,14 @@ import asyncio
 
 import pytest
 import torch
+from attrs import evolve
 from torch_engine_kit import complete, generate, reference_logprobs, request
 
 from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.models import load_model
+from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 ASKED = request([5, 6, 7], max_new_tokens=20, seed=3, ignore_eos=True)
 
@@ -136,3 +140,13 @@ def test_fingerprint_follows_the_weights(start, trained):
     engine.update_weights(1, trained.named_parameters())
     assert engine.fingerprint() != before
     assert engine.fingerprint() == fingerprint((n, p.detach()) for n, p in trained.named_parameters())
+
+
+def test_options_given_as_a_mapping_are_taken():
+    engine = TorchEngine()
+    config = GenerationConfig(model_name="scratch:qwen2-tiny", max_sequence_length=64, options={"max_batch_size": 3})
+    engine.setup(config, WorkerContext(num_threads=1))
+    assert engine._options.max_batch_size == 3
+    engine.shutdown()
+    with pytest.raises(TypeError, match="max_bach_size"):
+        TorchEngine().setup(evolve(config, options={"max_bach_size": 3}), WorkerContext())

@@ -202,6 +202,13 @@ class _ParquetRows(Sequence[Mapping[str, Any]]):
         self._ends = list(itertools.accumulate(counts))
         self._cached: dict[int, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the path: a copy in another process opens the file for itself."""
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 

@@ -6,7 +6,8 @@ Legend: B sequences, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from nemo_rl_core._errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
 from nemo_rl_plugins_dtensor import checkpoint
 from nemo_rl_plugins_dtensor.config import DTensorConfig
+from nemo_rl_plugins_dtensor.lora import Adapters
 from nemo_rl_plugins_dtensor.metrics import StepMetrics
 from nemo_rl_plugins_dtensor.network import PolicyNetwork
 from nemo_rl_plugins_dtensor.optimizer import (
@@ -48,7 +51,9 @@ class DTensorBackend(TrainingBackend):
     """
 
     config_class: ClassVar[type] = DTensorConfig
-    capabilities: ClassVar[frozenset[str]] = frozenset({"tensor_parallel", "share_weights"})
+    capabilities: frozenset[str] = frozenset(
+        {"tensor_parallel", "share_weights", "scalar_head", "top_logprobs", "lora"}
+    )
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build or load the model and the optimizer on this rank.
@@ -65,16 +70,23 @@ class DTensorBackend(TrainingBackend):
         self.device = torch.device(context.device)
         self.ranks = _join(config, context, self.device)
         bfloat16 = config.precision == "bfloat16"
-        keeps_masters = bfloat16 and self.options.master_weights
-        dtype = torch.bfloat16 if bfloat16 and not keeps_masters else torch.float32
-        model = load_model(config.model_name, dtype=dtype, seed=context.seed)
+        keeps_masters = bfloat16 and self.options.master_weights and config.trained
+        # Weights that are not trained need no float32 master.
+        dtype = torch.bfloat16 if bfloat16 and (not keeps_masters or self.options.lora) else torch.float32
+        model = load_model(config.model_name, dtype=dtype, seed=context.seed, head=config.head)
         _switch_off_dropout(model)
+        if not config.trained:
+            model.requires_grad_(False)
+        self.role = context.role
         self.network = PolicyNetwork(
             model,
             attention=self.options.attention,
             chunk_size=config.logprob_chunk_size,
             share_prefixes=self.options.share_prefixes,
         )
+        self.adapters: Adapters | None = None
+        if self.options.lora is not None:
+            self._adapt(model, context.seed, dtype=torch.float32 if keeps_masters else dtype)
         if config.activation_checkpointing:
             # Renamed in transformers 5; both take the keyword arguments of torch's checkpoint first.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -86,9 +98,28 @@ class DTensorBackend(TrainingBackend):
         self.weights = dict(self.network.model.named_parameters())
         self.parameters = [p for p in self.weights.values() if p.requires_grad]
         self.masters = MasterWeights(self.parameters) if keeps_masters and self.ranks.dp_size == 1 else None
-        self.optimizer = make_optimizer(config.optimizer, self._trained())
-        self.scheduler = make_scheduler(config.scheduler, self.optimizer)
+        if self.adapters is not None:
+            self.adapters.attach(self.weights)
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        if config.trained:
+            self.optimizer = make_optimizer(config.optimizer, self._trained())
+            self.scheduler = make_scheduler(config.scheduler, self.optimizer)
         self._closed = False
+
+    def _adapt(self, model: Any, seed: int, *, dtype: torch.dtype) -> None:
+        """Put LoRA adapters into the model."""
+        assert self.options.lora is not None
+        if self.config.tensor_parallel_size > 1:
+            raise ConfigError(
+                "policy.options.lora does not go with policy.tensor_parallel_size > 1: adapters are not split. Set it "
+                "to 1; data-parallel workers (policy.num_workers) shard the model as well."
+            )
+        name = str(self.config.model_name)
+        self.adapters = Adapters(model, self.options.lora, model_name=name, seed=seed, dtype=dtype)
+        # What is exported are sums made for it; the weights themselves lack the adapters.
+        self.capabilities = type(self).capabilities - {"share_weights"}
+        self._at_start = ExitStack()
 
     def _trained(self) -> list[Any]:
         """The tensors that the optimizer updates."""
@@ -111,11 +142,14 @@ class DTensorBackend(TrainingBackend):
             InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
         """
         needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
-        if unknown := needs - {"logprobs", "entropy", "logits"}:
-            raise ConfigError(f"The loss needs {sorted(unknown)}, which the dtensor backend does not compute.")
+        self._require(needs)
+        if plan.update and not self.config.trained:
+            raise ConfigError(f"The model of the role {self.role!r} is frozen: it has no optimizer and takes no steps.")
         metrics = StepMetrics()
         loss = torch.zeros((), device=self.device)
         num_tokens = 0
+        if self.adapters is not None:
+            self.adapters.train(plan.update)
         with torch.set_grad_enabled(plan.update):
             for index, indices in enumerate(plan.micro_batches):
                 self.ranks.expect_reduction(self.network, last=index == len(plan.micro_batches) - 1)
@@ -126,7 +160,9 @@ class DTensorBackend(TrainingBackend):
                     num_tokens += int(batch.lengths[list(indices)].sum())
                 if self.masters is not None:
                     self.masters.collect_gradients()
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if self.adapters is not None:
+            self.adapters.train(False)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"]) if plan.update else 0.0
         grad_norm = self._update(loss) if plan.update else 0.0
         if not plan.update:
             self.ranks.reshard(self.network)
@@ -140,12 +176,17 @@ class DTensorBackend(TrainingBackend):
         """Forward and backward; None for an empty micro-batch, which only keeps the collectives aligned."""
         if len(batch) == 0 and self.ranks.layout == "1x1":
             return None
-        row = self.network.row(batch if len(batch) else _one_token(), device=self.device, only_trained=True)
+        row = self.network.row(
+            batch if len(batch) else _one_token(),
+            device=self.device,
+            only_trained=True,
+            with_top_ids=len(batch) > 0 and "top_logprobs" in needs,
+        )
         out = self.network(row, temperature=plan.temperature, needs=needs if len(batch) else frozenset())
         sums = None
         total = out["anchor"]
         if len(batch):
-            outputs = ModelOutputs(logprobs=out.get("logprobs"), entropy=out.get("entropy"), logits=out.get("logits"))
+            outputs = ModelOutputs(**{name: out[name] for name in needs})
             sums = loss_fn(outputs, batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True))
             total = sums.total if sums.total.requires_grad else sums.total + total
         if plan.update:
@@ -194,19 +235,68 @@ class DTensorBackend(TrainingBackend):
         If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0, as is the first
         token of each sequence.
         """
-        out = torch.zeros(batch.num_tokens)
+        needs = frozenset({"logprobs"})
+        self._require(needs)
+        out = self._forward_only(batch, micro_batches, needs, temperature=temperature, needs=needs)
+        return out["logprobs"]
+
+    @torch.no_grad()
+    def get_values(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """[N] float32 output of the scalar head at each token, on the CPU, without gradient."""
+        needs = frozenset({"values"})
+        self._require(needs)
+        return self._forward_only(batch, micro_batches, needs, needs=needs)["values"]
+
+    @torch.no_grad()
+    def get_top_logprobs(
+        self,
+        batch: BatchedDataDict,
+        k: int,
+        temperature: float = 1.0,
+        micro_batches: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[N, k] ids and float32 logprobs of the likeliest tokens in place of each trained one, on the CPU."""
+        self._require(frozenset({"logprobs"}))
+        k = min(k, self.network.head.weight.shape[0])
+        names = ("top_ids", "top_logprobs")
+        out = self._forward_only(batch, micro_batches, names, temperature=temperature, needs=frozenset(), top_k=k)
+        return out["top_ids"], out["top_logprobs"]
+
+    def _require(self, needs: frozenset[str]) -> None:
+        if unknown := needs - self.network.gives:
+            raise ConfigError(
+                f"{', '.join(sorted(unknown))} cannot be had of the model of the role {self.role!r}: with "
+                f"{self.role}.head={self.config.head!r} it "
+                f"gives {', '.join(sorted(self.network.gives))}."
+            )
+
+    def _forward_only(
+        self,
+        batch: BatchedDataDict,
+        micro_batches: Sequence[Sequence[int]] | None,
+        names: Iterable[str],
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """These outputs of the network for each token of the batch, [N, ...] each, on the CPU.
+
+        If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0.
+        """
         parts = micro_batches if micro_batches is not None else _by_budget(batch, self.config.max_tokens_per_microbatch)
         offsets = batch.offsets
-        for indices in parts:
+        out: dict[str, Tensor] = {}
+        for indices in parts or [[]]:
             selected = batch.select(indices)
             row = self.network.row(
                 selected if len(selected) else _one_token(), device=self.device, only_trained="loss_mask" in batch
             )
-            found = self.network(row, temperature=temperature, needs=frozenset({"logprobs"}))["logprobs"]
-            if len(selected):
-                starts = offsets[:-1][torch.as_tensor(indices, dtype=torch.int64)]
-                places = selected.position_ids + selected.expand_to_tokens(starts)
-                out[places] = found.cpu()
+            found = self.network(row, **options)
+            starts = offsets[:-1][torch.as_tensor(indices, dtype=torch.int64)]
+            places = selected.position_ids + selected.expand_to_tokens(starts)
+            for name in names:
+                part = found[name].cpu()
+                whole = out.setdefault(name, part.new_zeros(batch.num_tokens, *part.shape[1:]))
+                if len(selected):
+                    whole[places] = part
         self.ranks.reshard(self.network)
         return out
 
@@ -217,11 +307,36 @@ class DTensorBackend(TrainingBackend):
 
         On one process these are the live tensors.
         """
+        if self.adapters is not None:
+            yield from self.adapters.merged(self.ranks.full, self.dtype)
+            return
         for name, parameter in self.weights.items():
             yield name, self.ranks.full(parameter, self.dtype)
 
+    def has_initial_weights(self) -> bool:
+        """With adapters the model as it started is one switch away."""
+        return self.adapters is not None
+
+    def use_initial_weights(self, on: bool) -> None:
+        """Compute with the weights of `setup`, until it is switched off."""
+        if self.adapters is None:
+            super().use_initial_weights(on)
+            return
+        self._at_start.close()
+        if on:
+            self._at_start.enter_context(self.adapters.at_start())
+
     def export_model(self, path: Path) -> None:
-        """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
+        """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads.
+
+        With adapters what `policy.options.lora.export` says: PEFT's files, the merged model, or both.
+        """
+        if self.adapters is not None and self.options.lora is not None and self.options.lora.export != "merged":
+            alone = self.options.lora.export == "adapter"
+            folder = path if alone else path / "adapter"
+            self.adapters.save(folder, self.ranks.full, is_first=self.ranks.is_first)
+            if alone:
+                return
         weights = dict(self.export_weights())
         if not self.ranks.is_first:
             return
@@ -241,13 +356,22 @@ class DTensorBackend(TrainingBackend):
             "format": _FORMAT,
             "precision": self.config.precision,
             "layout": self.ranks.layout,
-            "weights": {name: local_part(p.detach()) for name, p in self.weights.items()},
+            "weights": {name: local_part(p.detach()) for name, p in self._held().items()},
+            "base": self._base_fingerprint(),
             "masters": None if self.masters is None else [local_part(m) for m in self.masters.masters],
             "optimizer": local_optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "rng": checkpoint.capture_rng(self.device),
         }
         checkpoint.write(Path(path) / self.ranks.file_name, state)
+
+    def _held(self) -> dict[str, Any]:
+        """The weights that a checkpoint holds: all, or the adapters alone."""
+        return self.weights if self.adapters is None else self.adapters.trained()
+
+    def _base_fingerprint(self) -> str | None:
+        """Of the weights that a checkpoint of adapters lacks."""
+        return None if self.adapters is None else fingerprint(self.adapters.frozen())
 
     def load_checkpoint(self, path: Path) -> None:
         """Restore what `save_checkpoint` wrote, into the tensors that are there.
@@ -272,18 +396,21 @@ class DTensorBackend(TrainingBackend):
         for name, value in expected.items():
             if state[name] != value:
                 raise ValueError(f"its {name} is {state[name]!r}, here it is {value!r}")
-        if self.weights.keys() != state["weights"].keys():
-            raise ValueError(f"other parameters: {sorted(self.weights.keys() ^ state['weights'].keys())[:4]}")
-        wrong = [name for name, p in self.weights.items() if local_part(p).shape != state["weights"][name].shape]
+        held = self._held()
+        if held.keys() != state["weights"].keys():
+            raise ValueError(f"other parameters: {sorted(held.keys() ^ state['weights'].keys())[:4]}")
+        wrong = [name for name, p in held.items() if local_part(p).shape != state["weights"][name].shape]
         if wrong:
             raise ValueError(f"other shapes: {wrong[:4]}")
+        if state.get("base") != self._base_fingerprint():
+            raise ValueError("the weights below the adapters are others")
         if (state["masters"] is None) != (self.masters is None):
             raise ValueError("policy.options.master_weights differs")
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
         self.ranks.reshard(self.network)
-        for name, parameter in self.weights.items():
+        for name, parameter in self._held().items():
             local_part(parameter).copy_(state["weights"][name])
         if self.masters is not None:
             for master, saved in zip(self.masters.masters, state["masters"], strict=True):
@@ -305,7 +432,7 @@ class DTensorBackend(TrainingBackend):
             return
         self._closed = True
         self.ranks.close()
-        del self.network, self.optimizer, self.scheduler, self.weights, self.parameters, self.masters
+        del self.network, self.optimizer, self.scheduler, self.weights, self.parameters, self.masters, self.adapters
 
 
 def _join(config: PolicyConfig, context: WorkerContext, device: torch.device) -> OneProcess:

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens from hidden states, a chunk of tokens at a time.
 
-Legend: M tokens whose logprob is wanted, E hidden size, V vocabulary, C chunk size.
+Legend: M tokens whose logprob is wanted, K tokens in place of each, E hidden size, V vocabulary, C chunk size.
 
 The [M, V] logits never exist: the forward pass keeps one float per token, and the backward pass computes the
 logits of each chunk again. Only when all tokens fit into one chunk are its probabilities kept instead.
@@ -17,7 +17,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-__all__ = ["LogitTransform", "linear_logprobs"]
+__all__ = ["LogitTransform", "likeliest", "linear_logprobs"]
 
 
 @frozen(kw_only=True)
@@ -64,19 +64,46 @@ def linear_logprobs(
     Args:
         hidden: [M, E] hidden states that predict.
         weight: [V, E] output layer.
-        targets: [M] int64 predicted tokens.
+        targets: [M] int64 predicted tokens, or [M, K] several in place of each.
         bias: [V] of the output layer.
         transform: See `LogitTransform`.
         chunk_size: Tokens whose [C, V] float32 logits are held at a time.
         with_entropy: Also return the entropies.
 
     Returns:
-        [M] float32 logprobs, and [M] float32 entropies in nats or None.
+        Float32 logprobs in the shape of `targets`, and [M] float32 entropies in nats or None.
     """
+    wide = targets if targets.ndim == 2 else targets[:, None]
     logprobs, entropy = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, transform or LogitTransform(), chunk_size, with_entropy
+        hidden, weight, bias, wide, transform or LogitTransform(), chunk_size, with_entropy
     )
-    return logprobs, entropy if with_entropy else None
+    return logprobs.view(targets.shape), entropy if with_entropy else None
+
+
+@torch.no_grad()
+def likeliest(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    chunk_size: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of each distribution, [M, k] int64 ids and float32 logprobs, likeliest first.
+
+    Arguments as of `linear_logprobs`; k is at most V. Carries no gradient.
+    """
+    num_tokens = hidden.shape[0]
+    ids = torch.empty(num_tokens, k, dtype=torch.int64, device=hidden.device)
+    logprobs = torch.empty(num_tokens, k, dtype=torch.float32, device=hidden.device)
+    for start in range(0, num_tokens, chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits = _logits(hidden[rows], weight, bias, transform or LogitTransform())
+        top = logits.topk(k, dim=-1)
+        ids[rows] = top.indices
+        logprobs[rows] = top.values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    return ids, logprobs
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
@@ -102,15 +129,15 @@ class _LinearLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         num_tokens = hidden.shape[0]
-        logprobs = hidden.new_empty(num_tokens, dtype=torch.float32)
-        lse = torch.empty_like(logprobs)
-        entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+        logprobs = hidden.new_empty(targets.shape, dtype=torch.float32)
+        lse = logprobs.new_empty(num_tokens)
+        entropy = lse.new_empty(num_tokens if with_entropy else 0)
         kept: Tensor | None = None
         for start in range(0, num_tokens, chunk_size):
             rows = slice(start, start + chunk_size)
             logits = _logits(hidden[rows], weight, bias, transform)
             lse[rows] = torch.logsumexp(logits, dim=-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
+            logprobs[rows] = logits.gather(1, targets[rows]) - lse[rows, None]
             if with_entropy:
                 entropy[rows] = _entropy(logits, lse[rows])
             kept = logits
@@ -164,13 +191,13 @@ def _add_outer(total: Tensor, grad: Tensor, chunk: Tensor) -> None:
 def _softmax_gradient(
     logits: Tensor, lse: Tensor, targets: Tensor, d_logprobs: Tensor, entropy: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """[C, V] gradient with respect to the transformed logits."""
+    """[C, V] gradient with respect to the transformed logits, of [C, K] targets."""
     probabilities = (logits - lse[:, None]).exp_()
-    factor = -d_logprobs[:, None]
+    factor = -d_logprobs.sum(1, keepdim=True)
     if entropy is not None:
         # d H / d logit = -p (log p + H)
         value, d_value = entropy
         factor = factor - d_value[:, None] * ((logits - lse[:, None]).clamp_min_(-1e30) + value[:, None])
     grad = probabilities.mul_(factor)
-    grad.scatter_add_(1, targets[:, None], d_logprobs[:, None].to(grad.dtype))
+    grad.scatter_add_(1, targets, d_logprobs.to(grad.dtype))
     return grad

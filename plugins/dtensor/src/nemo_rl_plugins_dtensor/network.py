@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME, Packing
-from nemo_rl_plugins_dtensor.logprobs import LogitTransform, linear_logprobs
+from nemo_rl_plugins_dtensor.logprobs import LogitTransform, likeliest, linear_logprobs
 from nemo_rl_plugins_dtensor.prefix import share_prefixes
 
 __all__ = ["PolicyNetwork", "Row"]
@@ -40,10 +40,17 @@ class Row:
     """[M] for each wanted token the position in the row of the one before it, whose hidden state predicts it."""
     targets: Tensor
     """[M] the wanted tokens."""
+    top_ids: Tensor | None = None
+    """[M, ...] other tokens in place of each, whose logprobs are wanted too."""
 
     @staticmethod
     def of(
-        batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool, pair_cost: float | None = None
+        batch: BatchedDataDict,
+        *,
+        device: torch.device | str,
+        only_trained: bool,
+        pair_cost: float | None = None,
+        with_top_ids: bool = False,
     ) -> Row:
         """Prepare a micro-batch that lies on the CPU.
 
@@ -52,6 +59,7 @@ class Row:
             device: Where the model is.
             only_trained: Want only the tokens whose `loss_mask` is True.
             pair_cost: Share prefixes where it saves work, see `share_prefixes`; None does not.
+            with_top_ids: Take `top_ids` of the batch along.
         """
         want = batch.position_ids > 0
         if only_trained and "loss_mask" in batch:
@@ -65,7 +73,10 @@ class Row:
         else:
             row_ids, packing, predictors = ids[shared.source], shared.packing, shared.predictors
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
-        return Row(move(row_ids), packing.to(device), len(ids), move(wanted), move(predictors), move(ids[wanted]))
+        top_ids = move(batch["top_ids"][wanted]) if with_top_ids else None
+        return Row(
+            move(row_ids), packing.to(device), len(ids), move(wanted), move(predictors), move(ids[wanted]), top_ids
+        )
 
 
 class PolicyNetwork(nn.Module):
@@ -93,7 +104,9 @@ class PolicyNetwork(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_size = chunk_size
-        if model.get_output_embeddings() is None or model.base_model is model:
+        score = getattr(model, "score", None)
+        self.is_scalar = score is not None and model.get_output_embeddings() is None
+        if model.base_model is model or (not self.is_scalar and model.get_output_embeddings() is None):
             raise ConfigError(
                 f"{type(model).__name__} is not a causal language model with an output layer; the dtensor backend "
                 "cannot train it. Give a model that AutoModelForCausalLM loads."
@@ -101,56 +114,96 @@ class PolicyNetwork(nn.Module):
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        self.transform = LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        self.transform = LogitTransform() if self.is_scalar else LogitTransform(scale=scale, softcap=softcap)
         self.packed = False
         self.window: int | None = None
         self._choose_attention(attention)
-        self._pair_cost = _pair_cost(model) if share_prefixes and self.packed else None
+        # A scalar head reads every token, so the row must hold every token.
+        self._pair_cost = _pair_cost(model) if share_prefixes and self.packed and not self.is_scalar else None
+
+    @property
+    def head(self) -> Any:
+        """The last linear layer: of the vocabulary, or of one number."""
+        return self.model.score if self.is_scalar else self.model.get_output_embeddings()
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """What `forward` can be asked for."""
+        return frozenset({"values"} if self.is_scalar else {"logprobs", "entropy", "logits", "top_logprobs"})
 
     # -- forward ------------------------------------------------------------------------------
 
-    def row(self, batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool) -> Row:
+    def row(
+        self, batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool, with_top_ids: bool = False
+    ) -> Row:
         """`Row.of` the micro-batch, its prefixes shared where this model allows it and gains by it."""
         fits = self.window is None or batch.max_length <= self.window
-        return Row.of(batch, device=device, only_trained=only_trained, pair_cost=self._pair_cost if fits else None)
+        if with_top_ids:
+            _check_ids(batch["top_ids"][batch["loss_mask"]], int(self.head.weight.shape[0]))
+        return Row.of(
+            batch,
+            device=device,
+            only_trained=only_trained,
+            pair_cost=self._pair_cost if fits else None,
+            with_top_ids=with_top_ids,
+        )
 
-    def forward(self, row: Row, *, temperature: float = 1.0, needs: frozenset[str]) -> dict[str, Tensor]:
+    def forward(
+        self, row: Row, *, temperature: float = 1.0, needs: frozenset[str], top_k: int = 0
+    ) -> dict[str, Tensor]:
         """Run one micro-batch.
 
         Args:
             row: The micro-batch.
             temperature: Divides the logits; 0 counts as 1, as when tokens are drawn greedily.
-            needs: Of "logprobs", "entropy", "logits".
+            needs: Of `gives`.
+            top_k: Also give the `top_ids` and `top_logprobs` [N, top_k] of the likeliest tokens, without gradient.
 
         Returns:
-            Per need a tensor [N] (logits: [N, V]); 0 where no value is wanted. `anchor` [] is 0 with a gradient path to
-            the parameters, for a loss that selects nothing.
+            Per need a tensor [N] (logits: [N, V], top_logprobs: [N, ...] as the row's `top_ids`); 0 where no value is
+            wanted. `anchor` [] is 0 with a gradient path to the parameters, for a loss that selects nothing.
         """
         hidden = self.hidden_states(row)
         out = {"anchor": hidden[:1].sum().float() * 0.0}
-        transform = LogitTransform(
-            scale=self.transform.scale, softcap=self.transform.softcap, temperature=temperature or 1.0
-        )
-        head = self.model.get_output_embeddings()
+        head = self.head
+        if "values" in needs:
+            out["values"] = nn.functional.linear(hidden, head.weight, getattr(head, "bias", None)).float().squeeze(-1)
+            return out
+        transform = self._transform_at(temperature)
         bias = getattr(head, "bias", None)
         predictors = hidden.index_select(0, row.predictors)
-        if needs & {"logprobs", "entropy"}:
+        if needs & {"logprobs", "entropy", "top_logprobs"}:
+            with_top = "top_logprobs" in needs and row.top_ids is not None
             logprobs, entropy = linear_logprobs(
                 predictors,
                 head.weight,
-                row.targets,
+                _all_targets(row) if with_top else row.targets,
                 bias=bias,
                 transform=transform,
                 chunk_size=self.chunk_size,
                 with_entropy="entropy" in needs,
             )
+            if with_top and row.top_ids is not None:
+                out["top_logprobs"] = _spread(logprobs[:, 1:].reshape(row.top_ids.shape), row)
+                logprobs = logprobs[:, 0]
             out["logprobs"] = _spread(logprobs, row)
             if entropy is not None:
                 out["entropy"] = _spread(entropy, row)
+        if top_k:
+            found = likeliest(
+                predictors, head.weight, top_k, bias=bias, transform=transform, chunk_size=self.chunk_size
+            )
+            out["top_ids"], out["top_logprobs"] = (_spread(values, row) for values in found)
         if "logits" in needs:
             logits = nn.functional.linear(predictors, head.weight, bias).float()
             out["logits"] = _spread(_differentiable(transform, logits), row)
         return out
+
+    def _transform_at(self, temperature: float) -> LogitTransform:
+        return LogitTransform(
+            scale=self.transform.scale, softcap=self.transform.softcap, temperature=temperature or 1.0
+        )
 
     def hidden_states(self, row: Row) -> Tensor:
         """[R, E] hidden states of the row's tokens, after the last norm."""
@@ -180,7 +233,7 @@ class PolicyNetwork(nn.Module):
     def _choose_attention(self, wish: str) -> None:
         """Keep packed attention only if it gives the logits that the model itself gives."""
         probe = _probe(self.model)
-        expected = torch.cat([self.model(input_ids=ids[None], use_cache=False).logits[0] for ids in probe])
+        expected = torch.cat([self._plain_logits(ids) for ids in probe])
         reason = "policy.options.attention is 'padded'"
         if wish != "padded":
             reason = self._try_packed(probe, expected)
@@ -198,6 +251,13 @@ class PolicyNetwork(nn.Module):
                 f"{type(self.model).__name__} changes its logits in a way the dtensor backend does not know (largest "
                 f"difference {float((found - expected).abs().max()):.3g} on a probe), so its logprobs would be wrong."
             )
+
+    def _plain_logits(self, ids: Tensor) -> Tensor:
+        """What the model as it is gives for one sequence."""
+        if not self.is_scalar:
+            return self.model(input_ids=ids[None], use_cache=False).logits[0]  # type: ignore[no-any-return]
+        states = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        return self.head(states)  # type: ignore[no-any-return]
 
     def _try_packed(self, probe: list[Tensor], expected: Tensor) -> str:
         """Switch to packed attention; if it does not fit, switch back and return why."""
@@ -228,8 +288,7 @@ class PolicyNetwork(nn.Module):
         row = Row.of(batch, device=probe[0].device, only_trained=False)
         if record is not None:
             row.packing.record = record
-        head = self.model.get_output_embeddings()
-        logits = nn.functional.linear(self.hidden_states(row), head.weight, getattr(head, "bias", None))
+        logits = nn.functional.linear(self.hidden_states(row), self.head.weight, getattr(self.head, "bias", None))
         return self.transform(logits.float()).to(logits.dtype)
 
 
@@ -237,6 +296,20 @@ def _spread(values: Tensor, row: Row) -> Tensor:
     """[M, ...] values of the wanted tokens to [N, ...], 0 elsewhere."""
     out = values.new_zeros(row.num_tokens, *values.shape[1:])
     return out.index_copy(0, row.wanted, values)
+
+
+def _check_ids(ids: Tensor, num_ids: int) -> None:
+    if ids.numel() and int(ids.max()) >= num_ids:
+        raise ConfigError(
+            f"batch['top_ids'] has the token id {int(ids.max())}, but this model's vocabulary has {num_ids}. The ids "
+            "come from a model with another vocabulary; choose one with the same tokenizer."
+        )
+
+
+def _all_targets(row: Row) -> Tensor:
+    """[M, 1 + K] each wanted token, and those of `top_ids` in place of it."""
+    others = row.targets[:, None] if row.top_ids is None else row.top_ids.flatten(1)
+    return torch.cat([row.targets[:, None], others], dim=1)
 
 
 def _differentiable(transform: LogitTransform, logits: Tensor) -> Tensor:

@@ -42,6 +42,10 @@ class MathEnvironment(SingleTurnEnvironment):
     """
 
     config_class: ClassVar[type] = MathConfig
+    example: ClassVar[Mapping[str, Any]] = {
+        "task": {"prompt": "What is 1/2 + 1/4?", "answer": "3/4"},
+        "response": r"It is \boxed{0.75}.",
+    }
 
     async def step(self, message: Message) -> EnvironmentStep:
         """Score the response and end the episode."""

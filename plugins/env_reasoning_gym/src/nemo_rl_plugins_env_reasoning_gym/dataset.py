@@ -92,6 +92,7 @@ class ReasoningGymRows(Sequence[dict[str, Any]]):
         if min(weights.values()) <= 0:
             raise ConfigError(f"Weights of reasoning_gym tasks must be above 0, found {dict(weights)}.")
         stages = config.curriculum or (CurriculumStage(rows=config.size),)
+        self._config = config
         self.ordered = bool(config.curriculum)
         self._seed = config.seed
         self._ends = list(itertools.accumulate(stage.rows for stage in stages))
@@ -101,6 +102,10 @@ class ReasoningGymRows(Sequence[dict[str, Any]]):
             {name: _generator(name, config, stage, self._ends[-1]) for name in self._names} for stage in stages
         ]
         self._row = lru_cache(maxsize=1024)(self._generate)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By the configuration alone: a copy in another process makes the rows for itself."""
+        return ReasoningGymRows, (self._config,)
 
     def __len__(self) -> int:
         """Number of rows."""

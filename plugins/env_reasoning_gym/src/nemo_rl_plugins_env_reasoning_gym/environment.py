@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
@@ -32,11 +33,21 @@ class ReasoningGymConfig:
 class ReasoningGymEnvironment(SingleTurnEnvironment):
     """Scores a response by the scorer of the row's generator (`metadata.source_dataset`).
 
-    The reward is named `score`, from 0 to 1. Scorers run in the process pool. What they raise over an answer
+    The reward is named `score`, from 0 to 1, with partial credit for some tasks; the share of full scores is the
+    metric `env/solved`. Scorers run in the process pool. What they raise over an answer
     scores 0 and is counted in `env/scorer_error`; a row without its generator's name is an error.
     """
 
     config_class: ClassVar[type] = ReasoningGymConfig
+    example: ClassVar[Mapping[str, Any]] = {
+        "task": {
+            "prompt": "4 + 3 =",
+            "question": "4 + 3 =",
+            "answer": "7",
+            "metadata": {"source_dataset": "chain_sum"},
+        },
+        "response": "<answer>7</answer>",
+    }
 
     async def step(self, message: Message) -> EnvironmentStep:
         """Score the response and end the episode."""
@@ -49,6 +60,7 @@ class ReasoningGymEnvironment(SingleTurnEnvironment):
             found, timed_out = TaskScore(score=0.0), True
         info: dict[str, Any] = {
             "extracted_answer": answer,
+            "solved": float(found.score >= 1.0),
             "no_answer": float(not answer),
             "scorer_error": float(found.scorer_error is not None),
             "timeout": float(timed_out),

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nemo_rl_plugins_grpo.config import ClippedPGConfig, GroupRelativeConfig, GRPOConfig
+from nemo_rl_plugins_grpo.advantage_config import (
+    GDPOAdvantagesConfig,
+    GroupRelativeConfig,
+    PassAtKConfig,
+    RLOOAdvantagesConfig,
+)
+from nemo_rl_plugins_grpo.config import GRPOConfig
+from nemo_rl_plugins_grpo.loss_config import PolicyLossConfig, RatioLossConfig, ReinforceLossConfig
 
 __all__ = ["find_mistakes"]
+
+_COMPARE_IN_GROUPS = (GroupRelativeConfig, RLOOAdvantagesConfig, GDPOAdvantagesConfig, PassAtKConfig)
+"""Options of estimators that compare the rollouts of a prompt, and take no rewards by token."""
 
 
 def find_mistakes(config: GRPOConfig) -> Iterator[Any]:
@@ -18,14 +28,15 @@ def find_mistakes(config: GRPOConfig) -> Iterator[Any]:
     yield from _group_size(config)
     yield from _steps(config)
     yield from _rewards(config)
-    if isinstance(config.loss.options, ClippedPGConfig):
+    yield from _estimator(config)
+    if isinstance(config.loss.options, PolicyLossConfig):
         yield from _loss(config, config.loss.options)
 
 
 def _group_size(config: GRPOConfig) -> Iterator[Any]:
     from nemo_rl_core.config import mistake
 
-    ours = config.advantage.name == "grpo" or isinstance(config.advantage.options, GroupRelativeConfig)
+    ours = config.advantage.name == "grpo" or isinstance(config.advantage.options, _COMPARE_IN_GROUPS)
     if config.num_generations_per_prompt == 1 and (ours or config.dynamic_sampling.enabled):
         yield mistake(
             "num_generations_per_prompt",
@@ -63,32 +74,71 @@ def _rewards(config: GRPOConfig) -> Iterator[Any]:
         )
     longest = config.max_response_length
     by_length = shaping.enabled and shaping.stop_properly_penalty_coef is None
-    if by_length and shaping.overlong_buffer_length > longest:
+    if by_length and config.overlong_buffer_length > longest:
         yield mistake(
             "reward_shaping.overlong_buffer_length",
-            f"{shaping.overlong_buffer_length} tokens of buffer exceed the longest response, {longest} tokens",
+            f"{config.overlong_buffer_length} tokens of buffer exceed the longest response, {longest} tokens",
             f"set it below {longest}, or raise generation.max_new_tokens",
             related=("generation.max_new_tokens",),
         )
 
 
-def _loss(config: GRPOConfig, loss: ClippedPGConfig) -> Iterator[Any]:
+def _estimator(config: GRPOConfig) -> Iterator[Any]:
+    from nemo_rl_core.config import mistake
+
+    options, kl = config.advantage.options, config.reward_kl
+    if kl.beta > 0 and kl.per == "token" and isinstance(options, _COMPARE_IN_GROUPS):
+        yield mistake(
+            "reward_kl.per",
+            f"'token', and the advantages {config.advantage.name!r} give a response one number",
+            "set it to 'sequence', or advantage.name to 'reinforce_pp'",
+            related=("advantage.name",),
+        )
+    changed = [
+        name
+        for name, on in (
+            ("reward_scaling", config.reward_scaling.enabled),
+            ("reward_shaping", config.reward_shaping.enabled),
+            ("reward_kl", kl.beta > 0),
+        )
+        if on
+    ]
+    if isinstance(options, GDPOAdvantagesConfig) and changed:
+        yield mistake(
+            changed[0],
+            "it changes the sum of the rewards, and the advantages 'gdpo' read the named rewards one by one",
+            "remove it; shape the named rewards in the reward function, or put the KL into the loss",
+            related=("advantage.name",),
+        )
+
+
+def _loss(config: GRPOConfig, loss: PolicyLossConfig) -> Iterator[Any]:
     from nemo_rl_core.config import mistake
 
     updates = config.updates_per_step * config.epochs_per_step
-    if loss.force_on_policy_ratio and updates > 1:
+    has_ratio = isinstance(loss, RatioLossConfig)
+    if isinstance(loss, RatioLossConfig) and loss.force_on_policy_ratio and updates > 1:
         yield mistake(
             "loss.options.force_on_policy_ratio",
             f"the ratio is 1 only for the first of the {updates} optimizer steps that take one batch of rollouts",
             "remove it, or set updates_per_step and epochs_per_step to 1",
             related=("updates_per_step", "epochs_per_step"),
         )
-    corrected = loss.correction != "none" or loss.ratio_against == "rollout"
+    if isinstance(loss, ReinforceLossConfig) and updates > 1:
+        yield mistake(
+            "loss.name",
+            f"'reinforce' has no ratio, and is right only for the first of the {updates} optimizer steps that take "
+            "one batch of rollouts",
+            "choose 'clipped_pg', 'gspo' or 'cispo', or set updates_per_step and epochs_per_step to 1",
+            related=("updates_per_step", "epochs_per_step"),
+        )
+    corrected = loss.correction != "none" or (isinstance(loss, RatioLossConfig) and loss.ratio_against == "rollout")
     if config.rollouts.staleness > 0 and not corrected:
         yield mistake(
             "loss.options.correction",
             f"'none', with rollouts up to {config.rollouts.staleness} steps old: the gradient of rollouts from other "
             "weights is biased",
-            "set correction to 'tis' with correction_max (2.0 is usual), or ratio_against to 'rollout'",
+            "set correction to 'tis' with correction_max (2.0 is usual)"
+            + (", or ratio_against to 'rollout'" if has_ratio else ""),
             related=("rollouts.staleness",),
         )

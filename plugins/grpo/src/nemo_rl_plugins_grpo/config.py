@@ -1,141 +1,23 @@
-"""Configuration of GRPO, of its loss and of its advantages: every default in one place."""
+"""Configuration of a GRPO run; that of losses and advantages is in `loss_config` and `advantage_config`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from attrs import Attribute, Factory, field, frozen
+from attrs import Factory, field, frozen
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import ComponentChoice, RunConfig, component
 from nemo_rl_core.config.validators import ge, gt, le, one_of, optional
 
 __all__ = [
     "AdvantageClipConfig",
-    "ClippedPGConfig",
     "DynamicSamplingConfig",
     "GRPOConfig",
-    "GroupRelativeConfig",
+    "RewardKLConfig",
     "RewardScalingConfig",
     "RewardShapingConfig",
 ]
-
-Aggregation = Literal["token", "sequence", "constant"]
-Correction = Literal["none", "importance", "tis", "icepop", "seq_mask_tis"]
-KLType = Literal["k1", "k2", "k3"]
-KLGradient = Literal["unbiased", "importance", "direct"]
-
-_NEEDS_MAX = ("tis", "icepop", "seq_mask_tis")
-_NEEDS_MIN = ("icepop", "seq_mask_tis")
-
-
-def _bound_is_given(needing: tuple[str, ...]) -> Any:
-    """A validator: the correction named in `needing` is useless without this bound."""
-
-    def check(instance: ClippedPGConfig, attribute: Attribute[Any], value: float | None) -> None:
-        if value is None and instance.correction in needing:
-            raise ConfigError(f"correction {instance.correction!r} needs {attribute.name}; it is not set")
-        if value is not None and instance.correction not in needing and instance.correction != "tis":
-            raise ConfigError(
-                f"{attribute.name}={value} has no effect with correction {instance.correction!r}; "
-                f"remove it, or choose a correction of {', '.join(needing)}"
-            )
-
-    return check
-
-
-def _ordered(instance: ClippedPGConfig, attribute: Attribute[Any], value: float | None) -> None:
-    low = instance.correction_min
-    if value is not None and low is not None and low > value:
-        raise ConfigError(f"correction_min={low} is above correction_max={value}; exchange them")
-
-
-def _no_ratio_options(instance: ClippedPGConfig, attribute: Attribute[Any], value: bool) -> None:
-    if value and instance.ratio_clip_c is not None:
-        raise ConfigError("disable_ratio leaves no ratio to bound; remove ratio_clip_c")
-    if value and instance.force_on_policy_ratio:
-        raise ConfigError("disable_ratio and force_on_policy_ratio exclude each other; keep one")
-
-
-def _one_correction(instance: ClippedPGConfig, attribute: Attribute[Any], value: str) -> None:
-    if value == "rollout" and instance.correction != "none":
-        raise ConfigError(
-            "ratio_against 'rollout' already holds the importance of the sampling policy; "
-            "set correction to 'none', or ratio_against to 'step_start'"
-        )
-
-
-def _length_for_constant(instance: ClippedPGConfig, attribute: Attribute[Any], value: int | None) -> None:
-    if (value is None) == (instance.aggregation == "constant"):
-        raise ConfigError(
-            "aggregation 'constant' divides by constant_length; "
-            + ("set it, such as to generation.max_new_tokens" if value is None else "remove it, or set aggregation")
-        )
-
-
-@frozen(kw_only=True)
-class ClippedPGConfig:
-    """Options of the loss `clipped_pg`."""
-
-    ratio_clip_min: float = field(default=0.2, validator=[ge(0), le(1)])
-    """The ratio is held above 1 - ratio_clip_min (where the advantage is negative)."""
-    ratio_clip_max: float = field(default=0.2, validator=ge(0))
-    """The ratio is held below 1 + ratio_clip_max (where the advantage is positive); raise it alone for
-    clip-higher (DAPO takes 0.28)."""
-    ratio_clip_c: float | None = field(default=None, validator=optional(gt(1)))
-    """Dual clip: where the advantage is negative the term never exceeds -advantage * ratio_clip_c."""
-    aggregation: Aggregation = field(default="token", validator=one_of("token", "sequence", "constant"))
-    """token: every trained token of the global batch counts the same (DAPO); sequence: every sequence
-    does, by the mean over its tokens (original GRPO); constant: sum over tokens / constant_length, mean
-    over sequences (Dr. GRPO)."""
-    constant_length: int | None = field(default=None, validator=[optional(ge(1)), _length_for_constant])
-    """Divisor of aggregation `constant`, in tokens."""
-    disable_ratio: bool = field(default=False, validator=_no_ratio_options)
-    """REINFORCE: -advantage * logprob, no ratio and no clip."""
-    force_on_policy_ratio: bool = False
-    """Take the ratio as 1 (with its gradient) even when `logprobs` are in the batch."""
-    ratio_against: Literal["step_start", "rollout"] = field(
-        default="step_start", validator=[one_of("step_start", "rollout"), _one_correction]
-    )
-    """Denominator of the ratio: the policy before this step's updates (three policies, mismatch left to
-    `correction`), or the logprobs of the engine (two policies, mismatch inside the ratio)."""
-    reference_kl_beta: float = field(default=0.0, validator=ge(0))
-    """Weight of the KL to the reference policy; 0 needs no reference model."""
-    reference_kl_type: KLType = field(default="k3", validator=one_of("k1", "k2", "k3"))
-    """Estimator of the KL's value."""
-    reference_kl_gradient: KLGradient = field(default="unbiased", validator=one_of("unbiased", "importance", "direct"))
-    """unbiased: differentiates the expectation (a score-function weight of value 1); importance: the same,
-    weighted by current over sampling policy; direct: differentiates the estimator alone (k1 then has zero
-    expected gradient, k3 that of the other direction's KL)."""
-    kl_input_clamp: float = field(default=20.0, validator=gt(0))
-    """Bound on the log-ratio inside the KL."""
-    kl_output_clamp: float = field(default=10.0, validator=gt(0))
-    """Bound on the KL of a token."""
-    correction: Correction = field(
-        default="none", validator=one_of("none", "importance", "tis", "icepop", "seq_mask_tis")
-    )
-    """Weight for the mismatch of trainer and engine: none; importance: exp(trainer - engine) as it is;
-    tis: clamped to the bounds; icepop: tokens outside the bounds dropped; seq_mask_tis: sequences whose
-    mean (geometric) weight is outside the bounds dropped."""
-    correction_min: float | None = field(default=None, validator=[optional(ge(0)), _bound_is_given(_NEEDS_MIN)])
-    """Lower bound; for tis None is 0."""
-    correction_max: float | None = field(
-        default=None, validator=[optional(gt(0)), _bound_is_given(_NEEDS_MAX), _ordered]
-    )
-    """Upper bound."""
-
-
-@frozen(kw_only=True)
-class GroupRelativeConfig:
-    """Options of the advantages `grpo`."""
-
-    normalize: bool = True
-    """Divide by the group's standard deviation; False is Dr. GRPO's."""
-    leave_one_out: bool = True
-    """Baseline and deviation of a rollout come from the others of its group; False: from all of it."""
-    epsilon: float = field(default=1e-6, validator=gt(0))
-    """Added to the standard deviation."""
 
 
 @frozen(kw_only=True)
@@ -170,14 +52,30 @@ class RewardShapingConfig:
 
     enabled: bool = False
     """Shape the (scaled) reward."""
-    overlong_buffer_length: int = field(default=128, validator=ge(1))
-    """Tokens before the maximum over which the penalty rises from 0 (DAPO's soft overlong punishment)."""
+    overlong_buffer_length: int | None = field(default=None, validator=optional(ge(1)))
+    """Tokens before the maximum over which the penalty rises from 0 (DAPO's soft overlong punishment); None is a
+    fifth of the maximum, as there."""
     overlong_penalty: float = field(default=1.0, validator=ge(0))
     """Penalty at the maximal length."""
     max_response_length: int | None = field(default=None, validator=optional(ge(1)))
     """None is `generation.max_new_tokens`."""
     stop_properly_penalty_coef: float | None = field(default=None, validator=optional([ge(0), le(1)]))
     """If set, the rewards of truncated rollouts are multiplied by it, in place of the penalty by length."""
+
+
+@frozen(kw_only=True)
+class RewardKLConfig:
+    """A KL to the reference policy, taken from the (shaped) rewards before the advantages."""
+
+    beta: float = field(default=0.0, validator=ge(0))
+    """Weight; 0 needs no reference model."""
+    type: Literal["k1", "k2", "k3"] = field(default="k1", validator=one_of("k1", "k2", "k3"))
+    """Estimator; in a reward k1 has the right gradient, and the others do not."""
+    per: Literal["sequence", "token"] = field(default="sequence", validator=one_of("sequence", "token"))
+    """sequence: the sum over a rollout lowers its reward, and so its group's baseline (RLOO); token: each token's
+    lowers the return of it and of those before it (REINFORCE++), for estimators that take rewards by token."""
+    clamp: float = field(default=20.0, validator=gt(0))
+    """Bound on the log-ratio of a token."""
 
 
 @frozen(kw_only=True)
@@ -212,6 +110,7 @@ class GRPOConfig(RunConfig):
     """Do not train on truncated rollouts; they still count in their group's baseline."""
     reward_scaling: RewardScalingConfig = Factory(RewardScalingConfig)
     reward_shaping: RewardShapingConfig = Factory(RewardShapingConfig)
+    reward_kl: RewardKLConfig = Factory(RewardKLConfig)
     advantage_clip: AdvantageClipConfig = Factory(AdvantageClipConfig)
 
     @property
@@ -229,6 +128,11 @@ class GRPOConfig(RunConfig):
         """Tokens a response may have, for shaping by length."""
         shaping, generation = self.reward_shaping, self.generation
         return shaping.max_response_length or generation.max_new_tokens or self.policy.max_sequence_length
+
+    @property
+    def overlong_buffer_length(self) -> int:
+        """Tokens over which the penalty for length rises."""
+        return self.reward_shaping.overlong_buffer_length or max(1, self.max_response_length // 5)
 
     @property
     def max_batches_per_step(self) -> int:

@@ -40,21 +40,65 @@ if TYPE_CHECKING:
     from nemo_rl_core.training.callbacks import Callback
     from nemo_rl_core.training.state import RunResult
     from nemo_rl_core.training.trainer import Trainer
+    from nemo_rl_plugins_distillation.config import DistillationConfig
+    from nemo_rl_plugins_distillation.trainer import DistillationTrainer
+    from nemo_rl_plugins_dpo.config import DPOConfig
+    from nemo_rl_plugins_dpo.trainer import DPOTrainer
     from nemo_rl_plugins_grpo.config import GRPOConfig
-    from nemo_rl_plugins_grpo.trainer import GRPOTrainer
+    from nemo_rl_plugins_grpo.presets import (
+        CISPOConfig,
+        DAPOConfig,
+        DrGRPOConfig,
+        GSPOConfig,
+        ReinforcePPConfig,
+        RLOOConfig,
+    )
+    from nemo_rl_plugins_grpo.trainer import (
+        CISPOTrainer,
+        DAPOTrainer,
+        DrGRPOTrainer,
+        GRPOTrainer,
+        GSPOTrainer,
+        ReinforcePPTrainer,
+        RLOOTrainer,
+    )
+    from nemo_rl_plugins_ppo.config import PPOConfig
+    from nemo_rl_plugins_ppo.trainer import PPOTrainer
+    from nemo_rl_plugins_reward_model.config import RewardModelConfig
+    from nemo_rl_plugins_reward_model.trainer import RewardModelTrainer
     from nemo_rl_plugins_sft.config import SFTConfig
     from nemo_rl_plugins_sft.trainer import SFTTrainer
 
 _HOMES = {
     "BatchedDataDict": "nemo_rl_core.data.batch",
+    "CISPOConfig": "nemo_rl_plugins_grpo.presets",
+    "CISPOTrainer": "nemo_rl_plugins_grpo.trainer",
     "Callback": "nemo_rl_core.training.callbacks",
     "CheckpointCallback": "nemo_rl.callbacks",
     "ClusterConfig": "nemo_rl_core.config.schema",
+    "DPOConfig": "nemo_rl_plugins_dpo.config",
+    "DPOTrainer": "nemo_rl_plugins_dpo.trainer",
+    "DAPOConfig": "nemo_rl_plugins_grpo.presets",
+    "DAPOTrainer": "nemo_rl_plugins_grpo.trainer",
+    "DrGRPOConfig": "nemo_rl_plugins_grpo.presets",
+    "DrGRPOTrainer": "nemo_rl_plugins_grpo.trainer",
+    "DistillationConfig": "nemo_rl_plugins_distillation.config",
+    "DistillationTrainer": "nemo_rl_plugins_distillation.trainer",
     "Environment": "nemo_rl_core.protocols.environment",
     "EnvironmentStep": "nemo_rl_core.protocols.environment",
     "GRPOConfig": "nemo_rl_plugins_grpo.config",
     "GRPOTrainer": "nemo_rl_plugins_grpo.trainer",
+    "PPOConfig": "nemo_rl_plugins_ppo.config",
+    "PPOTrainer": "nemo_rl_plugins_ppo.trainer",
     "PolicyConfig": "nemo_rl_core.config.schema",
+    "RewardModelConfig": "nemo_rl_plugins_reward_model.config",
+    "RewardModelTrainer": "nemo_rl_plugins_reward_model.trainer",
+    "GSPOConfig": "nemo_rl_plugins_grpo.presets",
+    "GSPOTrainer": "nemo_rl_plugins_grpo.trainer",
+    "RLOOConfig": "nemo_rl_plugins_grpo.presets",
+    "RLOOTrainer": "nemo_rl_plugins_grpo.trainer",
+    "ReinforcePPConfig": "nemo_rl_plugins_grpo.presets",
+    "ReinforcePPTrainer": "nemo_rl_plugins_grpo.trainer",
     "RunResult": "nemo_rl_core.training.state",
     "SFTConfig": "nemo_rl_plugins_sft.config",
     "SFTTrainer": "nemo_rl_plugins_sft.trainer",
@@ -86,14 +130,34 @@ _HOMES = {
 
 __all__ = [
     "BatchedDataDict",
+    "CISPOConfig",
+    "CISPOTrainer",
     "Callback",
     "CheckpointCallback",
     "ClusterConfig",
+    "DAPOConfig",
+    "DAPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "DrGRPOConfig",
+    "DrGRPOTrainer",
     "Environment",
     "EnvironmentStep",
     "GRPOConfig",
     "GRPOTrainer",
+    "GSPOConfig",
+    "GSPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "PolicyConfig",
+    "RLOOConfig",
+    "RLOOTrainer",
+    "ReinforcePPConfig",
+    "ReinforcePPTrainer",
+    "RewardModelConfig",
+    "RewardModelTrainer",
     "RunResult",
     "SFTConfig",
     "SFTTrainer",

@@ -58,7 +58,8 @@ class TorchEngine(GenerationBackend):
         """
         from nemo_rl_core.models import load_model
 
-        options = config.options if isinstance(config.options, TorchEngineConfig) else TorchEngineConfig()
+        given = config.options
+        options = given if isinstance(given, TorchEngineConfig) else TorchEngineConfig(**(given or {}))
         if config.model_name is None:
             raise ConfigError("generation.model_name is not set; it is filled from policy.model_name.")
         self._options = options

@@ -1,7 +1,7 @@
 """The quickstart's two trainings, through the public API and the same code as any run.
 
-A small model made from scratch is fine-tuned on sloppy demonstrations of addition: three of four answers are off
-by one. So it learns to add, and to be wrong about three times of four. GRPO then teaches it to be right, from
+A small model made from scratch is fine-tuned on sloppy demonstrations of addition: three of four answers are one
+too high. So it learns to add, and to be wrong about three times of four. GRPO then teaches it to be right, from
 nothing but the reward.
 """
 
@@ -23,7 +23,7 @@ from nemo_rl_plugins_sft.trainer import SFTTrainer
 
 __all__ = ["QuickstartResult", "arithmetic_data", "demonstrations", "run_quickstart"]
 
-MODEL = "scratch:qwen2-1m"
+MODEL = "scratch:qwen2-500k"
 NUM_ROWS = 64_000
 """Of the demonstrations, and of the tasks for GRPO; reasoning-gym takes one seed for each row."""
 HELD_OUT_SEED = 77
@@ -40,7 +40,7 @@ class QuickstartResult:
     sft: RunResult
     grpo: RunResult
     accuracy_before: float
-    """Mean reward on held-out tasks after the warm start, sampled as in training."""
+    """Share of held-out tasks solved after the warm start, sampled as in training; no partial credit."""
     accuracy_after: float
     greedy_before: float
     greedy_after: float
@@ -117,13 +117,13 @@ def run_quickstart(
 
 
 def demonstrations(*, seed: int, size: int) -> list[dict[str, str]]:
-    """Rows with `prompt` and `response`; the response is right with probability `EXACT_SHARE`, else off by one."""
+    """Rows with `prompt` and `response`; the response is right with probability `EXACT_SHARE`, else one too high."""
     source = arithmetic_data(seed=seed, size=size)
     rows = ReasoningGymSource(ReasoningGymData(**source["options"])).load()
     rng = random.Random(seed)
     made = []
     for row in rows:
-        slip = 0 if rng.random() < EXACT_SHARE else rng.choice((-1, 1))
+        slip = 0 if rng.random() < EXACT_SHARE else 1
         made.append({"prompt": source["prompt_template"].format(**row), "response": str(int(row["answer"]) + slip)})
     return made
 
@@ -149,7 +149,7 @@ def _warm_start(run_dir: Path, common: dict[str, Any], seed: int) -> RunResult:
             "batch_size": 128,
             "max_steps": 500,
             "run_dir": str(run_dir),
-            "policy": _policy(50, "constant"),
+            "policy": _policy(50, "linear"),
             **common,
         }
     )
@@ -163,7 +163,7 @@ def _grpo(run_dir: Path, common: dict[str, Any], model: Path, seed: int) -> RunR
             "learning_rate": 1e-3,
             "num_prompts_per_step": 128,
             "num_generations_per_prompt": 8,
-            "max_steps": 240,
+            "max_steps": 160,
             "run_dir": str(run_dir),
             "policy": _policy(5, "linear"),
             "generation": {"max_new_tokens": 6},
@@ -195,4 +195,4 @@ def _accuracy(model: Path, common: dict[str, Any]) -> tuple[float, float, list[S
         return trainer.evaluate()
 
     sampled, greedy = evaluate(1.0), evaluate(0.0)
-    return sampled.metrics["accuracy"], greedy.metrics["accuracy"], sampled.samples
+    return sampled.metrics["env/solved"], greedy.metrics["env/solved"], sampled.samples

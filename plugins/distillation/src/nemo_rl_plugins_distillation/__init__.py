@@ -1,0 +1,1 @@
+"""Distillation for NeMo RL: a student learns the distribution of its teachers."""

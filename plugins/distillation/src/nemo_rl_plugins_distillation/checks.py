@@ -1,0 +1,42 @@
+"""Mistakes between the fields of the configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["find_mistakes"]
+
+
+def find_mistakes(config: Any) -> Iterator[Any]:
+    """Yield a `Mistake` of the core for each combination of fields that cannot be meant."""
+    from nemo_rl_core.config import mistake
+
+    if not config.teachers and config.teacher.model_name is None:
+        yield mistake("teacher.model_name", "there is no teacher", "set it to a hub name or the folder of a model")
+    if config.teachers and config.teacher.model_name is not None:
+        yield mistake(
+            "teacher.model_name",
+            f"both teacher ({config.teacher.model_name}) and teachers ({', '.join(config.teachers)}) are set",
+            "put it among teachers, or remove one of the two",
+            related=("teachers",),
+        )
+    for name, teacher in config.teachers.items():
+        if teacher.model_name is None:
+            yield mistake(f"teachers.{name}.model_name", "it is not set", "set it to a hub name or a folder")
+    if "policy" in config.teachers:
+        yield mistake("teachers.policy", "`policy` is the name of the student", "give the teacher another name")
+    if not any(teacher.weight for teacher in config.by_name.values()):
+        yield mistake("teacher.weight", "every teacher has weight 0", "give one of them a weight")
+    if config.teacher_column is not None and not config.teachers:
+        yield mistake(
+            "teacher_column",
+            f"the column {config.teacher_column!r} is to choose among teachers, and there is one",
+            "name several under teachers, or remove it",
+        )
+    if hasattr(config, "projection") and config.teachers:
+        yield mistake(
+            "teachers",
+            "a cross-tokenizer run has one teacher",
+            "set teacher in place of teachers",
+        )

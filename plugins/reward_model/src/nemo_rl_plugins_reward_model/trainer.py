@@ -1,0 +1,13 @@
+"""The trainer of the high-level interface."""
+
+from __future__ import annotations
+
+from nemo_rl_core.training.trainer import Trainer
+
+__all__ = ["RewardModelTrainer"]
+
+
+class RewardModelTrainer(Trainer):
+    """`RewardModelTrainer.from_pretrained("model").fit(dataset=...)`."""
+
+    algorithm = "reward_model"

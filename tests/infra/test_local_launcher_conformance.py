@@ -1,0 +1,15 @@
+"""The local launcher keeps the contract of its kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_rl_core.infra.local import LocalLauncher
+from nemo_rl_core.testing import LauncherContract
+
+
+@pytest.mark.slow
+class TestLocalLauncher(LauncherContract):
+    @pytest.fixture
+    def launcher(self):
+        return LocalLauncher

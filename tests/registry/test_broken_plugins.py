@@ -1,0 +1,268 @@
+"""Twelve ways for a plugin to be broken: who does not use it notices nothing, who does gets one precise message.
+
+Real command lines on real installed distributions; one process serves each table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from nemo_rl_core.testing.site import PluginSite
+
+pytestmark = pytest.mark.xdist_group("broken")  # one worker makes what they share
+
+ENVIRONMENT = """
+    from nemo_rl_core.protocols.environment import SingleTurnEnvironment
+    class Env(SingleTurnEnvironment):
+        async def score(self, task, response):
+            return float(len(response) % 2)
+"""
+
+CONFIG = {
+    "algorithm": "grpo",
+    "model": "scratch:qwen2-tiny",
+    "num_prompts_per_step": 2,
+    "num_generations_per_prompt": 2,
+    "max_steps": 1,
+    "policy": {"max_sequence_length": 24},
+    "generation": {"max_new_tokens": 2},
+    "logging": {"progress": "none"},
+    "checkpointing": {"enabled": False},
+    "data": {"train": {"source": "rows.jsonl"}},
+    "environment": "good_env",
+}
+
+
+class Way(NamedTuple):
+    """One way to be broken."""
+
+    name: str
+    module: str | None
+    """Source of the module `<name>_mod`."""
+    message: tuple[str, ...]
+    """What the one message must hold, beside distribution and version: what is wrong and the fix."""
+    kind: str = "environments"
+    value: str = "{module}:Env"
+    requires: tuple[str, ...] = ()
+    component: str = ""
+    """Name of the component; by default `<name>_env`."""
+    use: tuple[str, ...] = ()
+    """Overrides that use it; by default `environment=<component>`."""
+    status: int = 3
+    warns: bool = False
+    """The message is a warning, and the run goes on."""
+
+    @property
+    def dist(self) -> str:
+        return f"{self.name.replace('_', '-')}-dist"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return self.use or (f"environment={self.component or f'{self.name}_env'}",)
+
+
+REPAIR = "NEMO_RL_DISABLE_PLUGINS={dist}"
+WAYS = [
+    Way("import_error", "import no_such_library", ("ModuleNotFoundError: No module named 'no_such_library'", REPAIR)),
+    Way("attribute", ENVIRONMENT, ("has no attribute 'Gone'; it has Env", REPAIR), value="{module}:Gone"),
+    Way(
+        "protocol",
+        "class Env:\n    config_class = dict\n    def __init__(self, config, context): ...\n"
+        "    def reset(self, task, seed): ...",
+        ("Env is not an environment: it lacks step, close", "nemo_rl_core.protocols.environment:Environment", REPAIR),
+    ),
+    Way(
+        "signature",
+        "class Env:\n    config_class = dict\n    def __init__(self, config, context): ...\n"
+        "    def reset(self, task): ...\n    def step(self, message): ...\n    def close(self): ...",
+        ("reset(self, task)", "cannot be called as the core does, reset(task, seed): too many positional", REPAIR),
+    ),
+    Way(
+        "newer_core",
+        ENVIRONMENT,
+        ("it requires nemo-rl-core>=99", "pip install -U nemo-rl-core"),
+        requires=("nemo-rl-core>=99",),
+    ),
+    Way(
+        "duplicate",
+        ENVIRONMENT,
+        ("is provided by 2", "good-dist 1.0", "plugins: {good_env:"),
+        component="good_env",
+    ),
+    Way(
+        "shadow",
+        ENVIRONMENT,
+        ("'math' is provided by 2", "nemo-rl-env-math", "plugins: {math:"),
+        component="math",
+    ),
+    Way(
+        "hook",
+        "critical = True\ndef on_step_end(run, metrics):\n    raise ValueError('the disk is gone')",
+        ("plugin hook_env 1.2 (dist hook-dist), hook on_step_end: ValueError: the disk is gone", REPAIR),
+        kind="hooks",
+        value="{module}",
+        use=("environment=good_env",),
+        status=70,
+    ),
+    Way(
+        "slow",
+        "import time\ntime.sleep(0.6)\n" + textwrap.dedent(ENVIRONMENT),
+        ("still being imported after 0.3 s", "NEMO_RL_SLOW_IMPORT_S"),
+        status=0,
+        warns=True,
+    ),
+    Way(
+        "config_class",
+        textwrap.dedent(ENVIRONMENT) + "class Options: ...\nEnv.config_class = Options",
+        ("config_class config_class_mod.Options, which is not an attrs class", "@attrs.frozen", REPAIR),
+    ),
+    Way(
+        "malformed",
+        ENVIRONMENT,
+        ("malformed entry point 'malformed_env = malformed_mod.Env'", "module:attr"),
+        value="{module}.Env",
+    ),
+    Way(
+        "prints",
+        "print('hello from a plugin')\n" + textwrap.dedent(ENVIRONMENT),
+        ("printed to standard output while it was imported ('hello from a plugin'", "logging"),
+        status=0,
+        warns=True,
+    ),
+]
+
+DRIVER = """
+import contextlib, io, json, logging, os, sys
+import torch
+torch.set_num_threads(1)
+from nemo_rl_core.cli import main
+from nemo_rl_core.registry import _registry
+from nemo_rl_core.training.record import read_metrics
+from pathlib import Path
+
+site = Path(sys.argv[1])
+runs = json.load(open(sys.argv[2]))
+results = {}
+for run in runs:
+    sys.path[:0] = run["paths"]
+    os.environ["NEMO_RL_DISABLE_PLUGINS"] = run.get("disabled", "")
+    _registry._registry = None
+    before = set(sys.modules)
+    for handler in logging.root.handlers[:]:
+        logging.root.removeHandler(handler)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([*run["argv"], "--run-dir", str(site / "runs" / run["name"])])
+    metrics = read_metrics(site / "runs" / run["name"])
+    results[run["name"]] = {
+        "status": status,
+        "out": out.getvalue(),
+        "err": err.getvalue(),
+        "imported": sorted(m for m in set(sys.modules) - before if m.endswith("_mod")),
+        "metrics": {n: metrics[-1][n] for n in ("train/loss", "train/grad_norm", "reward/mean")} if metrics else {},
+    }
+    del sys.path[:len(run["paths"])]
+    for name in set(sys.modules) - before:
+        if name.endswith("_mod"):
+            del sys.modules[name]
+json.dump(results, open(sys.argv[3], "w"))
+"""
+
+
+def install(folder: Path, way: Way) -> None:
+    folder.mkdir()
+    module = f"{way.name}_mod"
+    PluginSite(folder).install(
+        way.dist,
+        "1.2",
+        entry_points={way.kind: {way.component or f"{way.name}_env": way.value.format(module=module)}},
+        modules={module: way.module or ""},
+        requires=way.requires,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    """Of every way a run that uses the plugin and one that does not, and a run without any: one process."""
+    base = tmp_path_factory.mktemp("ways")
+    good = base / "good"
+    good.mkdir()
+    site = PluginSite(good)
+    site.install(
+        "good-dist", entry_points={"environments": {"good_env": "good_mod:Env"}}, modules={"good_mod": ENVIRONMENT}
+    )
+    (base / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+1="}) + "\n" for a in range(4)))
+    (base / "config.json").write_text(json.dumps(CONFIG))
+    train = ["train", "config.json"]
+    runs = [{"name": "none", "paths": [str(good)], "argv": train}]
+    for way in WAYS:
+        install(base / way.name, way)
+        paths = [str(good), str(base / way.name)]
+        not_used = ("environment=good-dist:good_env",) if way.component == "good_env" else ()
+        disabled = way.dist if way.kind == "hooks" else ""  # an installed hook plugin listens to every run
+        runs.append({"name": f"{way.name}-unused", "paths": paths, "argv": [*train, *not_used], "disabled": disabled})
+        runs.append({"name": f"{way.name}-used", "paths": paths, "argv": [*train, *way.overrides]})
+    (base / "runs.json").write_text(json.dumps(runs))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(base), "runs.json", "results.json"],
+        cwd=base,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "NEMO_RL_SLOW_IMPORT_S": "0.3", "TMPDIR": str(base)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((base / "results.json").read_text())
+
+
+def test_there_are_twelve() -> None:
+    assert len({way.name for way in WAYS}) == len(WAYS) == 12
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_who_does_not_use_it_is_unaffected(results, way: Way) -> None:
+    found, plain = results[f"{way.name}-unused"], results["none"]
+    assert plain["status"] == 0 and plain["metrics"]["train/grad_norm"] >= 0
+    out = found["out"].replace(f"{way.name}-unused", "none")
+    assert (found["status"], found["metrics"], out) == (0, plain["metrics"], plain["out"])
+    assert found["imported"] == ["good_mod"]
+    warnings = found["err"].splitlines()
+    assert len(warnings) <= 1, warnings  # what is broken by its metadata is named once, and how to silence it
+    assert all(line.startswith("WARNING: ") and f"DISABLE_PLUGINS={way.dist}" in line for line in warnings), warnings
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_who_uses_it_gets_one_message(results, way: Way) -> None:
+    found = results[f"{way.name}-used"]
+    text = found["err"]
+    assert found["status"] == way.status, text
+    assert "Traceback" not in text and "Traceback" not in found["out"]
+    begin = "WARNING: " if way.warns else "error: "
+    assert text.count("WARNING: ") + text.count("error: ") == 1 and begin in text, text
+    assert "mistakes in the configuration" not in text and "did you mean" not in text, text
+    assert way.dist in text and ("1.2" in text), text
+    for part in way.message:
+        assert part.format(dist=way.dist) in text if part == REPAIR else part in text, text
+    if way.warns:
+        assert found["metrics"] == results["none"]["metrics"]
+        assert "hello" not in found["out"]
+
+
+def test_a_name_of_the_core_stays_the_core_s(site, registry, caplog) -> None:
+    """Every run asks for `local`, so a plugin of that name must not stop those that never heard of it."""
+    source = "from nemo_rl_core.infra.local import LocalLauncher\nclass Own(LocalLauncher): ..."
+    site.install("own-dist", entry_points={"launchers": {"local": "own_mod:Own"}}, modules={"own_mod": source})
+    assert [registry.resolve("launchers", "local").distribution for _ in range(2)] == ["nemo-rl-core"] * 2
+    (record,) = caplog.records
+    assert "that of own-dist 1.0 (own-dist:local) is not used" in record.getMessage()
+    assert "plugins: {local: 'own-dist:local'}" in record.getMessage()
+    chosen = registry.resolve("launchers", "local", plugins={"local": "own-dist:local"})
+    assert (chosen.distribution, chosen.load().__name__) == ("own-dist", "Own")
