@@ -331,7 +331,8 @@ def _model(
             manifest=manifest,
         )
     )
-    return Policy(group, token_budget=made.max_tokens_per_microbatch, temperature=config.generation.temperature)
+    budget = made.token_budget(config.cluster.device_type())
+    return Policy(group, token_budget=budget, temperature=config.generation.temperature)
 
 
 def _runner(

@@ -281,7 +281,11 @@ class DTensorBackend(TrainingBackend):
 
         If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0.
         """
-        parts = micro_batches if micro_batches is not None else _by_budget(batch, self.config.max_tokens_per_microbatch)
+        parts = (
+            micro_batches
+            if micro_batches is not None
+            else _by_budget(batch, self.config.token_budget(self.device.type))
+        )
         offsets = batch.offsets
         out: dict[str, Tensor] = {}
         for indices in parts or [[]]:
