@@ -78,16 +78,14 @@ def _run(ref: ComponentRef, options: dict[str, Any], only: list[str], timeout_s:
     from nemo_rl_core._errors import PluginNotFound
 
     try:
-        from nemo_rl_core.testing.conformance.kit import contract_for, run_kit
+        from nemo_rl_core.testing.conformance.kit import check_component
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "pytest":
             raise
         raise PluginNotFound(
             "Conformance kits are run by pytest, which is not installed: pip install pytest"
         ) from error
-    contract = contract_for(ref.kind)
-    contract.from_component(ref, options)  # wrong options are one error, not one for each clause
-    return run_kit(contract, lambda: contract.from_component(ref, options), only=only, timeout_s=timeout_s)
+    return check_component(ref, options, only=only, timeout_s=timeout_s)
 
 
 def _as_dict(ref: ComponentRef, report: KitReport) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class ReasoningGymSource:
     """A dataset component: `reasoning_gym` with the option `task`, or `reasoning_gym/<task>`."""
 
     config_class: ClassVar[type] = ReasoningGymData
+    example: ClassVar[Mapping[str, Any]] = {"task": "chain_sum", "size": 20}
     task_name: ClassVar[str | None] = None
     """Set in the classes of single tasks."""
 

@@ -22,6 +22,11 @@ class RewardModel(BaseAlgorithm):
 
     config_class: ClassVar[type] = RewardModelConfig
     feed: ClassVar[Literal["rollouts", "examples"]] = "examples"
+    example: ClassVar[Mapping[str, Any]] = {
+        "rows": [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "no"} for a in range(5) for b in range(5)],
+        "target": None,
+    }
+    """For its kit: pairs that a tiny model learns to tell apart."""
 
     def __init__(self, config: RewardModelConfig, context: AlgorithmContext) -> None:
         from nemo_rl_core.data.encoding import ConversationEncoder
