@@ -29,7 +29,7 @@ from nemo_rl_core.training.replay import RecordedRollouts, check_recorded
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.tokenizer import Tokenizer
-    from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.protocols.reward import Reward
 
 __all__ = ["RunInputs", "RunParts", "assemble", "sampling_params"]
 
@@ -387,12 +387,13 @@ def _environment(config: RunConfig, inputs: RunInputs, resolver: _Resolver) -> E
 
 def _reward(choice: ComponentChoice, resolver: _Resolver) -> Reward:
     """The reward of the configuration: a class is made with its options, a function has them as preset arguments."""
-    component: Reward = resolver.load("rewards", choice.name)
+    component: Any = resolver.load("rewards", choice.name)
     if isinstance(component, type):
         with PluginCall("rewards", resolver.used[-1], "__init__", "made"):
             made: Reward = component(_options(component, choice.options)) if _takes_options(component) else component()
         return made
-    return partial(component, **choice.options) if choice.options else component
+    found: Reward = partial(component, **choice.options) if choice.options else component
+    return found
 
 
 def _factory(component: Any, options: Any) -> EnvironmentFactory:

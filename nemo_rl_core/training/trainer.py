@@ -13,7 +13,7 @@ from nemo_rl_core.training.state import RunResult, RunState
 from nemo_rl_core.training.tracing import traced
 
 if TYPE_CHECKING:
-    from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.protocols.reward import Reward
     from nemo_rl_core.registry import ComponentRef
     from nemo_rl_core.training.assembly import RunInputs
     from nemo_rl_core.training.evaluation import EvaluationResult
