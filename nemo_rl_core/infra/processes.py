@@ -175,7 +175,8 @@ class ProcessGroup:
 
     def _verify(self, timeout_s: float) -> None:
         """Compare every worker's plugins with those of this process; one that is stuck does not hold back the table."""
-        left, answered = dict(enumerate(self._connections)), {}
+        left = dict(enumerate(self._connections))
+        answered: dict[int, tuple[str, Any]] = {}
         deadline = time.monotonic() + timeout_s
         while left:
             ready = wait(list(left.values()), max(0.0, deadline - time.monotonic()))
