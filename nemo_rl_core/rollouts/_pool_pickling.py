@@ -13,7 +13,7 @@ from typing import Any
 
 import cloudpickle
 
-from nemo_rl_core._errors import RewardError
+from nemo_rl_core.errors import RewardError
 from nemo_rl_core.registry import NodeDifference, check_nodes
 
 __all__ = ["cannot_send", "dump", "name_of", "pickle_by_value", "pickle_function", "unpack"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from attrs import define
 
-from nemo_rl_core._errors import DeadlineExceeded, NemoRLError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, NemoRLError, WorkerDied
 from nemo_rl_core.rollouts._pool_pickling import cannot_send, dump, name_of, pickle_by_value, pickle_function, unpack
 from nemo_rl_core.rollouts._pool_process import WorkerProcess
 

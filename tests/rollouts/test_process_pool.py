@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import DeadlineExceeded, PluginIncompatible, RewardError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, PluginIncompatible, RewardError, WorkerDied
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 
 
@@ -81,9 +81,10 @@ def pool():
 def is_alive(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/stat").read_text() if Path("/proc").exists() else ") R"
+    except (ProcessLookupError, FileNotFoundError):  # the latter: it went between the two
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z" if Path("/proc").exists() else True
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def wait_until(condition, timeout_s=10.0):

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.testing.pytest_plugin import is_fixture
 
 __all__ = ["declarable", "example_of", "overlaid", "take_declarations"]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.testing.conformance.declared import example_of, overlaid, take_declarations
 from nemo_rl_core.testing.conformance.subject import structured
 

@@ -9,7 +9,7 @@ import attrs
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry import ComponentRef

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.prompts import sft_messages
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, ModelRole
 from nemo_rl_plugins_distillation.config import DistillationConfig, OffPolicyDistillationConfig
 from nemo_rl_plugins_distillation.example import example_off_policy, example_on_policy
