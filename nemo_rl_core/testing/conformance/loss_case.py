@@ -24,6 +24,7 @@ __all__ = [
     "fields_read",
     "flat",
     "logprob_gradient",
+    "logprobs_of",
     "make_on_policy",
     "off_policy_case",
     "padded",
