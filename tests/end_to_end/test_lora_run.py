@@ -216,7 +216,7 @@ def test_an_adapted_reward_model_is_a_reward(tiny, rows, base):
 
 
 def test_distillation_leaves_the_teacher_without_adapters(tiny, rows, base, tmp_path):
-    """A student with adapters of its own: the teacher, with the policy's options, is the model that its folder holds."""
+    """The teacher has the policy's options, and is yet the model that its folder holds: base and adapter."""
     answers = [{"prompt": row["prompt"], "response": "1"} for row in rows]
     teacher = nemo_rl.SFTTrainer(settings_of(tiny, base, max_steps=30, batch_size=25)).fit(answers).model_path
     config = with_lora(tiny(model=base, max_steps=12, num_prompts_per_step=25, run_dir=str(tmp_path / "student")))
