@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["add_adapter", "base_of", "is_classifier"]
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models.adapter import add_adapter, base_of, is_classifier
 
 if TYPE_CHECKING:

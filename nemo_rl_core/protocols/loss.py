@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from attrs import define, field, frozen
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 
 if TYPE_CHECKING:
     from torch import Tensor

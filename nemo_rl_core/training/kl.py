@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import eos_token_ids, load_model, load_model_config, load_tokenizer
 
 BASE = "scratch:qwen2-tiny"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.training.kl import kl_estimate
 
 
