@@ -17,18 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from _sides import StepClock, device_name, rate, save_model, spawn
 
 RESULTS = Path(__file__).parent / "results" / "grpo_step.json"
 NUM_PROMPTS = 8
@@ -54,25 +53,6 @@ def score(completion_ids: Sequence[int]) -> float:
 
 
 # -- one side, in its own process --------------------------------------------------------------------------
-
-
-class StepClock:
-    """Wall-clock time and trained tokens of each step."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.rows: list[dict[str, float]] = []
-        self._last = time.perf_counter()
-
-    def count(self, completions: Sequence[Sequence[int]]) -> None:
-        """Add the tokens of the step's completions."""
-        self.tokens += sum(len(ids) for ids in completions)
-
-    def tick(self) -> None:
-        """End a step."""
-        now = time.perf_counter()
-        self.rows.append({"seconds": now - self._last, "tokens": float(self.tokens)})
-        self._last, self.tokens = now, 0
 
 
 def run_trl(options: argparse.Namespace) -> list[dict[str, float]]:
@@ -178,36 +158,6 @@ SIDES = {"trl": run_trl, "trl_tuned": run_trl, "ours": run_ours}
 # -- the comparison ----------------------------------------------------------------------------------------
 
 
-def spawn(side: str, model_folder: Path, options: argparse.Namespace, **case: Any) -> list[dict[str, float]]:
-    """Run one side in a process of its own and return its steps."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "steps.json"
-        arguments = {"model_folder": model_folder, "scratch": scratch, "out": out, "device": options.device, **case}
-        flags = [item for name, value in arguments.items() for item in (f"--{name.replace('_', '-')}", str(value))]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        command = [sys.executable, __file__, "--side", side, *flags]
-        done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"The {side} side failed:\n{done.stderr[-4000:]}")
-        rows: list[dict[str, float]] = json.loads(out.read_text())
-        return rows
-
-
-def save_model(name: str, folder: Path, *, seed: int = 0) -> None:
-    """Write the shared weights and tokenizer as a Hugging Face checkpoint."""
-    import torch
-
-    from nemo_rl_core.models import load_model, load_tokenizer
-
-    load_model(f"scratch:{name}", dtype=torch.float32, seed=seed).save_pretrained(folder)
-    load_tokenizer(f"scratch:{name}").save_pretrained(folder)  # type: ignore[attr-defined]
-
-
-def rate(rows: Sequence[dict[str, float]]) -> float:
-    """Median trained tokens per second."""
-    return statistics.median(row["tokens"] / row["seconds"] for row in rows)
-
-
 SHIPPED = {"trl_micro_batch": 8, "trl_bf16": "autocast", "trl_checkpointing": "yes"}
 
 
@@ -217,7 +167,12 @@ def fastest_trl(model: Path, options: argparse.Namespace, precision: str) -> dic
     if precision == "bfloat16":
         arrangements += [{"trl_micro_batch": size, "trl_bf16": "pure"} for size in (16, 64)]
     case = {"precision": precision, "prompts": "equal", "steps": 1, "seed": 1}
-    return max(arrangements, key=lambda choice: rate(spawn("trl_tuned", model, options, **case, **choice)))
+    return max(
+        arrangements,
+        key=lambda choice: rate(
+            spawn(__file__, "trl_tuned", model_folder=model, device=options.device, **case, **choice)
+        ),
+    )
 
 
 def compare(name: str, model: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -230,7 +185,9 @@ def compare(name: str, model: Path, options: argparse.Namespace) -> Iterator[dic
             for round_index in range(options.rounds):
                 case = {"precision": precision, "prompts": prompts, "steps": options.steps, "seed": round_index}
                 for side, steps in rows.items():
-                    steps += spawn(side, model, options, **case, **arrangements[side])
+                    steps += spawn(
+                        __file__, side, model_folder=model, device=options.device, **case, **arrangements[side]
+                    )
             yield summary(name, precision, prompts, tuned, rows)
 
 
@@ -250,19 +207,6 @@ def summary(
         if {side, "ours"} <= rows.keys():
             result[f"ratio_to_{side}"] = round(result["ours"]["tokens_per_s"] / result[side]["tokens_per_s"], 2)
     return result
-
-
-def device_name(device: str) -> str:
-    """The CUDA device, or the processor."""
-    import torch
-
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def line(row: dict[str, Any]) -> str:

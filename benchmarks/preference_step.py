@@ -20,18 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from _sides import StepClock, device_name, rate, save_model, spawn
 
 RESULTS = Path(__file__).parent / "results" / "preference_step.json"
 TASKS = ("sft", "dpo", "reward_model", "rloo")
@@ -70,21 +69,6 @@ def score(completion_ids: Sequence[int]) -> float:
     return sum(1 for token in completion_ids if token % 2 == 0) / max(len(completion_ids), 1)
 
 
-class StepClock:
-    """Wall-clock time and tokens of each step."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.tokens = 0.0
-        self._last = time.perf_counter()
-
-    def tick(self) -> None:
-        """End a step."""
-        now = time.perf_counter()
-        self.rows.append({"seconds": now - self._last, "tokens": self.tokens})
-        self._last, self.tokens = now, 0.0
-
-
 # -- one side, in its own process --------------------------------------------------------------------------
 
 
@@ -117,6 +101,8 @@ def run_trl(options: argparse.Namespace) -> list[dict[str, float]]:
     import transformers
     import trl
     from datasets import Dataset
+
+    from nemo_rl_core.models import load_tokenizer
 
     transformers.logging.set_verbosity_error()
     clock = StepClock()
@@ -152,6 +138,8 @@ def run_trl(options: argparse.Namespace) -> list[dict[str, float]]:
         model=options.model_folder,
         args=getattr(trl, f"{name}Config")(**settings),
         train_dataset=Dataset.from_list(make_rows(options.task)),
+        # Not the one that transformers takes for this type of model: it would drop the spaces.
+        processing_class=load_tokenizer(options.model_folder),
         callbacks=[Ticker()],
         **extra,
     )
@@ -211,46 +199,15 @@ RUN: dict[str, Callable[[argparse.Namespace], list[dict[str, float]]]] = {
 # -- the comparison ----------------------------------------------------------------------------------------
 
 
-def spawn(side: str, model_folder: Path, **case: Any) -> list[dict[str, float]]:
-    """Run one side in a process of its own and return its steps."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "steps.json"
-        arguments = {"model_folder": model_folder, "scratch": scratch, "out": out, **case}
-        flags = [item for name, value in arguments.items() for item in (f"--{name.replace('_', '-')}", str(value))]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        command = [sys.executable, __file__, "--side", side, *flags]
-        done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"The {side} side failed:\n{done.stderr[-4000:]}")
-        rows: list[dict[str, float]] = json.loads(out.read_text())
-        return rows
-
-
-def save_model(name: str, folder: Path, *, task: str) -> None:
-    """Write the shared weights and tokenizer as a Hugging Face checkpoint."""
-    import torch
-
-    from nemo_rl_core.models import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(f"scratch:{name}")
-    head = "scalar" if task == "reward_model" else "lm"
-    model = load_model(f"scratch:{name}", dtype=torch.float32, seed=0, head=head)  # type: ignore[arg-type]
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def rate(rows: Sequence[dict[str, float]]) -> float:
-    """Median tokens per second."""
-    return statistics.median(row["tokens"] / row["seconds"] for row in rows)
-
-
 def arrangements(task: str, model: Path) -> dict[str, dict[str, Any]]:
     """How TRL is run: as it is shipped, in its fastest micro-batch without checkpointing, and packed."""
     shipped = {"trl_micro_batch": 8, "trl_checkpointing": "yes", "trl_packing": "no"}
     sizes = (16, 64) if task == "rloo" else (4, 8, 32)
     tried = [{**shipped, "trl_micro_batch": size, "trl_checkpointing": "no"} for size in sizes]
-    tuned = max(tried, key=lambda choice: rate(spawn("trl_tuned", model, task=task, steps=2, seed=1, **choice)))
+    tuned = max(
+        tried,
+        key=lambda choice: rate(spawn(__file__, "trl_tuned", model_folder=model, task=task, steps=2, seed=1, **choice)),
+    )
     found: dict[str, dict[str, Any]] = {"trl": shipped, "trl_tuned": tuned}
     if task == "sft":
         # Packed rows have MAX_LENGTH tokens; so many of them hold about BATCH rows.
@@ -262,12 +219,14 @@ def compare(task: str, name: str, options: argparse.Namespace) -> dict[str, Any]
     """One row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / name
-        save_model(name, model, task=task)
+        save_model(name, model, head="scalar" if task == "reward_model" else "lm")
         sides = arrangements(task, model)
         rows: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for index in range(options.rounds):
             for side, steps in rows.items():
-                steps += spawn(side, model, task=task, steps=options.steps, seed=index, **sides[side])
+                steps += spawn(
+                    __file__, side, model_folder=model, task=task, steps=options.steps, seed=index, **sides[side]
+                )
     result: dict[str, Any] = {"task": task, "model": name, "trl_tuned_arrangement": sides["trl_tuned"]}
     for side, steps in rows.items():
         result[side] = {
@@ -286,15 +245,6 @@ def line(row: dict[str, Any]) -> str:
     """A row as text."""
     sides = "".join(f"  {side} {row[side]['tokens_per_s']:8.0f} tok/s" for side in RUN if side in row)
     return f"{row['task']:13} {row['model']:10}{sides}  ratio {row['ratio']:.2f}"
-
-
-def processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def parse() -> argparse.Namespace:
@@ -334,7 +284,7 @@ def main() -> None:
     report = {
         "benchmark": "preference_step",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": processor(),
+        "device": device_name(),
         "cpu_count": os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "nemo-rl-core")},
         "rows_per_step": BATCH,

@@ -40,8 +40,8 @@ def _labels(package: str, classes: list[Class]) -> dict[str, str]:
 
 def _table(item: Class, labels: dict[str, str]) -> list[str]:
     out = [f"({labels[item.name]})=", f"### {item.name}", "", markdown(item.doc), ""]
-    if any("RunConfig" in base for base in item.bases):
-        out += [f"Has every field of [`RunConfig`](#{labels['RunConfig']}), and:", ""]
+    if base := next((base for base in item.bases if base.endswith("RunConfig") and base in labels), None):
+        out += [f"Has every field of [`{base}`](#{labels[base]}), and:", ""]
     if not item.fields:
         return [*out, "No options.", ""]
     out += ["| Field | Type | Default | Meaning |", "|---|---|---|---|"]

@@ -26,6 +26,7 @@ __all__ = [
     "OptimizerConfig",
     "PolicyConfig",
     "RolloutConfig",
+    "RolloutRunConfig",
     "RunConfig",
     "SchedulerConfig",
     "ValidationConfig",
@@ -429,3 +430,23 @@ class RunConfig:
     def max_batches_per_step(self) -> int:
         """Batches of prompts one step may sample until enough groups can be trained on."""
         return 10
+
+
+@frozen(kw_only=True)
+class RolloutRunConfig(RunConfig):
+    """A run that is trained on rollouts: so many prompts in a step, so many rollouts of each."""
+
+    num_prompts_per_step: int = field(default=32, validator=ge(1))
+    """Prompts (groups) of one step."""
+    num_generations_per_prompt: int = field(default=16, validator=ge(1))
+    """Rollouts of one prompt (group size)."""
+
+    @property
+    def num_items_per_step(self) -> int:
+        """Prompts of one step."""
+        return self.num_prompts_per_step
+
+    @property
+    def group_size(self) -> int:
+        """Rollouts per prompt."""
+        return self.num_generations_per_prompt

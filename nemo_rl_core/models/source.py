@@ -3,6 +3,9 @@
 `scratch:<name>` takes a shape shipped with the core (`scratch:qwen2-1m`), `scratch:<folder>` any folder
 with a Hugging Face `config.json`. Its weights are drawn from a seed, its tokenizer stands in the folder
 or is one shipped with the core. Nothing is downloaded for a scratch model.
+
+A folder with an adapter in PEFT's format, such as a run with low-rank adapters leaves, stands for the model that the
+adapter names with the adapter added to its weights.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.models.adapter import add_adapter, base_of, is_classifier
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["eos_token_ids", "is_scratch", "load_model", "load_model_config", "load_tokenizer", "scratch_names"]
 
 _PREFIX = "scratch:"
+_CLASSIFIER = "ForSequenceClassification"
 _SCRATCH = Path(__file__).parent / "scratch"
 
 
@@ -67,6 +72,12 @@ def load_model_config(model_name: str) -> Any:
     """
     from transformers import AutoConfig
 
+    if base := base_of(model_name):
+        found = load_model_config(base)
+        if is_classifier(model_name):
+            names = found.architectures or ["ForCausalLM"]
+            found.architectures = [name.replace("ForCausalLM", _CLASSIFIER) for name in names]
+        return found
     source = str(_scratch_folder(model_name)) if is_scratch(model_name) else model_name
     try:
         return AutoConfig.from_pretrained(source)
@@ -90,6 +101,8 @@ def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Toke
     folder = Path(source).expanduser()
     tokenizer: Any
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        if base := base_of(source):
+            return load_tokenizer(base, chat_template=chat_template)
         raise ConfigError(
             f"The folder {folder} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab file). "
             "Copy the model's tokenizer there, or set policy.tokenizer_name."
@@ -145,6 +158,10 @@ def load_model(
 
     transformers_logging.disable_progress_bar()
 
+    if base := base_of(model_name):
+        options: Any = {"dtype": dtype, "seed": seed, "head": head, "attn_implementation": attn_implementation}
+        below = load_model(base, empty=empty, **options)
+        return below if empty else add_adapter(below, model_name)
     config = load_model_config(model_name)
     auto: Any = AutoModelForCausalLM
     if head == "scalar":
@@ -172,6 +189,7 @@ def eos_token_ids(model_name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Token ids that end a completion: the tokenizer's and those of the model's generation config."""
     from transformers import GenerationConfig
 
+    model_name = base_of(model_name) or model_name
     found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
         extra = None if is_scratch(model_name) else GenerationConfig.from_pretrained(model_name).eos_token_id

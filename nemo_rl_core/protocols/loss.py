@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from attrs import define, field, frozen
 
+from nemo_rl_core.errors import ShapeMismatch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_rl_core.data.batch import BatchedDataDict
 
-__all__ = ["Denominator", "Loss", "LossSums", "Metric", "ModelOutputs"]
+__all__ = ["Denominator", "Loss", "LossSums", "Metric", "ModelOutputs", "per_token"]
 
 Denominator = Literal["tokens", "sequences", "groups"] | float
 """What a loss sum is divided by, over the whole global batch: trained tokens (`loss_mask` is True),
@@ -98,3 +100,24 @@ class Loss(Protocol):
             The sum, and metrics as sums; zero (with zero gradient) when nothing is selected.
         """
         ...
+
+
+def per_token(values: Tensor | None, batch: BatchedDataDict, name: str) -> Tensor:
+    """`values`, which a loss reads beside `loss_mask`, once they are seen to be [N].
+
+    Args:
+        values: Of each token, such as `outputs.logprobs`.
+        batch: The micro-batch.
+        name: What `values` are called in the error.
+
+    Raises:
+        ShapeMismatch: They are of another shape, or there are none.
+    """
+    mask = batch["loss_mask"]
+    if values is None or values.shape != mask.shape:
+        found = None if values is None else list(values.shape)
+        raise ShapeMismatch(
+            f"{name} has shape {found}, loss_mask {list(mask.shape)}; both must be [N], one entry for each token of "
+            "the micro-batch."
+        )
+    return values

@@ -14,8 +14,12 @@ from nemo_rl_core.config import load_config
 from nemo_rl_core.config._yaml import parse_yaml
 from nemo_rl_core.config.templates import config_template, config_templates
 from nemo_rl_core.errors import ConfigError, PluginNotFound
+from nemo_rl_core.registry import get_registry
 
 TEMPLATES = config_templates()
+SHIPPED = sorted(
+    ref.name for ref in get_registry().entries("algorithms") if (ref.distribution or "").startswith("nemo-rl-")
+)
 BY_ALGORITHM = {
     name: [t for t in TEMPLATES if t.algorithm == name] for name in sorted({t.algorithm for t in TEMPLATES})
 }
@@ -38,10 +42,11 @@ def test_a_template_is_valid(template, tmp_path, monkeypatch):
     assert template.summary and len(template.summary) < 120
 
 
-@pytest.mark.parametrize("algorithm", BY_ALGORITHM)
-def test_an_algorithm_has_five_templates_and_a_default(algorithm):
+@pytest.mark.parametrize("algorithm", SHIPPED)
+def test_every_algorithm_of_ours_has_five_templates_and_a_default(algorithm):
     names = [template.name for template in BY_ALGORITHM[algorithm]]
     assert len(names) >= 5 and names[0] == "default"
+    assert "lora" in names and "multi_gpu" in names
 
 
 def test_the_default_is_printed_as_it_is():
@@ -77,7 +82,6 @@ def test_unknown_names_are_told_with_what_there_is():
 
 
 def test_user_code_and_packages_without_templates_have_none():
-    from nemo_rl_core.registry import get_registry
     from nemo_rl_plugins_sft.algorithm import SFT
 
     class Mine(SFT):

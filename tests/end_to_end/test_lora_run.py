@@ -140,3 +140,99 @@ def test_two_processes_with_a_reference(tiny, rows):
     both = nemo_rl.GRPOTrainer(config).fit(rows, a_digit).history
     for name in ("train/loss", "train/grad_norm", "reward/mean"):
         assert [e[name] for e in both] == pytest.approx([e[name] for e in alone], rel=1e-3, abs=1e-6)
+
+
+# -- the other algorithms ----------------------------------------------------------------------------------
+
+
+def settings_of(tiny, base, **changes):
+    """A run on rows, with adapters."""
+    config = with_lora(tiny(model=base, learning_rate=1e-2))
+    for name in ("num_prompts_per_step", "num_generations_per_prompt", "generation"):
+        del config[name]
+    return {**config, **changes}
+
+
+def test_dpo_takes_its_reference_from_the_policy(tiny, base):
+    """ln 2 at the start: with the adapters off the policy is the reference; and the preference is learned."""
+    pairs = [{"prompt": f"{a}+{b}=", "chosen": "1", "rejected": "x"} for a in range(5) for b in range(5)]
+    seen = []
+
+    class Look(nemo_rl.Callback):
+        def on_batch(self, run, batch):
+            seen.append(batch["ref_logprobs"].sum())
+
+    config = settings_of(tiny, base, max_steps=15, batch_size=25)
+    history = nemo_rl.DPOTrainer(config).fit(pairs, callbacks=[Look()]).history
+    assert history[0]["train/loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert history[-1]["train/rewards/margins"] > 1.0
+    assert torch.stack(seen).std() < 1e-3 * seen[0].abs()  # the same rows, the same reference
+
+
+def test_ppo_adapts_the_policy_and_its_critic(tiny, rows, base, tmp_path):
+    config = with_lora(
+        tiny(
+            model=base,
+            max_steps=10,
+            num_prompts_per_step=8,
+            num_generations_per_prompt=8,
+            learning_rate=3e-3,
+            generation={"max_new_tokens": 1},
+        )
+    )
+    config |= {"critic_learning_rate": 1e-2, "reward_kl_beta": 0.01, "epochs_per_step": 2}
+    config["critic"] = {"options": {"lora": {"rank": 4}}}
+    result = nemo_rl.PPOTrainer(config).fit(rows, a_digit)
+    rewards = [entry["reward/mean"] for entry in result.history]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+    assert result.history[0]["train/reward_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert result.history[-1]["train/reward_kl"] > 0
+    squared = [entry["train/critic/squared_error"] for entry in result.history]
+    assert min(squared[-3:]) < 0.5 * squared[0]
+    (saved,) = (result.run_dir / "checkpoints").glob("*/critic/*.pt")
+    from nemo_rl_plugins_dtensor import checkpoint
+
+    names = checkpoint.read(saved)["weights"].keys()
+    assert "score.weight" in names and all(".lora_" in name or name == "score.weight" for name in names)
+
+
+def test_an_adapted_reward_model_is_a_reward(tiny, rows, base):
+    pairs = [{"prompt": f"{a}+{b}=", "chosen": "1", "rejected": "x"} for a in range(5) for b in range(5)]
+    config = settings_of(tiny, base, max_steps=15, batch_size=25)
+    result = nemo_rl.RewardModelTrainer(config).fit(pairs)
+    assert result.history[-1]["train/accuracy"] == 1.0
+    assert (result.model_path / "adapter_model.safetensors").is_file()
+    scored = tiny(model=base, max_steps=1, run_dir=config["run_dir"] + "-grpo", generation={"max_new_tokens": 1})
+    scored |= {"reward": {"name": "reward_model", "options": {"model": str(result.model_path), "device": "cpu"}}}
+    seen: dict[str, list[float]] = {"1": [], "x": []}
+
+    class Look(nemo_rl.Callback):
+        def on_rollouts(self, run, groups):
+            for rollout in (r for group in groups for r in group.rollouts):
+                seen.setdefault(rollout.messages[-1]["content"], []).append(rollout.reward)
+
+    nemo_rl.GRPOTrainer(scored).fit(rows, callbacks=[Look()])
+    assert min(seen["1"]) > max(seen["x"])
+
+
+def test_distillation_leaves_the_teacher_without_adapters(tiny, rows, base, tmp_path):
+    """The teacher has the policy's options, and is yet the model that its folder holds: base and adapter."""
+    answers = [{"prompt": row["prompt"], "response": "1"} for row in rows]
+    teacher = nemo_rl.SFTTrainer(settings_of(tiny, base, max_steps=30, batch_size=25)).fit(answers).model_path
+    config = with_lora(tiny(model=base, max_steps=12, num_prompts_per_step=25, run_dir=str(tmp_path / "student")))
+    config |= {"num_generations_per_prompt": 1, "learning_rate": 1e-2, "teacher": {"model_name": str(teacher)}}
+    config["generation"] = {"max_new_tokens": 1}
+    history = nemo_rl.DistillationTrainer(config).fit(rows).history
+    assert history[0]["train/divergence"] > 0.3
+    assert history[-1]["train/divergence"] < 0.25 * history[0]["train/divergence"]
+
+
+def test_eval_takes_the_folder_of_an_adapter(tiny, rows, base, tmp_path):
+    """The engine samples from base and adapter together: what was learned is answered; also after another save."""
+    answers = [{"prompt": row["prompt"], "answer": "1", "response": "1"} for row in rows]
+    found = nemo_rl.SFTTrainer(settings_of(tiny, base, max_steps=30, batch_size=25)).fit(answers).model_path
+    config = {**tiny(model=str(found), generation={"max_new_tokens": 1}), "run_dir": str(tmp_path / "eval")}
+    reward = {"reward_fn": lambda response, answer: float(response == answer)}
+    assert nemo_rl.GRPOTrainer(config).evaluate(answers, **reward).metrics["accuracy"] == 1.0
+    config["model"] = base
+    assert nemo_rl.GRPOTrainer(config).evaluate(answers, **reward).metrics["accuracy"] < 1.0

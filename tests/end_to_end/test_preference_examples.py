@@ -1,4 +1,4 @@
-"""The examples of preference training run, and learn."""
+"""The examples of training on rows run as scripts, and learn."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def lines(tmp_path, script, *arguments):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [tuple(map(float, found)) for found in re.findall(r"([\d.-]+) at first, ([\d.-]+) at last", done.stdout)]
+
+
+def test_sft(tmp_path):
+    ((first, last),) = lines(tmp_path, "sft.py", "max_steps=40", "logging.progress=none")
+    assert last < 0.5 * first
 
 
 def test_dpo(tmp_path):

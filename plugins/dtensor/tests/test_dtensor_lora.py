@@ -367,6 +367,29 @@ def test_two_processes_in_bfloat16(model_name, make_batch, tmp_path):
         launcher.shutdown()
 
 
+def test_a_frozen_model_has_no_adapters(make_backend, batch, tmp_path):
+    """A teacher has the policy's options, and is not the policy's adapter."""
+    write_adapter(tmp_path)
+    teacher = make_backend(options=DTensorConfig(lora=LoRAConfig(path=str(tmp_path))), trained=False)
+    assert teacher.adapters is None and "share_weights" in teacher.capabilities
+    assert torch.equal(teacher.get_logprobs(batch), make_backend().get_logprobs(batch))
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_the_folder_of_an_adapter_is_a_model(make_backend, make_batch, make_loss, tmp_path, head):
+    """What the core loads from it is what the backend gives to an engine."""
+    backend = make_backend(options=options(), head=head, lr=1e-1)
+    with torch.no_grad():
+        for name, parameter in backend.adapters.trained().items():
+            parameter.add_(0.1 if "lora_B" in name or name == "score.weight" else 0.0)
+    backend.export_model(tmp_path)
+    loaded = dict(load_model(str(tmp_path), dtype=torch.float32, head=head).named_parameters())
+    weights = exported(backend)
+    assert weights.keys() == loaded.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(loaded[name].detach(), weight, rtol=0, atol=1e-6)
+
+
 # -- what a user may get wrong -----------------------------------------------------------------------------
 
 
@@ -417,6 +440,5 @@ def test_without_peft_it_says_what_to_install(make_backend, monkeypatch):
 def test_tensor_parallelism_is_refused(make_backend):
     backend = make_backend()
     backend.config = PolicyConfig(tensor_parallel_size=2, num_workers=2)
-    backend.options = options()
     with pytest.raises(ConfigError, match="does not go with policy.tensor_parallel_size"):
-        backend._adapt(backend.model, 0, dtype=torch.float32)
+        backend._adapt(backend.model, 0, LoRAConfig(), dtype=torch.float32)

@@ -11,10 +11,10 @@ from pytest import approx
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError, ShapeMismatch
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
+from nemo_rl_core.training.kl import kl_estimate
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_grpo.loss_config import ClippedPGConfig
 from nemo_rl_plugins_grpo.losses.clipped import ClippedPolicyGradientLoss
-from nemo_rl_plugins_grpo.losses.kl import kl_estimate
 
 
 def run(options, current, *, lengths=None, mask=None, advantages=None, rollout=None, dtype=torch.float32, **fields):

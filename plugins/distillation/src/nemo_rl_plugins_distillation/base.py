@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import ShapeMismatch
-from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
+from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
 from nemo_rl_plugins_distillation.conformance import add_teachers
 from nemo_rl_plugins_distillation.loss_config import DivergenceConfig
 from nemo_rl_plugins_distillation.support import Pair, on_support
@@ -79,7 +79,7 @@ class TeacherLoss(ABC):
             "teacher_top_mass": Metric(mass[1], count),
         }
         if config.nll_weight:
-            nll = nll_sum(outputs.logprobs, mask)
+            nll = nll_sum(outputs.logprobs, batch)
             total = total + config.nll_weight * nll
             metrics["nll"] = Metric(nll.detach(), count)
         return LossSums(total, metrics)
@@ -102,13 +102,10 @@ def trained(student: Tensor | None, batch: BatchedDataDict, name: str, *, dims: 
     return student[mask], teacher[mask]
 
 
-def nll_sum(logprobs: Tensor | None, mask: Tensor) -> Tensor:
+def nll_sum(logprobs: Tensor | None, batch: BatchedDataDict) -> Tensor:
     """[] -log p summed over the trained tokens.
 
     Raises:
         ShapeMismatch: `logprobs` is not [N].
     """
-    if logprobs is None or logprobs.shape != mask.shape:
-        found = None if logprobs is None else list(logprobs.shape)
-        raise ShapeMismatch(f"outputs.logprobs has shape {found}, loss_mask {list(mask.shape)}; both must be [N].")
-    return -logprobs[mask].sum()
+    return -per_token(logprobs, batch, "outputs.logprobs")[batch["loss_mask"]].sum()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attrs import Factory, evolve, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RunConfig, component
+from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RolloutRunConfig, RunConfig, component
 from nemo_rl_core.config.validators import ge, one_of, optional
 
 __all__ = ["CrossTokenizerConfig", "DistillationConfig", "OffPolicyDistillationConfig", "TeacherConfig"]
@@ -47,7 +47,7 @@ class TeacherConfig:
         return evolve(policy, model_name=self.model_name, tokenizer_name=self.tokenizer_name, head="lm", **changes)
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, slots=False)  # two bases with slots of their own cannot be joined below
 class _TaughtConfig(RunConfig):
     """What every distillation has."""
 
@@ -75,7 +75,7 @@ class _TaughtConfig(RunConfig):
 
 
 @frozen(kw_only=True)
-class DistillationConfig(_TaughtConfig):
+class DistillationConfig(_TaughtConfig, RolloutRunConfig):
     """A run of on-policy distillation: `algorithm: distillation`."""
 
     algorithm: Any = "distillation"
@@ -87,16 +87,6 @@ class DistillationConfig(_TaughtConfig):
     """An advantage estimator, such as `on_policy_distillation`, for a `loss` that takes policy-gradient steps."""
     reward: ComponentChoice = component("rewards", "unscored")
     """A function that scores responses, for the metrics; nothing is learnt from it."""
-
-    @property
-    def num_items_per_step(self) -> int:
-        """Prompts of one step."""
-        return self.num_prompts_per_step
-
-    @property
-    def group_size(self) -> int:
-        """Rollouts per prompt."""
-        return self.num_generations_per_prompt
 
 
 @frozen(kw_only=True)

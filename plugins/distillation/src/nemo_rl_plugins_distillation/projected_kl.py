@@ -71,7 +71,7 @@ class ProjectedKLLoss:
             "teacher_top_mass": Metric((teacher.exp().sum(-1) * chunks.sizes).sum().detach(), at.sum()),
         }
         if config.nll_weight:
-            nll = nll_sum(outputs.logprobs, mask)
+            nll = nll_sum(outputs.logprobs, batch)
             total = total + config.nll_weight * nll
             metrics["nll"] = Metric(nll.detach(), mask.sum())
         return LossSums(total, metrics)

@@ -73,7 +73,7 @@ class SortedProbabilitiesLoss:
         metrics = {name: Metric(value.detach(), mask.sum()) for name, value in sums.items()}
         metrics["aligned_fraction"] = Metric(at.sum(), mask.sum())
         if config.nll_weight:
-            nll = nll_sum(outputs.logprobs, mask)
+            nll = nll_sum(outputs.logprobs, batch)
             total = total + config.nll_weight * nll
             metrics["nll"] = Metric(nll.detach(), mask.sum())
         return LossSums(total, metrics)

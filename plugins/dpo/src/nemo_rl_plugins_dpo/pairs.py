@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core.errors import ShapeMismatch
-from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
+from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +34,7 @@ def logprob_sums(logprobs: Tensor | None, batch: BatchedDataDict, name: str) -> 
     Raises:
         ShapeMismatch: `logprobs` is not [N].
     """
-    mask = batch["loss_mask"]
-    if logprobs is None or logprobs.shape != mask.shape:
-        found = None if logprobs is None else list(logprobs.shape)
-        raise ShapeMismatch(
-            f"{name} has shape {found}, loss_mask {list(mask.shape)}; both must be [N], one entry for each token."
-        )
-    return batch.sum_per_sequence(logprobs.masked_fill(~mask, 0.0))
+    return batch.sum_per_sequence(per_token(logprobs, batch, name).masked_fill(~batch["loss_mask"], 0.0))
 
 
 @frozen(eq=False)

@@ -29,6 +29,8 @@ __all__ = ["ATTENTION_NAME", "Branches", "Packing", "packed_attention", "plan_gr
 ATTENTION_NAME = "nemo_rl_packed"
 _MAX_WASTE = 0.25
 """Share of padding that a group of sequences may hold; fewer, larger calls are worth that much."""
+_MAX_WASTE_CPU = 0.1
+"""There a call costs little beside its work, which grows with the square of the width."""
 
 
 @frozen(eq=False)
@@ -73,8 +75,8 @@ class Packing:
         return max(self.lengths)
 
     @staticmethod
-    def of(lengths: Sequence[int]) -> Packing:
-        """Plan the row of sequences of these lengths (each >= 1)."""
+    def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
+        """Plan the row of sequences of these lengths (each >= 1) for a device; the tensors are on the CPU."""
         sizes = torch.as_tensor(lengths, dtype=torch.int64)
         cumulative = F.pad(sizes.cumsum(0), (1, 0))
         total = int(cumulative[-1])
@@ -85,7 +87,8 @@ class Packing:
             groups = [(len(values), values[0])]
         else:
             unpad = torch.empty(total, dtype=torch.int64)
-            groups, pad = plan_groups(values, cumulative[:-1], unpad)
+            waste = _MAX_WASTE_CPU if torch.device(device).type == "cpu" else _MAX_WASTE
+            groups, pad = plan_groups(values, cumulative[:-1], unpad, waste=waste)
         return Packing(tuple(values), tuple(groups), pad, unpad, position_ids)
 
     def to(self, device: torch.device | str) -> Packing:
@@ -104,13 +107,16 @@ class Packing:
         )
 
 
-def plan_groups(lengths: Sequence[int], starts: Tensor, unpad: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
+def plan_groups(
+    lengths: Sequence[int], starts: Tensor, unpad: Tensor, *, waste: float = _MAX_WASTE
+) -> tuple[list[tuple[int, int]], Tensor]:
     """Groups of sequences of similar length, and the places of their tokens.
 
     Args:
         lengths: Tokens of each sequence.
         starts: [S] row position of each sequence's first token.
         unpad: [N] filled at the tokens of these sequences, see `Packing`.
+        waste: Share of padding that a group may hold.
 
     Returns:
         `Packing.groups` and `Packing.pad`.
@@ -119,7 +125,7 @@ def plan_groups(lengths: Sequence[int], starts: Tensor, unpad: Tensor) -> tuple[
     pads: list[Tensor] = []
     num_places = 0
     sizes = torch.as_tensor(lengths)
-    for members in runs(lengths):
+    for members in runs(lengths, waste):
         index = torch.tensor(members)
         width = lengths[members[0]]
         column = torch.arange(width)
@@ -133,12 +139,12 @@ def plan_groups(lengths: Sequence[int], starts: Tensor, unpad: Tensor) -> tuple[
     return groups, torch.cat(pads)
 
 
-def runs(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices from the longest to the shortest, cut where the share of padding would pass a quarter."""
+def runs(lengths: Sequence[int], waste: float = _MAX_WASTE) -> list[list[int]]:
+    """Indices from the longest to the shortest, cut where the share of padding would pass `waste`."""
     found: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if found and tokens + lengths[i] >= (1 - _MAX_WASTE) * lengths[found[-1][0]] * (len(found[-1]) + 1):
+        if found and tokens + lengths[i] >= (1 - waste) * lengths[found[-1][0]] * (len(found[-1]) + 1):
             found[-1].append(i)
             tokens += lengths[i]
         else:

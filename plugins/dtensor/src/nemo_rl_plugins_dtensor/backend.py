@@ -22,7 +22,7 @@ from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
 from nemo_rl_plugins_dtensor import checkpoint
-from nemo_rl_plugins_dtensor.config import DTensorConfig
+from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
 from nemo_rl_plugins_dtensor.lora import Adapters
 from nemo_rl_plugins_dtensor.metrics import StepMetrics
 from nemo_rl_plugins_dtensor.network import PolicyNetwork
@@ -73,7 +73,9 @@ class DTensorBackend(TrainingBackend):
         bfloat16 = config.precision == "bfloat16"
         keeps_masters = bfloat16 and self.options.master_weights and config.trained
         # Weights that are not trained need no float32 master.
-        dtype = torch.bfloat16 if bfloat16 and (not keeps_masters or self.options.lora) else torch.float32
+        # A frozen model, such as a teacher with the policy's options, has nothing to adapt.
+        lora = self.options.lora if config.trained else None
+        dtype = torch.bfloat16 if bfloat16 and (not keeps_masters or lora) else torch.float32
         model = load_model(config.model_name, dtype=dtype, seed=context.seed, head=config.head)
         _switch_off_dropout(model)
         if not config.trained:
@@ -86,8 +88,8 @@ class DTensorBackend(TrainingBackend):
             share_prefixes=self.options.share_prefixes,
         )
         self.adapters: Adapters | None = None
-        if self.options.lora is not None:
-            self._adapt(model, context.seed, dtype=torch.float32 if keeps_masters else dtype)
+        if lora is not None:
+            self._adapt(model, context.seed, lora, dtype=torch.float32 if keeps_masters else dtype)
         if config.activation_checkpointing:
             # Renamed in transformers 5; both take the keyword arguments of torch's checkpoint first.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -109,16 +111,15 @@ class DTensorBackend(TrainingBackend):
             self.scheduler = make_scheduler(config.scheduler, self.optimizer)
         self._closed = False
 
-    def _adapt(self, model: Any, seed: int, *, dtype: torch.dtype) -> None:
+    def _adapt(self, model: Any, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
         """Put LoRA adapters into the model."""
-        assert self.options.lora is not None
         if self.config.tensor_parallel_size > 1:
             raise ConfigError(
                 "policy.options.lora does not go with policy.tensor_parallel_size > 1: adapters are not split. Set it "
                 "to 1; data-parallel workers (policy.num_workers) shard the model as well."
             )
         name = str(self.config.model_name)
-        self.adapters = Adapters(model, self.options.lora, model_name=name, seed=seed, dtype=dtype)
+        self.adapters = Adapters(model, lora, model_name=name, seed=seed, dtype=dtype)
         # What is exported are sums made for it; the weights themselves lack the adapters.
         self.capabilities = type(self).capabilities - {"share_weights"}
         self._at_start = ExitStack()

@@ -69,7 +69,7 @@ class Row:
         row_ids = ids
         shared = None if pair_cost is None else share_prefixes(batch, wanted, pair_cost=pair_cost)
         if shared is None:
-            packing, predictors = Packing.of(batch.lengths.tolist()), wanted - 1
+            packing, predictors = Packing.of(batch.lengths.tolist(), device), wanted - 1
         else:
             row_ids, packing, predictors = ids[shared.source], shared.packing, shared.predictors
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731

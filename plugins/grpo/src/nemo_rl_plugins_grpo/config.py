@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attrs import Factory, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, RunConfig, component
+from nemo_rl_core.config.schema import ComponentChoice, RolloutRunConfig, component
 from nemo_rl_core.config.validators import ge, gt, le, one_of, optional
 
 __all__ = [
@@ -89,14 +89,10 @@ class AdvantageClipConfig:
 
 
 @frozen(kw_only=True)
-class GRPOConfig(RunConfig):
+class GRPOConfig(RolloutRunConfig):
     """A GRPO run: `algorithm: grpo`."""
 
     algorithm: Any = "grpo"
-    num_prompts_per_step: int = field(default=32, validator=ge(1))
-    """Prompts (groups) of one step."""
-    num_generations_per_prompt: int = field(default=16, validator=ge(1))
-    """Rollouts of one prompt (group size)."""
     updates_per_step: int = field(default=1, validator=ge(1))
     """Optimizer steps per pass over the rollouts of a step; each takes whole groups."""
     epochs_per_step: int = field(default=1, validator=ge(1))
@@ -112,16 +108,6 @@ class GRPOConfig(RunConfig):
     reward_shaping: RewardShapingConfig = Factory(RewardShapingConfig)
     reward_kl: RewardKLConfig = Factory(RewardKLConfig)
     advantage_clip: AdvantageClipConfig = Factory(AdvantageClipConfig)
-
-    @property
-    def num_items_per_step(self) -> int:
-        """Prompts of one step."""
-        return self.num_prompts_per_step
-
-    @property
-    def group_size(self) -> int:
-        """Rollouts per prompt."""
-        return self.num_generations_per_prompt
 
     @property
     def max_response_length(self) -> int:

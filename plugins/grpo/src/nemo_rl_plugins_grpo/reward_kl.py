@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nemo_rl_core.training.kl import kl_estimate
 from nemo_rl_plugins_grpo.grouping import group_rollouts
-from nemo_rl_plugins_grpo.losses.kl import kl_estimate
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
@@ -31,8 +31,8 @@ def take_kl_from_rewards(batch: BatchedDataDict, config: RewardKLConfig) -> dict
     """
     mask = batch["loss_mask"]
     policy = batch["logprobs"] if "logprobs" in batch else batch["rollout_logprobs"]
-    log_ratio = (batch["ref_logprobs"] - policy).masked_fill(~mask, 0.0).clamp(-config.clamp, config.clamp)
-    kl = kl_estimate(log_ratio.detach(), config.type)
+    log_ratio = (batch["ref_logprobs"] - policy).masked_fill(~mask, 0.0)
+    kl = kl_estimate(log_ratio.detach(), config.type, bound=config.clamp)
     penalty = config.beta * batch.sum_per_sequence(kl)
     if config.per == "token":
         batch.set_tokens("token_rewards", -config.beta * kl)

@@ -115,10 +115,12 @@ class PPO(BaseAlgorithm):
 
     def _penalise(self, batch: BatchedDataDict) -> dict[str, float]:
         """Add `token_rewards`: minus the weighted KL to the reference at each sampled token."""
-        from nemo_rl_plugins_ppo.kl import kl_estimate
+        from nemo_rl_core.training.kl import kl_estimate
+        from nemo_rl_plugins_ppo.policy_loss import MAX_LOG_RATIO
 
         mask = batch["loss_mask"]
-        kl = kl_estimate(batch["logprobs"], batch["ref_logprobs"], kind=self.config.reward_kl_type)
+        log_ratio = batch["ref_logprobs"] - batch["logprobs"]
+        kl = kl_estimate(log_ratio, self.config.reward_kl_type, bound=MAX_LOG_RATIO)
         kl = kl.masked_fill(~mask, 0.0)
         batch.set_tokens("token_rewards", -self.config.reward_kl_beta * kl)
         return {"reward_kl": float(kl.sum() / mask.sum().clamp(min=1))}

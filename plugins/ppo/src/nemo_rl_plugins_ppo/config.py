@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attrs import Attribute, Factory, evolve, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, OptimizerConfig, PolicyConfig, RunConfig, component
+from nemo_rl_core.config.schema import ComponentChoice, OptimizerConfig, PolicyConfig, RolloutRunConfig, component
 from nemo_rl_core.config.validators import ge, gt, le, one_of, optional
 from nemo_rl_core.errors import ConfigError
 
@@ -112,12 +112,10 @@ class CriticConfig(PolicyConfig):
 
 
 @frozen(kw_only=True)
-class PPOConfig(RunConfig):
+class PPOConfig(RolloutRunConfig):
     """A PPO run: `algorithm: ppo`."""
 
     algorithm: Any = "ppo"
-    num_prompts_per_step: int = field(default=32, validator=ge(1))
-    """Prompts of one step."""
     num_generations_per_prompt: int = field(default=16, validator=ge(1))
     """Rollouts of one prompt; 1 is enough, as the baseline is the critic."""
     updates_per_step: int = field(default=1, validator=ge(1))
@@ -146,16 +144,6 @@ class PPOConfig(RunConfig):
     """Weight of a KL to the reference policy in the reward of each token; 0 needs no reference model."""
     reward_kl_type: KLType = field(default="k1", validator=one_of("k1", "k2", "k3"))
     """Its estimator."""
-
-    @property
-    def num_items_per_step(self) -> int:
-        """Prompts of one step."""
-        return self.num_prompts_per_step
-
-    @property
-    def group_size(self) -> int:
-        """Rollouts per prompt."""
-        return self.num_generations_per_prompt
 
     @property
     def num_updates_per_step(self) -> int:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
+from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
+from nemo_rl_core.training.kl import kl_estimate
 from nemo_rl_plugins_ppo.config import ClippedSurrogateConfig
-from nemo_rl_plugins_ppo.kl import kl_estimate
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
 
-__all__ = ["ClippedSurrogateLoss"]
+__all__ = ["MAX_LOG_RATIO", "ClippedSurrogateLoss"]
 
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 """exp(20) = 5e8: beyond it a ratio is held, so that inf * 0 cannot make nan."""
 
 
@@ -63,10 +63,12 @@ class ClippedSurrogateLoss:
             outputs: With `logprobs` [N], and `entropy` [N] if it is weighted.
             batch: With `advantages` [N] and `rollout_logprobs` [N]; `logprobs` [N] of the policy before the step, if
                 it takes more than one; `ref_logprobs` [N] for the KL. All read where `loss_mask` [N] is True.
+
+        Raises:
+            ShapeMismatch: An output is not [N].
         """
-        assert outputs.logprobs is not None
         config, dropped = self.config, ~batch["loss_mask"]
-        logprobs = outputs.logprobs.masked_fill(dropped, 0.0)
+        logprobs = per_token(outputs.logprobs, batch, "outputs.logprobs").masked_fill(dropped, 0.0)
         sampled = batch["rollout_logprobs"].masked_fill(dropped, 0.0)
         start = batch["logprobs"].masked_fill(dropped, 0.0) if "logprobs" in batch else logprobs.detach()
         advantages = batch["advantages"].masked_fill(dropped, 0.0)
@@ -84,13 +86,12 @@ class ClippedSurrogateLoss:
             "token_mult_prob_error": _mean((start - sampled).detach().abs().exp(), mask),
         }
         if config.entropy_coef > 0:
-            assert outputs.entropy is not None
-            entropy = outputs.entropy.masked_fill(dropped, 0.0)
+            entropy = per_token(outputs.entropy, batch, "outputs.entropy").masked_fill(dropped, 0.0)
             terms = terms - config.entropy_coef * entropy
             metrics["entropy"] = _mean(entropy, mask)
         if config.reference_kl_beta > 0:
             reference = batch["ref_logprobs"].masked_fill(dropped, 0.0)
-            kl = kl_estimate(logprobs, reference, kind=config.reference_kl_type)
+            kl = kl_estimate(reference - logprobs, config.reference_kl_type, bound=MAX_LOG_RATIO)
             terms = terms + config.reference_kl_beta * kl * _ratio(logprobs, logprobs.detach())
             metrics["reference_kl"] = _mean(kl, mask)
         if config.aggregation == "sequence":
@@ -116,7 +117,7 @@ class ClippedSurrogateLoss:
 
 
 def _ratio(logprobs: Tensor, against: Tensor) -> Tensor:
-    return (logprobs - against).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    return (logprobs - against).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _mean(values: Tensor, mask: Tensor) -> Metric:

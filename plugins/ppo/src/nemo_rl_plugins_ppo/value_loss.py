@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
+from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
 from nemo_rl_plugins_ppo.alignment import values_before
 from nemo_rl_plugins_ppo.config import ClippedValueConfig
 
@@ -48,12 +48,13 @@ class ClippedValueLoss:
                 before this step), both read where `loss_mask` [N] is True.
 
         Raises:
+            ShapeMismatch: `outputs.values` is not [N].
             ConfigError: The batch has no `returns`, or no `values` to clip to.
         """
-        assert outputs.values is not None
+        current = per_token(outputs.values, batch, "outputs.values")
         clip, mask = self.config.clip_range, batch["loss_mask"]
         _require(batch, {"returns"} | ({"values"} if clip is not None else set()))
-        values = values_before(outputs.values, batch).masked_fill(~mask, 0.0)
+        values = values_before(current, batch).masked_fill(~mask, 0.0)
         returns = batch["returns"].masked_fill(~mask, 0.0)
         errors = (values - returns).square()
         metrics = {"values_mean": _mean(values, mask), "returns_mean": _mean(returns, mask)}

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from nemo_rl_core.errors import ShapeMismatch
-from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
+from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
 from nemo_rl_plugins_reward_model.config import BradleyTerryConfig
 
 if TYPE_CHECKING:
@@ -78,12 +77,7 @@ def _scores(outputs: ModelOutputs, batch: BatchedDataDict) -> Tensor:
     """[B] the value at each sequence's last trained token; of one without any, that of the batch's first token."""
     import torch
 
-    mask = batch["loss_mask"]
-    if outputs.values is None or outputs.values.shape != mask.shape:
-        found = None if outputs.values is None else list(outputs.values.shape)
-        raise ShapeMismatch(
-            f"outputs.values has shape {found}, loss_mask {list(mask.shape)}; both must be [N], one entry each token."
-        )
+    values, mask = per_token(outputs.values, batch, "outputs.values"), batch["loss_mask"]
     places = torch.arange(len(mask), device=mask.device).masked_fill(~mask, 0)
     last = places.new_zeros(len(batch)).scatter_reduce(0, batch.sequence_index, places, "amax")
-    return outputs.values.masked_fill(~mask, 0.0)[last]
+    return values.masked_fill(~mask, 0.0)[last]

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core.errors import ShapeMismatch
-from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
+from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
@@ -42,11 +41,5 @@ class NLLLoss:
             ShapeMismatch: `outputs.logprobs` is not [N].
         """
         mask = batch["loss_mask"]
-        if outputs.logprobs is None or outputs.logprobs.shape != mask.shape:
-            found = None if outputs.logprobs is None else list(outputs.logprobs.shape)
-            raise ShapeMismatch(
-                f"outputs.logprobs has shape {found}, loss_mask {list(mask.shape)}; both must be [N], "
-                "one entry for each token of the micro-batch."
-            )
-        total = -outputs.logprobs.masked_fill(~mask, 0.0).sum()
+        total = -per_token(outputs.logprobs, batch, "outputs.logprobs").masked_fill(~mask, 0.0).sum()
         return LossSums(total, {"nll": Metric(total.detach(), mask.sum())})

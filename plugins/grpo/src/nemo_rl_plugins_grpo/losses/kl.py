@@ -1,7 +1,7 @@
 """KL divergence to a reference policy, from samples: its value, and apart from it its gradient.
 
-x = log(reference / policy) of a sampled token. Three estimators of KL(policy || reference)
-(J. Schulman, "Approximating KL divergence", 2020): k1 = -x, k2 = x^2 / 2, k3 = exp(x) - 1 - x.
+x = log(reference / policy) of a sampled token; the estimators k1, k2 and k3 of the value are in
+`nemo_rl_core.training.kl`.
 
 An estimator that is right in value is not so in gradient once it is differentiated: k1 alone has zero
 expected gradient, k3 alone that of the KL in the other direction. Multiplying by exp(logprob - detached
@@ -12,25 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.training.kl import kl_estimate
 
-__all__ = ["kl_estimate", "reference_kl"]
-
-
-def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
-    """Estimate KL(p || q) at tokens sampled from p.
-
-    Args:
-        log_ratio: [...] log q - log p of the sampled token.
-        kind: "k1", "k2" or "k3".
-    """
-    if kind == "k1":
-        return -log_ratio
-    if kind == "k2":
-        return log_ratio.square() / 2
-    if kind == "k3":
-        return log_ratio.expm1() - log_ratio  # exp(x) - 1 would lose all digits near 0 and go negative
-    raise ConfigError(f"KL estimator {kind!r} is not known; allowed: 'k1', 'k2', 'k3'")
+__all__ = ["reference_kl"]
 
 
 def reference_kl(
@@ -61,7 +45,7 @@ def reference_kl(
         [N] in nats.
     """
     log_ratio = ref_logprobs - logprobs
-    value = kl_estimate(log_ratio.clamp(-input_clamp, input_clamp), kind)
+    value = kl_estimate(log_ratio, kind, bound=input_clamp)
     if gradient != "direct":
         sampled_by = logprobs.detach() if gradient == "unbiased" else rollout_logprobs
         weight = (logprobs - sampled_by).clamp(-input_clamp, input_clamp).exp()

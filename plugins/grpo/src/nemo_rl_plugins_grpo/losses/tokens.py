@@ -13,8 +13,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.errors import ShapeMismatch
-from nemo_rl_core.protocols.loss import Metric
+from nemo_rl_core.protocols.loss import Metric, per_token
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
@@ -49,18 +48,12 @@ def read_tokens(outputs: ModelOutputs, batch: BatchedDataDict, *, reference: boo
     Raises:
         ShapeMismatch: `outputs.logprobs` is not [N].
     """
-    mask = batch["loss_mask"]
-    if outputs.logprobs is None or outputs.logprobs.shape != mask.shape:
-        found = None if outputs.logprobs is None else list(outputs.logprobs.shape)
-        raise ShapeMismatch(
-            f"outputs.logprobs has shape {found}, loss_mask {list(mask.shape)}; both must be [N], "
-            "one entry for each token of the micro-batch."
-        )
+    current, mask = per_token(outputs.logprobs, batch, "outputs.logprobs"), batch["loss_mask"]
     dropped = ~mask
     # Masking comes before any arithmetic: an inf or nan that meets exp() or a product first would
     # still reach the gradient as 0 * inf.
     clean = {name: batch[name].masked_fill(dropped, 0.0) for name in ("rollout_logprobs", "advantages")}
-    logprobs = outputs.logprobs.masked_fill(dropped, 0.0)
+    logprobs = current.masked_fill(dropped, 0.0)
     start = batch["logprobs"].masked_fill(dropped, 0.0) if "logprobs" in batch else logprobs.detach()
     ref = batch["ref_logprobs"].masked_fill(dropped, 0.0) if reference else None
     return Tokens(mask, logprobs, start, clean["rollout_logprobs"], clean["advantages"], ref)
