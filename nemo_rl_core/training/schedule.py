@@ -12,7 +12,7 @@ from nemo_rl_core._errors import ConfigError
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import SchedulerConfig
 
-__all__ = ["learning_rate_factor", "make_scheduler"]
+__all__ = ["check_schedule", "learning_rate_factor", "make_scheduler"]
 
 
 def learning_rate_factor(config: SchedulerConfig, step: int) -> float:
@@ -27,15 +27,24 @@ def learning_rate_factor(config: SchedulerConfig, step: int) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining
 
 
-def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """Build the schedule.
+def check_schedule(config: SchedulerConfig) -> None:
+    """Refuse a decay without an end.
 
     Raises:
-        ConfigError: A decay without an end.
+        ConfigError: Says what is to be set.
     """
     if config.name != "constant" and config.total_steps is None:
         raise ConfigError(
             f"policy.scheduler.name is {config.name!r}, but neither policy.scheduler.total_steps nor max_steps says "
             "where the decay ends. Set one of them."
         )
+
+
+def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """Build the schedule.
+
+    Raises:
+        ConfigError: A decay without an end.
+    """
+    check_schedule(config)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
