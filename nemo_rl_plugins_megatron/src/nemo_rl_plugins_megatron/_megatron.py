@@ -11,6 +11,7 @@ import warnings
 from packaging.version import Version
 
 from nemo_rl_core._errors import ConfigError
+from nemo_rl_plugins_megatron.cpu import without_compiler
 
 __all__ = [
     "DistributedDataParallel",
@@ -37,7 +38,6 @@ __all__ = [
     "get_transformer_layer_offset",
     "mappings",
     "parallel_state",
-    "random",
 ]
 
 _LOWEST, _TOO_HIGH = Version("0.16.1"), Version("0.17")
@@ -57,7 +57,7 @@ def check_version() -> None:
         )
 
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), without_compiler():
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import (
@@ -72,7 +72,7 @@ with warnings.catch_warnings():
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.moe import moe_utils

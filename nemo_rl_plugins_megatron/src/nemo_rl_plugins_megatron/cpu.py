@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nemo_rl_plugins_megatron._megatron import random
-
-__all__ = ["seed_rng_tracker", "without_gpu"]
+__all__ = ["seed_rng_tracker", "without_compiler", "without_gpu"]
 
 _CPU = torch.device("cpu")
 
@@ -76,6 +74,8 @@ def without_gpu(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
+    from megatron.core.tensor_parallel import random
+
     answers: dict[str, Any] = {
         "current_device": lambda: _CPU,
         "synchronize": lambda *args: None,
@@ -94,8 +94,20 @@ def without_gpu(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Import megatron-core without the compiler of its fused kernels, which takes seconds to load; CPUs use none."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with _replaced(torch, "compile", lambda function=None, **kwargs: function or (lambda decorated: decorated)):
+        yield
+
+
 def seed_rng_tracker(device: torch.device, seed: int) -> None:
     """Make the RNG tracker that layers ask for. Dropout is off, so on a CPU it need not draw anything."""
+    from megatron.core.tensor_parallel import random
+
     if device.type == "cpu":
         random.initialize_rng_tracker(inference_rng_tracker=True)
     else:

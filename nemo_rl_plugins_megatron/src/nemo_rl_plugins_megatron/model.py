@@ -190,8 +190,8 @@ def transformer_config(hf_config: Any, policy: PolicyConfig, options: MegatronCo
         # A token must have one probability.
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # The weights are those of the Hugging Face model.
-        perform_initialization=False,
+        # Without it megatron-core does not mark which weights are shares, and counts gradients wrongly.
+        perform_initialization=True,
         use_cpu_initialization=ranks.device.type == "cpu",
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
