@@ -1,7 +1,7 @@
 """Attention over packed sequences, for layers without Transformer Engine.
 
-Legend: N tokens of this rank's row, P tokens of the whole row with its filling, H query heads, K key-value heads, D head
-size, C context-parallel ranks.
+Legend: N tokens of this rank's row, P tokens of the whole row with its filling, H query heads, K key-value heads,
+D head size, C context-parallel ranks.
 
 With context parallelism each sequence is cut into 2C chunks, of which rank r has the r-th from the front and the r-th
 from the back, so that causal attention is equal work for all. Keys and values of all ranks are gathered for each layer.

@@ -76,7 +76,9 @@ class MegatronBackend(TrainingBackend):
         if context.num_threads is not None:
             torch.set_num_threads(context.num_threads)
         self.config = config
-        self.options = config.options if isinstance(config.options, MegatronConfig) else MegatronConfig(**config.options)
+        self.options = (
+            config.options if isinstance(config.options, MegatronConfig) else MegatronConfig(**config.options)
+        )
         self.device = torch.device(context.device)
         self.role = context.role
         self.hf_config = load_model_config(config.model_name)

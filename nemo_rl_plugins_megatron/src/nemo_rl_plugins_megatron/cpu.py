@@ -58,6 +58,10 @@ class _Stream:
 _STREAM = _Stream()
 
 
+def _plain(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
 @contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(module, name)
@@ -75,6 +79,7 @@ def without_gpu(device: torch.device) -> Iterator[None]:
         yield
         return
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     answers: dict[str, Any] = {
         "current_device": lambda: _CPU,
@@ -90,6 +95,8 @@ def without_gpu(device: torch.device) -> Iterator[None]:
         # Recomputed activations restore the RNG of the device; the CPU's own is restored beside it.
         stack.enter_context(_replaced(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0)))
         stack.enter_context(_replaced(random, "_set_cuda_rng_state", lambda *args, **kwargs: None))
+        # Numbers of tokens per expert become plain numbers on their way from the GPU; here they never make it.
+        stack.enter_context(_replaced(token_dispatcher, "maybe_move_tensor_to_cpu", _plain))
         stack.enter_context(_CpuForCuda())
         yield
 

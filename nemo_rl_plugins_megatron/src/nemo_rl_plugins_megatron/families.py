@@ -19,7 +19,6 @@ from nemo_rl_plugins_megatron.mapping import (
     Gate,
     Heads,
     QueryKeyValue,
-    Rows,
     Rule,
     Vocabulary,
     Whole,
@@ -154,9 +153,7 @@ def common_settings(config: Any) -> dict[str, Any]:
 
 def heads_of(config: Any) -> Heads:
     """The sizes that the rules need."""
-    return Heads(
-        num_groups=config.num_key_value_heads, head_size=_head_size(config), vocab_size=config.vocab_size
-    )
+    return Heads(num_groups=config.num_key_value_heads, head_size=_head_size(config), vocab_size=config.vocab_size)
 
 
 def _head_size(config: Any) -> int:

@@ -63,12 +63,12 @@ class _Along(Form):
         return [torch.cat(list(parts), dim=self.dim)]
 
 
-def Rows() -> Form:  # noqa: N802
+def Rows() -> Form:
     """Ranks share the output features."""
     return _Along(0)
 
 
-def Columns() -> Form:  # noqa: N802
+def Columns() -> Form:
     """Ranks share the input features."""
     return _Along(1)
 
@@ -134,8 +134,8 @@ class QueryKeyValue(Form):
 class Rule:
     """One weight of megatron-core and what it is made of.
 
-    `{layer}` in a name stands for the number of the layer, counted over the whole model, and `{expert}` in ours for that
-    of the expert, which is the first dimension of theirs.
+    `{layer}` in a name stands for the number of the layer, counted over the whole model, and `{expert}` in ours for
+    that of the expert, which is the first dimension of theirs.
     """
 
     ours: str

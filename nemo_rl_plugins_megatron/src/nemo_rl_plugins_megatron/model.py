@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["PolicyModel", "build_model", "check_sizes", "transformer_config"]
 
 
-class RMSNorm(nn.Module):
+class _RMSNorm(nn.Module):
     """Root mean square norm, in float32, as the Hugging Face models do it; its weight may see a share of the tokens."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ class _Modules(LocalSpecProvider):
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """The norm."""
-        return RMSNorm
+        return _RMSNorm
 
     def core_attention(self) -> type:
         """The attention."""
@@ -97,7 +97,7 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     first = get_transformer_layer_offset(config)
     count = config.num_layers // config.pipeline_model_parallel_size
     specs = [_layer_spec(config, sparse=bool(sparse[i])) for i in range(first, first + count)]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_RMSNorm)
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
@@ -247,6 +247,6 @@ def _frequencies(hf_config: Any) -> Tensor:
         if scale == 1.0:
             return frequencies
     raise ConfigError(
-        f"The megatron backend does not do rotary embeddings of type {kind!r} (it does default, linear and llama3). Set "
-        "policy.backend: dtensor."
+        f"The megatron backend does not do rotary embeddings of type {kind!r} (it does default, linear and llama3). "
+        "Set policy.backend: dtensor."
     )

@@ -60,7 +60,7 @@ def _optimizer_config(policy: PolicyConfig, *, distributed: bool) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The distributed optimizer steps views of float32 weights and keeps their gradient itself; PyTorch wonders at it."""
+    """The distributed optimizer steps views of float32 weights and keeps their gradients itself, so PyTorch warns."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         yield

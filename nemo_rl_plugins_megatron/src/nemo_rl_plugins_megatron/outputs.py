@@ -38,9 +38,7 @@ class TokenOutputs:
         is_scalar: One number for each token in place of the vocabulary.
     """
 
-    def __init__(
-        self, model: PolicyModel, ranks: Ranks, *, vocab_size: int, chunk_size: int, is_scalar: bool
-    ) -> None:
+    def __init__(self, model: PolicyModel, ranks: Ranks, *, vocab_size: int, chunk_size: int, is_scalar: bool) -> None:
         self.model = model
         self.ranks = ranks
         self.vocab_size = vocab_size

@@ -1,7 +1,7 @@
 """One micro-batch as a row of tokens, and this rank's part of it.
 
-Legend: N tokens of the micro-batch, P tokens of the row with its filling, R tokens that this rank's layers see, M tokens
-whose logprob this rank computes.
+Legend: N tokens of the micro-batch, P tokens of the row with its filling, R tokens that this rank's layers see,
+M tokens whose logprob this rank computes.
 """
 
 from __future__ import annotations

@@ -47,9 +47,7 @@ class WeightMap:
         ConfigError: The family's rules do not cover the model.
     """
 
-    def __init__(
-        self, hf_config: Any, shapes: Mapping[str, Sequence[int]], model: PolicyModel, ranks: Ranks
-    ) -> None:
+    def __init__(self, hf_config: Any, shapes: Mapping[str, Sequence[int]], model: PolicyModel, ranks: Ranks) -> None:
         self.heads = heads_of(hf_config)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.ranks = ranks
@@ -82,7 +80,8 @@ class WeightMap:
         if missing:
             raise ConfigError(
                 f"The rules of the family {model_type!r} do not fit this model: {', '.join(missing[:4])} "
-                f"({len(missing)} weights). Complete nemo_rl_plugins_megatron/families.py, or set policy.backend: dtensor."
+                f"({len(missing)} weights). Complete nemo_rl_plugins_megatron/families.py, or set "
+                "policy.backend: dtensor."
             )
 
     def _names(self, weight: _Weight) -> list[str]:
@@ -116,9 +115,7 @@ class WeightMap:
                 self.parameters[name].copy_(part)
         for name in self._tied_copy():
             embedding = next(weight for weight in self.weights if weight.ours.startswith("embedding."))
-            part = embedding.rule.form.cut(
-                [source[embedding.theirs[0]]], ranks.tp_index, ranks.tp_size, self.heads
-            )
+            part = embedding.rule.form.cut([source[embedding.theirs[0]]], ranks.tp_index, ranks.tp_size, self.heads)
             self.parameters[name].copy_(part)
 
     # -- out ----------------------------------------------------------------------------------
