@@ -274,7 +274,7 @@ class MegatronBackend(TrainingBackend):
         """These outputs for each token of the batch, [N, ...] each, on the CPU."""
         parts = micro_batches
         if parts is None:
-            parts = fill_in_order(batch.lengths, self.config.max_tokens_per_microbatch)
+            parts = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
         parts = parts or [[]]
         collected = PerToken(batch)
 
