@@ -333,30 +333,11 @@ class MegatronBackend(TrainingBackend):
         Raises:
             CheckpointError: Names the file that is missing, damaged or of another model or layout.
         """
-        file = Path(path) / self.ranks.file_name
-        state = sealed_file.read(file)
-        try:
-            self._check_fits(state)
-            self._restore(state)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"The checkpoint file {file} does not fit this run ({error}). It was written for another model, "
-                "optimizer, precision or layout of workers; start in a new run_dir, or with checkpointing.resume: "
-                "never."
-            ) from error
-
-    def _check_fits(self, state: dict[str, Any]) -> None:
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise ValueError(f"its {name} is {state[name]!r}, here it is {value!r}")
-        ours, saved = self.weights.parameters, state["weights"]
-        if ours.keys() != saved.keys():
-            raise ValueError(f"other parameters: {sorted(ours.keys() ^ saved.keys())[:4]}")
-        if wrong := [name for name, p in ours.items() if p.shape != saved[name].shape]:
-            raise ValueError(f"other shapes: {wrong[:4]}")
+        sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
+        sealed_file.check_fits(state, self._identity(), self.weights.parameters)
         assert self.optimizer is not None
         with without_gpu(self.device):
             for name, parameter in self.weights.parameters.items():

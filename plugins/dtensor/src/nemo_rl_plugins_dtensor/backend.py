@@ -374,29 +374,11 @@ class DTensorBackend(TrainingBackend):
         Raises:
             CheckpointError: Names the file that is missing, damaged or of another model or layout.
         """
-        file = Path(path) / self.ranks.file_name
-        state = sealed_file.read(file)
-        try:
-            self._check_fits(state)
-            self._restore(state)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"The checkpoint file {file} does not fit this run ({error}). It was written for another model, "
-                "optimizer, precision or number of workers; start in a new run_dir, or with "
-                "checkpointing.resume: never."
-            ) from error
+        sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
 
     def _check_fits(self, state: dict[str, Any]) -> None:
-        expected = {"format": _FORMAT, "precision": self.config.precision, "layout": self.ranks.layout}
-        for name, value in expected.items():
-            if state[name] != value:
-                raise ValueError(f"its {name} is {state[name]!r}, here it is {value!r}")
-        held = self._held()
-        if held.keys() != state["weights"].keys():
-            raise ValueError(f"other parameters: {sorted(held.keys() ^ state['weights'].keys())[:4]}")
-        wrong = [name for name, p in held.items() if local_part(p).shape != state["weights"][name].shape]
-        if wrong:
-            raise ValueError(f"other shapes: {wrong[:4]}")
+        identity = {"format": _FORMAT, "precision": self.config.precision, "layout": self.ranks.layout}
+        sealed_file.check_fits(state, identity, {name: local_part(p) for name, p in self._held().items()})
         if state.get("base") != self._base_fingerprint():
             raise ValueError("the weights below the adapters are others")
         if (state["masters"] is None) != (self.masters is None):
@@ -404,6 +386,7 @@ class DTensorBackend(TrainingBackend):
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
+        self._check_fits(state)
         self.ranks.reshard(self.network)
         for name, parameter in self._held().items():
             local_part(parameter).copy_(state["weights"][name])
