@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import nemo_rl
+from nemo_rl_plugins_megatron.backend import MegatronBackend
 
 
 def a_digit(response: str) -> float:
@@ -35,14 +36,20 @@ def test_the_reward_rises_and_engine_and_trainer_agree(on_megatron, rows):
     assert (result.model_path / "model.safetensors").is_file()
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(on_megatron, rows, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(on_megatron, rows, tmp_path, monkeypatch):
+    loaded = []
+    load = MegatronBackend.load_checkpoint
+    monkeypatch.setattr(MegatronBackend, "load_checkpoint", lambda self, path: loaded.append(path) or load(self, path))
+
     def run(name, max_steps):
         config = on_megatron(max_steps=max_steps, run_dir=str(tmp_path / name), checkpointing={"every": 2})
         return nemo_rl.GRPOTrainer(config).fit(rows, a_digit)
 
     whole = run("whole", 4)
     run("parts", 2)
+    assert not loaded
     resumed = run("parts", 4)
+    assert len(loaded) == 1
     assert resumed.step == 4
     for name in ("train/loss", "train/grad_norm", "reward/mean"):
         assert resumed.history[-1][name] == whole.history[-1][name]
