@@ -111,7 +111,7 @@ class PolicyConfig:
     """Tokens of prompt and completions together; a longer prompt is a recorded failure."""
     max_tokens_per_microbatch: int | None = field(default=None, validator=optional(ge(1)))
     """Token budget of one forward-backward; a longer sequence goes alone. None is 16384 on an accelerator, and on a
-    CPU 1024: activations of that many stay in its caches."""
+    CPU 2048: activations of about that many stay in its caches."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: float | None = field(default=1.0, validator=optional(gt(0)))
@@ -127,7 +127,7 @@ class PolicyConfig:
 
     def token_budget(self, device: str) -> int:
         """Tokens of one micro-batch on a type of device ("cpu", "cuda")."""
-        return self.max_tokens_per_microbatch or (1024 if device == "cpu" else 16384)
+        return self.max_tokens_per_microbatch or (2048 if device == "cpu" else 16384)
 
 
 @frozen(kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 
 __all__ = ["capture_rng", "check_fits", "read", "restore", "restore_rng", "write"]
 

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
+from nemo_rl_core.models.products import fast_linear, product
+
 __all__ = ["LogitTransform", "VocabularyShard", "likeliest", "linear_logprobs"]
 
 
@@ -170,7 +172,7 @@ def _likeliest_of_all(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    return transform(torch.nn.functional.linear(hidden, weight, bias).float())
+    return transform(fast_linear(hidden, weight, bias).float())
 
 
 def _entropy(logits: Tensor, lse: Tensor) -> Tensor:
@@ -242,7 +244,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 d_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if d_hidden is not None:
-                torch.mm(grad, weight, out=d_hidden[rows])
+                d_hidden[rows] = product(grad, weight.T)
             if d_weight is not None:
                 _add_outer(d_weight, grad, chunk)
         return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models.logprobs import LogitTransform, VocabularyShard, likeliest, linear_logprobs
 
 __all__ = ["VOCABULARY_OUTPUTS", "check_ids", "differentiable_logits", "vocabulary_outputs"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import SchedulerConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core._errors import CheckpointError, InvariantViolation
 from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import CheckpointError, InvariantViolation
 from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.testing.conformance.reference import WeightedLoss

@@ -10,7 +10,7 @@ import warnings
 
 from packaging.version import Version
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron.cpu import without_compiler
 
 __all__ = [

@@ -14,9 +14,9 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
+from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.models import load_model, load_model_config
 from nemo_rl_core.models.vocabulary_head import check_ids

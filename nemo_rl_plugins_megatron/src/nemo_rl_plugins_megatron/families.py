@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from attrs import frozen
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron.mapping import (
     Columns,
     FusedGate,

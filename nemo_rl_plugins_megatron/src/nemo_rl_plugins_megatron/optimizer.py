@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.training.schedule import check_schedule, learning_rate_factor
 from nemo_rl_plugins_megatron._megatron import OptimizerConfig, get_megatron_optimizer
 

@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron.families import family_of, heads_of
 from nemo_rl_plugins_megatron.mapping import Rule
 

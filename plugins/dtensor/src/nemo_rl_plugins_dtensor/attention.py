@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models.packed_attention import Packing, attend_packed
 
 __all__ = ["ATTENTION_NAME", "packed_attention"]

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
+from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
+from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
 from nemo_rl_core.training.schedule import make_scheduler
@@ -95,6 +96,7 @@ class DTensorBackend(TrainingBackend):
         self.network.train().to(self.device)
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.ranks.shard(self.network, bfloat16=keeps_masters)
+        use_fast_linear(model)
         # FSDP keeps float32 shards and computes in bfloat16 by itself; these names outlive its gathering of weights.
         self.weights = dict(self.network.model.named_parameters())
         self.parameters = [p for p in self.weights.values() if p.requires_grad]

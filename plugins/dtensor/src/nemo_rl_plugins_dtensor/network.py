@@ -13,8 +13,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models.logprobs import LogitTransform
 from nemo_rl_core.models.packed_attention import Packing
 from nemo_rl_core.models.vocabulary_head import (
