@@ -15,7 +15,14 @@ import nox
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ROOT / "constraints.txt"
-PACKAGES = [".", *sorted(str(p.parent.relative_to(ROOT)) for p in ROOT.glob("plugins/*/pyproject.toml"))]
+PACKAGES = [
+    ".",
+    *sorted(
+        str(p.parent.relative_to(ROOT))
+        for pattern in ("plugins/*", "nemo_rl_plugins_*")
+        for p in ROOT.glob(f"{pattern}/pyproject.toml")
+    ),
+]
 TORCH_VERSION = next(
     line.removeprefix("torch==") for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")
 )

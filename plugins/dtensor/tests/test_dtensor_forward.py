@@ -8,8 +8,8 @@ import torch
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
+from nemo_rl_core.models.packed_attention import Packing
 from nemo_rl_core.protocols.training_backend import StepPlan
-from nemo_rl_plugins_dtensor.attention import Packing
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2"]

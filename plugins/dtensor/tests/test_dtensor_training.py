@@ -13,9 +13,9 @@ from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.training_backend import StepPlan
+from nemo_rl_core.training.schedule import learning_rate_factor
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig
-from nemo_rl_plugins_dtensor.optimizer import learning_rate_factor
 
 
 def _weights(backend):

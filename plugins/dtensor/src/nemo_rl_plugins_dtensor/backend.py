@@ -15,22 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
-from nemo_rl_plugins_dtensor import checkpoint
+from nemo_rl_core.training.schedule import make_scheduler
+from nemo_rl_core.training.step_metrics import StepMetrics
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
 from nemo_rl_plugins_dtensor.lora import Adapters
-from nemo_rl_plugins_dtensor.metrics import StepMetrics
 from nemo_rl_plugins_dtensor.network import PolicyNetwork
 from nemo_rl_plugins_dtensor.optimizer import (
     MasterWeights,
     local_optimizer_state,
     make_optimizer,
-    make_scheduler,
     optimizer_state,
 )
 from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part
@@ -180,7 +181,7 @@ class DTensorBackend(TrainingBackend):
         if len(batch) == 0 and self.ranks.layout == "1x1":
             return None
         row = self.network.row(
-            batch if len(batch) else _one_token(),
+            batch if len(batch) else one_token(),
             device=self.device,
             only_trained=True,
             with_top_ids=len(batch) > 0 and "top_logprobs" in needs,
@@ -284,28 +285,18 @@ class DTensorBackend(TrainingBackend):
 
         If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0.
         """
-        parts = (
-            micro_batches
-            if micro_batches is not None
-            else _by_budget(batch, self.config.token_budget(self.device.type))
-        )
-        offsets = batch.offsets
-        out: dict[str, Tensor] = {}
-        for indices in parts or [[]]:
+        collected = PerToken(batch)
+        if micro_batches is None:
+            micro_batches = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
+        for indices in micro_batches or [[]]:
             selected = batch.select(indices)
             row = self.network.row(
-                selected if len(selected) else _one_token(), device=self.device, only_trained="loss_mask" in batch
+                selected if len(selected) else one_token(), device=self.device, only_trained="loss_mask" in batch
             )
             found = self.network(row, **options)
-            starts = offsets[:-1][torch.as_tensor(indices, dtype=torch.int64)]
-            places = selected.position_ids + selected.expand_to_tokens(starts)
-            for name in names:
-                part = found[name].cpu()
-                whole = out.setdefault(name, part.new_zeros(batch.num_tokens, *part.shape[1:]))
-                if len(selected):
-                    whole[places] = part
+            collected.put(indices, {name: found[name] for name in names})
         self.ranks.reshard(self.network)
-        return out
+        return collected.values
 
     # -- weights out --------------------------------------------------------------------------
 
@@ -368,9 +359,9 @@ class DTensorBackend(TrainingBackend):
             "masters": None if self.masters is None else [local_part(m) for m in self.masters.masters],
             "optimizer": local_optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
-            "rng": checkpoint.capture_rng(self.device),
+            "rng": sealed_file.capture_rng(self.device),
         }
-        checkpoint.write(Path(path) / self.ranks.file_name, state)
+        sealed_file.write(Path(path) / self.ranks.file_name, state)
 
     def _held(self) -> dict[str, Any]:
         """The weights that a checkpoint holds: all, or the adapters alone."""
@@ -386,29 +377,11 @@ class DTensorBackend(TrainingBackend):
         Raises:
             CheckpointError: Names the file that is missing, damaged or of another model or layout.
         """
-        file = Path(path) / self.ranks.file_name
-        state = checkpoint.read(file)
-        try:
-            self._check_fits(state)
-            self._restore(state)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"The checkpoint file {file} does not fit this run ({error}). It was written for another model, "
-                "optimizer, precision or number of workers; start in a new run_dir, or with "
-                "checkpointing.resume: never."
-            ) from error
+        sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
 
     def _check_fits(self, state: dict[str, Any]) -> None:
-        expected = {"format": _FORMAT, "precision": self.config.precision, "layout": self.ranks.layout}
-        for name, value in expected.items():
-            if state[name] != value:
-                raise ValueError(f"its {name} is {state[name]!r}, here it is {value!r}")
-        held = self._held()
-        if held.keys() != state["weights"].keys():
-            raise ValueError(f"other parameters: {sorted(held.keys() ^ state['weights'].keys())[:4]}")
-        wrong = [name for name, p in held.items() if local_part(p).shape != state["weights"][name].shape]
-        if wrong:
-            raise ValueError(f"other shapes: {wrong[:4]}")
+        identity = {"format": _FORMAT, "precision": self.config.precision, "layout": self.ranks.layout}
+        sealed_file.check_fits(state, identity, {name: local_part(p) for name, p in self._held().items()})
         if state.get("base") != self._base_fingerprint():
             raise ValueError("the weights below the adapters are others")
         if (state["masters"] is None) != (self.masters is None):
@@ -416,6 +389,7 @@ class DTensorBackend(TrainingBackend):
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
+        self._check_fits(state)
         self.ranks.reshard(self.network)
         for name, parameter in self._held().items():
             local_part(parameter).copy_(state["weights"][name])
@@ -425,7 +399,7 @@ class DTensorBackend(TrainingBackend):
         self.optimizer.load_state_dict(optimizer_state(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
         self.optimizer.zero_grad(set_to_none=True)
-        checkpoint.restore_rng(state["rng"], self.device)
+        sealed_file.restore_rng(state["rng"], self.device)
 
     # -- place --------------------------------------------------------------------------------
 
@@ -461,22 +435,3 @@ def _switch_off_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _one_token() -> BatchedDataDict:
-    """The smallest row a model can be run on."""
-    ids = torch.zeros(1, dtype=torch.int64)
-    return BatchedDataDict([1], {"input_ids": ids, "loss_mask": torch.zeros(1, dtype=torch.bool)})
-
-
-def _by_budget(batch: BatchedDataDict, budget: int) -> list[list[int]]:
-    """Sequences in order, as many at a time as `budget` tokens allow."""
-    parts: list[list[int]] = []
-    used = budget
-    for i, length in enumerate(batch.lengths.tolist()):
-        if used + length > budget or not parts:
-            parts.append([])
-            used = 0
-        parts[-1].append(i)
-        used += length
-    return parts

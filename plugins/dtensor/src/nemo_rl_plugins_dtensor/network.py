@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME, Packing
-from nemo_rl_plugins_dtensor.logprobs import LogitTransform, likeliest, linear_logprobs
+from nemo_rl_core.models.logprobs import LogitTransform
+from nemo_rl_core.models.packed_attention import Packing
+from nemo_rl_core.models.vocabulary_head import (
+    VOCABULARY_OUTPUTS,
+    check_ids,
+    differentiable_logits,
+    vocabulary_outputs,
+)
+from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME
 from nemo_rl_plugins_dtensor.prefix import share_prefixes
 
 __all__ = ["PolicyNetwork", "Row"]
@@ -130,7 +137,7 @@ class PolicyNetwork(nn.Module):
     @property
     def gives(self) -> frozenset[str]:
         """What `forward` can be asked for."""
-        return frozenset({"values"} if self.is_scalar else {"logprobs", "entropy", "logits", "top_logprobs"})
+        return frozenset({"values"}) if self.is_scalar else VOCABULARY_OUTPUTS
 
     # -- forward ------------------------------------------------------------------------------
 
@@ -140,7 +147,7 @@ class PolicyNetwork(nn.Module):
         """`Row.of` the micro-batch, its prefixes shared where this model allows it and gains by it."""
         fits = self.window is None or batch.max_length <= self.window
         if with_top_ids:
-            _check_ids(batch["top_ids"][batch["loss_mask"]], int(self.head.weight.shape[0]))
+            check_ids(batch["top_ids"][batch["loss_mask"]], int(self.head.weight.shape[0]))
         return Row.of(
             batch,
             device=device,
@@ -173,31 +180,21 @@ class PolicyNetwork(nn.Module):
         transform = self._transform_at(temperature)
         bias = getattr(head, "bias", None)
         predictors = hidden.index_select(0, row.predictors)
-        if needs & {"logprobs", "entropy", "top_logprobs"}:
-            with_top = "top_logprobs" in needs and row.top_ids is not None
-            logprobs, entropy = linear_logprobs(
-                predictors,
-                head.weight,
-                _all_targets(row) if with_top else row.targets,
-                bias=bias,
-                transform=transform,
-                chunk_size=self.chunk_size,
-                with_entropy="entropy" in needs,
-            )
-            if with_top and row.top_ids is not None:
-                out["top_logprobs"] = _spread(logprobs[:, 1:].reshape(row.top_ids.shape), row)
-                logprobs = logprobs[:, 0]
-            out["logprobs"] = _spread(logprobs, row)
-            if entropy is not None:
-                out["entropy"] = _spread(entropy, row)
-        if top_k:
-            found = likeliest(
-                predictors, head.weight, top_k, bias=bias, transform=transform, chunk_size=self.chunk_size
-            )
-            out["top_ids"], out["top_logprobs"] = (_spread(values, row) for values in found)
+        found = vocabulary_outputs(
+            predictors,
+            head.weight,
+            row.targets,
+            needs=needs,
+            bias=bias,
+            transform=transform,
+            chunk_size=self.chunk_size,
+            top_ids=row.top_ids,
+            top_k=top_k,
+        )
+        out |= {name: _spread(values, row) for name, values in found.items()}
         if "logits" in needs:
             logits = nn.functional.linear(predictors, head.weight, bias).float()
-            out["logits"] = _spread(_differentiable(transform, logits), row)
+            out["logits"] = _spread(differentiable_logits(transform, logits), row)
         return out
 
     def _transform_at(self, temperature: float) -> LogitTransform:
@@ -296,28 +293,6 @@ def _spread(values: Tensor, row: Row) -> Tensor:
     """[M, ...] values of the wanted tokens to [N, ...], 0 elsewhere."""
     out = values.new_zeros(row.num_tokens, *values.shape[1:])
     return out.index_copy(0, row.wanted, values)
-
-
-def _check_ids(ids: Tensor, num_ids: int) -> None:
-    if ids.numel() and int(ids.max()) >= num_ids:
-        raise ConfigError(
-            f"batch['top_ids'] has the token id {int(ids.max())}, but this model's vocabulary has {num_ids}. The ids "
-            "come from a model with another vocabulary; choose one with the same tokenizer."
-        )
-
-
-def _all_targets(row: Row) -> Tensor:
-    """[M, 1 + K] each wanted token, and those of `top_ids` in place of it."""
-    others = row.targets[:, None] if row.top_ids is None else row.top_ids.flatten(1)
-    return torch.cat([row.targets[:, None], others], dim=1)
-
-
-def _differentiable(transform: LogitTransform, logits: Tensor) -> Tensor:
-    """The transform out of place, for autograd."""
-    logits = logits * transform.scale
-    if transform.softcap is not None:
-        logits = torch.tanh(logits / transform.softcap) * transform.softcap
-    return logits / transform.temperature
 
 
 def _pair_cost(model: Any) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,12 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_dtensor.parallel import local_part, mesh_groups
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import OptimizerConfig, SchedulerConfig
+    from nemo_rl_core.config.schema import OptimizerConfig
 
 __all__ = [
     "MasterWeights",
-    "learning_rate_factor",
     "local_optimizer_state",
     "make_optimizer",
-    "make_scheduler",
     "optimizer_state",
 ]
 
@@ -79,32 +76,6 @@ def _find_class(path: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ConfigError(f"policy.optimizer.name: {path!r} is not a torch.optim.Optimizer class.")
     return found
-
-
-def learning_rate_factor(config: SchedulerConfig, step: int) -> float:
-    """Share of the peak learning rate at optimizer step `step` (0 is the first)."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.name == "constant" or config.total_steps is None:
-        return 1.0
-    span = max(1, config.total_steps - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / span)
-    remaining = 1 - progress if config.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining
-
-
-def make_scheduler(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """Build the schedule.
-
-    Raises:
-        ConfigError: A decay without an end.
-    """
-    if config.name != "constant" and config.total_steps is None:
-        raise ConfigError(
-            f"policy.scheduler.name is {config.name!r}, but neither policy.scheduler.total_steps nor max_steps says "
-            "where the decay ends. Set one of them."
-        )
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
 
 
 def local_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

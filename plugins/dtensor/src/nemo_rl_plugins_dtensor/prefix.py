@@ -23,7 +23,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_plugins_dtensor.attention import Branches, Packing, plan_groups, runs
+from nemo_rl_core.models.packed_attention import Branches, Packing, plan_groups, runs
 
 __all__ = ["SharedRow", "share_prefixes"]
 

@@ -7,6 +7,9 @@ logits of each chunk again. Only when all tokens fit into one chunk are its prob
 The gradient of log-softmax is (onehot - softmax), so no autograd graph is built over the vocabulary. The idea is that
 of Liger Kernel's fused linear cross entropy (arXiv:2410.10989); unlike there, the gradient is taken in the backward
 pass, since a policy loss weighs each token by what is only known then.
+
+Where ranks hold the rows of the output layer in shares (`VocabularyShard`), each computes its share of every chunk, and
+only numbers per token pass between them: one exchange in the forward pass, none in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
 from nemo_rl_core.models.products import fast_linear, product
 
-__all__ = ["LogitTransform", "likeliest", "linear_logprobs"]
+__all__ = ["LogitTransform", "VocabularyShard", "likeliest", "linear_logprobs"]
 
 
 @frozen(kw_only=True)
@@ -49,6 +53,47 @@ class LogitTransform:
         return grad if factor == 1.0 else grad.mul_(factor)
 
 
+@frozen(kw_only=True, eq=False)
+class VocabularyShard:
+    """This rank's share of an output layer whose rows stand on several ranks, in the order of the ranks.
+
+    Every rank computes the same tokens. The gradient of the hidden states is this rank's share of the sum over ranks.
+    """
+
+    start: int
+    """Token id of the first row that this rank holds."""
+    group: Any
+    """The `torch.distributed` process group of the ranks."""
+
+    def locate(self, targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """The row of each target on this rank (any row for one that is elsewhere), and whether it is here."""
+        rows = targets - self.start
+        here = (rows >= 0) & (rows < num_rows)
+        return rows.clamp(0, num_rows - 1), here
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[ranks, ...] of every rank's `values`."""
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def merge(self, lse: Tensor, chosen: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the whole vocabulary, given those of the shares.
+
+        Args:
+            lse: [M] log-sum-exp of this rank's logits.
+            chosen: [M, K] logits of the targets, 0 where another rank has them.
+            entropy: [M] of the softmax over this rank's logits, or [0].
+        """
+        packed = self.gather(torch.cat([lse[:, None], chosen, *([entropy[:, None]] if len(entropy) else [])], dim=1))
+        shares = packed[..., 0]
+        total = torch.logsumexp(shares, dim=0)
+        if len(entropy):
+            # A share has the weight exp(lse_r - lse); its tokens are less likely by that factor.
+            entropy = ((shares - total).exp() * (packed[..., -1] + total - shares)).sum(0)
+        return total, packed[..., 1 : 1 + chosen.shape[1]].sum(0), entropy
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -58,6 +103,7 @@ def linear_logprobs(
     transform: LogitTransform | None = None,
     chunk_size: int = 1024,
     with_entropy: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-softmax of `hidden @ weight.T` at `targets`, and the entropy of the distribution.
 
@@ -65,19 +111,20 @@ def linear_logprobs(
 
     Args:
         hidden: [M, E] hidden states that predict.
-        weight: [V, E] output layer.
+        weight: [V, E] output layer, or this rank's rows of it.
         targets: [M] int64 predicted tokens, or [M, K] several in place of each.
         bias: [V] of the output layer.
         transform: See `LogitTransform`.
         chunk_size: Tokens whose [C, V] float32 logits are held at a time.
         with_entropy: Also return the entropies.
+        shard: Says which rows `weight` (and `bias`) are; None is all. A collective of its group then.
 
     Returns:
         Float32 logprobs in the shape of `targets`, and [M] float32 entropies in nats or None.
     """
     wide = targets if targets.ndim == 2 else targets[:, None]
     logprobs, entropy = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, wide, transform or LogitTransform(), chunk_size, with_entropy
+        hidden, weight, bias, wide, transform or LogitTransform(), chunk_size, with_entropy, shard
     )
     return logprobs.view(targets.shape), entropy if with_entropy else None
 
@@ -91,6 +138,7 @@ def likeliest(
     bias: Tensor | None = None,
     transform: LogitTransform | None = None,
     chunk_size: int = 1024,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of each distribution, [M, k] int64 ids and float32 logprobs, likeliest first.
 
@@ -102,10 +150,25 @@ def likeliest(
     for start in range(0, num_tokens, chunk_size):
         rows = slice(start, start + chunk_size)
         logits = _logits(hidden[rows], weight, bias, transform or LogitTransform())
-        top = logits.topk(k, dim=-1)
-        ids[rows] = top.indices
-        logprobs[rows] = top.values - torch.logsumexp(logits, dim=-1, keepdim=True)
+        top = logits.topk(min(k, logits.shape[1]), dim=-1)
+        lse = torch.logsumexp(logits, dim=-1)
+        if shard is None:
+            ids[rows], logprobs[rows] = top.indices, top.values - lse[:, None]
+        else:
+            ids[rows], logprobs[rows] = _likeliest_of_all(shard, k, top.indices + shard.start, top.values, lse)
     return ids, logprobs
+
+
+def _likeliest_of_all(
+    shard: VocabularyShard, k: int, ids: Tensor, logits: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[C, k] of the whole vocabulary, given the likeliest of this rank's share."""
+    missing = k - ids.shape[1]  # a share of fewer than k tokens
+    all_ids = shard.gather(torch.nn.functional.pad(ids, (0, missing)))
+    all_logits = shard.gather(torch.nn.functional.pad(logits, (0, missing), value=-torch.inf))
+    total = torch.logsumexp(shard.gather(lse), dim=0)
+    top = all_logits.transpose(0, 1).flatten(1).topk(k, dim=-1)
+    return all_ids.transpose(0, 1).flatten(1).gather(1, top.indices), top.values - total[:, None]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
@@ -129,8 +192,12 @@ class _LinearLogprobs(torch.autograd.Function):
         transform: LogitTransform,
         chunk_size: int,
         with_entropy: bool,
+        shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
         num_tokens = hidden.shape[0]
+        here: Tensor | None = None
+        if shard is not None:
+            targets, here = shard.locate(targets, weight.shape[0])
         logprobs = hidden.new_empty(targets.shape, dtype=torch.float32)
         lse = logprobs.new_empty(num_tokens)
         entropy = lse.new_empty(num_tokens if with_entropy else 0)
@@ -139,17 +206,22 @@ class _LinearLogprobs(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             logits = _logits(hidden[rows], weight, bias, transform)
             lse[rows] = torch.logsumexp(logits, dim=-1)
-            logprobs[rows] = logits.gather(1, targets[rows]) - lse[rows, None]
+            chosen = logits.gather(1, targets[rows])
+            logprobs[rows] = chosen - lse[rows, None] if here is None else chosen * here[rows]
             if with_entropy:
                 entropy[rows] = _entropy(logits, lse[rows])
             kept = logits
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy, kept if num_tokens <= chunk_size else None)
+        if shard is not None:
+            lse, logprobs, entropy = shard.merge(lse, logprobs, entropy)
+            logprobs = logprobs - lse[:, None]
+        kept = kept if num_tokens <= chunk_size else None
+        ctx.save_for_backward(hidden, weight, bias, targets, here, lse, entropy, kept)
         ctx.transform, ctx.chunk_size, ctx.with_entropy = transform, chunk_size, with_entropy
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, targets, lse, entropy, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, here, lse, entropy, kept = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         # Chunks add up in float32: a bfloat16 sum over many chunks would lose the small ones.
@@ -164,6 +236,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 lse[rows],
                 targets[rows],
                 d_logprobs[rows],
+                None if here is None else here[rows],
                 (entropy[rows], d_entropy[rows]) if ctx.with_entropy else None,
             )
             grad = ctx.transform.backward(grad, logits)
@@ -178,7 +251,7 @@ class _LinearLogprobs(torch.autograd.Function):
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -191,9 +264,14 @@ def _add_outer(total: Tensor, grad: Tensor, chunk: Tensor) -> None:
 
 
 def _softmax_gradient(
-    logits: Tensor, lse: Tensor, targets: Tensor, d_logprobs: Tensor, entropy: tuple[Tensor, Tensor] | None
+    logits: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    d_logprobs: Tensor,
+    here: Tensor | None,
+    entropy: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """[C, V] gradient with respect to the transformed logits, of [C, K] targets."""
+    """[C, V] gradient with respect to the transformed logits; of [C, K] targets those `here` are among them."""
     probabilities = (logits - lse[:, None]).exp_()
     factor = -d_logprobs.sum(1, keepdim=True)
     if entropy is not None:
@@ -201,5 +279,5 @@ def _softmax_gradient(
         value, d_value = entropy
         factor = factor - d_value[:, None] * ((logits - lse[:, None]).clamp_min_(-1e30) + value[:, None])
     grad = probabilities.mul_(factor)
-    grad.scatter_add_(1, targets, d_logprobs.to(grad.dtype))
+    grad.scatter_add_(1, targets, (d_logprobs if here is None else d_logprobs * here).to(grad.dtype))
     return grad

@@ -9,14 +9,16 @@ import json
 import os
 import random
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemo_rl_core.errors import CheckpointError
 
-__all__ = ["capture_rng", "read", "restore_rng", "write"]
+__all__ = ["capture_rng", "check_fits", "read", "restore", "restore_rng", "write"]
 
 _BLOCK = 1 << 22
 
@@ -74,6 +76,44 @@ def read(path: Path, *, map_location: str | torch.device = "cpu") -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # whatever the unpickler meets, the file is at fault
         raise CheckpointError(f"The checkpoint file {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def restore(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
+    """Read the checkpoint of a training worker and let `take` put it in place.
+
+    Raises:
+        CheckpointError: The file cannot be read, or `take` found that it is of another run (it raises what comes, a
+            ValueError with the reason best).
+    """
+    state = read(path)
+    try:
+        take(state)
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"The checkpoint file {path} does not fit this run ({error}). It was written for another model, optimizer, "
+            "precision, number or layout of workers; start in a new run_dir, or with checkpointing.resume: never."
+        ) from error
+
+
+def check_fits(state: Mapping[str, Any], identity: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Compare a state with the run that is to continue from it.
+
+    Args:
+        state: What was read.
+        identity: What of it must be equal, by name.
+        weights: This worker's weights, whose names and shapes those of `state["weights"]` must have.
+
+    Raises:
+        ValueError: Says what differs.
+    """
+    for name, value in identity.items():
+        if state[name] != value:
+            raise ValueError(f"its {name} is {state[name]!r}, here it is {value!r}")
+    saved = state["weights"]
+    if weights.keys() != saved.keys():
+        raise ValueError(f"other parameters: {sorted(weights.keys() ^ saved.keys())[:4]}")
+    if wrong := [name for name, tensor in weights.items() if tensor.shape != saved[name].shape]:
+        raise ValueError(f"other shapes: {wrong[:4]}")
 
 
 def _seal_path(path: Path) -> Path:

@@ -1,0 +1,367 @@
+"""`MegatronBackend`: trains Hugging Face causal language models with megatron-core.
+
+Legend: B sequences, N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
+from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.infra import sealed_file
+from nemo_rl_core.models import load_model, load_model_config
+from nemo_rl_core.models.vocabulary_head import check_ids
+from nemo_rl_core.protocols.loss import ModelOutputs
+from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
+from nemo_rl_core.training.step_metrics import StepMetrics
+from nemo_rl_plugins_megatron._megatron import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    check_version,
+    finalize_model_grads,
+    get_forward_backward_func,
+)
+from nemo_rl_plugins_megatron.config import MegatronConfig
+from nemo_rl_plugins_megatron.cpu import seed_rng_tracker, without_gpu
+from nemo_rl_plugins_megatron.families import family_of
+from nemo_rl_plugins_megatron.model import build_model, check_sizes
+from nemo_rl_plugins_megatron.optimizer import Optimizer
+from nemo_rl_plugins_megatron.outputs import TokenOutputs
+from nemo_rl_plugins_megatron.parallel import Ranks, check_world
+from nemo_rl_plugins_megatron.rows import Row
+from nemo_rl_plugins_megatron.weights import WeightMap
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.protocols.launcher import WorkerContext
+
+__all__ = ["MegatronBackend"]
+
+_FORMAT = 1
+
+
+@frozen
+class _MicroBatch:
+    indices: Sequence[int]
+    batch: BatchedDataDict
+    row: Row
+
+
+class MegatronBackend(TrainingBackend):
+    """Training with tensor, pipeline, context, sequence, expert and data parallelism by megatron-core."""
+
+    config_class: ClassVar[type] = MegatronConfig
+    capabilities: frozenset[str] = frozenset(
+        {"tensor_parallel", "pipeline_parallel", "context_parallel", "scalar_head", "top_logprobs"}
+    )
+
+    def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
+        """Build this rank's part of the model, load its weights and make the optimizer.
+
+        Raises:
+            ConfigError: The model, the optimizer or the layout cannot be had.
+        """
+        check_version()
+        if config.model_name is None:
+            raise ConfigError("policy.model_name is not set. Give a hub name, a folder or scratch:<name>.")
+        if context.num_threads is not None:
+            torch.set_num_threads(context.num_threads)
+        self.config = config
+        self.options = (
+            config.options if isinstance(config.options, MegatronConfig) else MegatronConfig(**config.options)
+        )
+        self.device = torch.device(context.device)
+        self.role = context.role
+        self.hf_config = load_model_config(config.model_name)
+        family_of(self.hf_config)
+        check_sizes(self.hf_config, config, self.options)
+        check_world(config, self.options, context.world_size)
+        self.ranks = Ranks(config, self.options, context, self.device)
+        self._closed = False
+        try:
+            with without_gpu(self.device):
+                self._build(context.seed)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _build(self, seed: int) -> None:
+        config, ranks = self.config, self.ranks
+        seed_rng_tracker(self.device, seed)
+        self.model = build_model(self.hf_config, config, self.options, ranks)
+        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        source = load_model(str(config.model_name), dtype=self.dtype, seed=seed, head=config.head)
+        whole = dict(source.named_parameters())
+        self.weights = WeightMap(self.hf_config, {name: t.shape for name, t in whole.items()}, self.model, ranks)
+        self.weights.load(whole)
+        self.outputs = TokenOutputs(
+            self.model,
+            ranks,
+            vocab_size=self.hf_config.vocab_size,
+            chunk_size=config.logprob_chunk_size,
+            is_scalar=config.head == "scalar",
+        )
+        self.model.train()
+        self.chunk: Any = self.model
+        self.optimizer: Optimizer | None = None
+        if not config.trained:
+            self.model.requires_grad_(False)
+            return
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=self.options.distributed_optimizer
+        )
+        self.chunk = DistributedDataParallel(self.model.config, ddp, self.model)
+        self.model.config.finalize_model_grads_func = _sum_gradients
+        self.optimizer = Optimizer(config, self.chunk, distributed=self.options.distributed_optimizer)
+
+    # -- training -----------------------------------------------------------------------------
+
+    def train_step(self, batch: BatchedDataDict, loss_fn: LossFunction, plan: StepPlan) -> StepResult:
+        """Forward, backward and one optimizer step; without `plan.update` the forward pass only.
+
+        The entropy carries gradient if `loss_fn.needs` asks for it.
+
+        Raises:
+            ConfigError: The loss needs an output that this backend does not have.
+            InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
+        """
+        needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
+        self._require(needs)
+        if plan.update and self.optimizer is None:
+            raise ConfigError(f"The model of the role {self.role!r} is frozen: it has no optimizer and takes no steps.")
+        metrics = StepMetrics()
+        losses = [torch.zeros((), device=self.device)]
+
+        def step(micro: _MicroBatch, hidden: Tensor) -> Tensor:
+            asked = needs if micro.indices else frozenset()
+            out = self.outputs(hidden, micro.row, temperature=plan.temperature, needs=asked)
+            if not micro.indices:
+                return out["anchor"]
+            outputs = ModelOutputs(**{name: out[name] for name in needs})
+            sums = loss_fn(outputs, micro.batch.to(self.device, non_blocking=True))
+            metrics.add(sums.metrics)
+            losses.append(sums.total.detach())
+            total = sums.total if sums.total.requires_grad else sums.total + out["anchor"]
+            return total * plan.gradient_scale
+
+        rows = self._micro_batches(batch, plan.micro_batches, only_trained=True, with_top_ids="top_logprobs" in needs)
+        with without_gpu(self.device), torch.set_grad_enabled(plan.update):
+            if plan.update:
+                self._forget_gradient()
+            self._run(rows, len(plan.micro_batches), step, update=plan.update)
+            learning_rate = self.optimizer.learning_rate if plan.update and self.optimizer is not None else 0.0
+            grad_norm = self._update(torch.stack(losses).sum()) if plan.update else 0.0
+        return StepResult(
+            metrics=self.ranks.from_last_stage(metrics.reduce()),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_tokens=sum(int(batch.lengths[list(indices)].sum()) for indices in plan.micro_batches),
+        )
+
+    def _micro_batches(
+        self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], **options: Any
+    ) -> Iterator[_MicroBatch]:
+        """One after another; an empty one has one token, so that the collectives stay aligned."""
+        if options.get("with_top_ids"):
+            check_ids(batch["top_ids"][batch["loss_mask"]], self.hf_config.vocab_size)
+        for indices in micro_batches:
+            selected = batch.select(indices)
+            row_options = options if len(selected) else {**options, "with_top_ids": False}
+            row = Row.of(
+                selected if len(selected) else one_token(),
+                self.ranks,
+                split_tokens=self.model.config.sequence_parallel,
+                **row_options,
+            )
+            yield _MicroBatch(indices, selected, row)
+
+    def _run(self, rows: Iterator[_MicroBatch], count: int, step: Any, *, update: bool) -> None:
+        """All micro-batches through the pipeline; `step(micro-batch, hidden states)` is called on its last stage."""
+
+        def forward_step(iterator: Iterator[_MicroBatch], model: Any) -> tuple[Tensor, Any]:
+            micro = next(iterator)
+            hidden = model(micro.row.input_ids, micro.row.position_ids, None, packed_seq_params=micro.row.packed)
+            nothing = torch.zeros((), dtype=torch.int)
+            return hidden, lambda states: (step(micro, states), nothing, None)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=rows,
+            model=[self.chunk],
+            num_microbatches=count,
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=not update,
+        )
+
+    def _forget_gradient(self) -> None:
+        assert self.optimizer is not None
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _update(self, loss: Tensor) -> float:
+        """Clip and step; returns the gradient's global norm before clipping."""
+        assert self.optimizer is not None
+        norm = self.optimizer.gradient_norm()
+        if self.ranks.any_rank(~loss.isfinite() | torch.tensor(not math.isfinite(norm), device=loss.device)):
+            self._forget_gradient()
+            raise InvariantViolation(
+                f"The training step is not finite (loss {float(loss)}, gradient norm {norm}); the weights were not "
+                "changed. Usual causes: a learning rate that is too high, a reward or advantage that is not finite, or "
+                "bfloat16 overflow."
+            )
+        self.optimizer.step()
+        return norm
+
+    # -- forward only -------------------------------------------------------------------------
+
+    def get_logprobs(
+        self, batch: BatchedDataDict, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """[N] float32 logprobs of `batch["input_ids"]`, on the CPU, without gradient.
+
+        If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0, as is the first
+        token of each sequence.
+        """
+        needs = frozenset({"logprobs"})
+        self._require(needs)
+        return self._forward_only(batch, micro_batches, needs, temperature=temperature, needs=needs)["logprobs"]
+
+    def get_values(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """[N] float32 output of the scalar head at each token, on the CPU, without gradient."""
+        needs = frozenset({"values"})
+        self._require(needs)
+        return self._forward_only(batch, micro_batches, needs, needs=needs)["values"]
+
+    def get_top_logprobs(
+        self,
+        batch: BatchedDataDict,
+        k: int,
+        temperature: float = 1.0,
+        micro_batches: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[N, k] ids and float32 logprobs of the likeliest tokens in place of each trained one, on the CPU."""
+        self._require(frozenset({"logprobs"}))
+        k = min(k, self.hf_config.vocab_size)
+        names = ("top_ids", "top_logprobs")
+        out = self._forward_only(batch, micro_batches, names, temperature=temperature, needs=frozenset(), top_k=k)
+        return out["top_ids"], out["top_logprobs"]
+
+    def _require(self, needs: frozenset[str]) -> None:
+        if unknown := needs - self.outputs.gives:
+            raise ConfigError(
+                f"{', '.join(sorted(unknown))} cannot be had of the model of the role {self.role!r}: with "
+                f"{self.role}.head={self.config.head!r} it gives {', '.join(sorted(self.outputs.gives))}."
+            )
+
+    @torch.no_grad()
+    def _forward_only(
+        self,
+        batch: BatchedDataDict,
+        micro_batches: Sequence[Sequence[int]] | None,
+        names: Iterable[str],
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """These outputs for each token of the batch, [N, ...] each, on the CPU."""
+        parts = micro_batches
+        if parts is None:
+            parts = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
+        parts = parts or [[]]
+        collected = PerToken(batch)
+
+        def step(micro: _MicroBatch, hidden: Tensor) -> Tensor:
+            found = self.outputs(hidden, micro.row, **options)
+            collected.put(micro.indices, {name: found[name] for name in names})
+            return found["anchor"]
+
+        rows = self._micro_batches(batch, parts, only_trained="loss_mask" in batch)
+        with without_gpu(self.device):
+            self._run(rows, len(parts), step, update=False)
+        found: dict[str, Tensor] = self.ranks.from_last_stage(collected.values)
+        return found
+
+    # -- weights out --------------------------------------------------------------------------
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face name, whole tensor) in the precision that computes; tied weights come once."""
+        yield from self.weights.export()
+
+    def export_model(self, path: Path) -> None:
+        """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
+        whole = {name: tensor.cpu() for name, tensor in self.export_weights()}
+        if not self.ranks.is_first:
+            return
+        model = load_model(str(self.config.model_name), dtype=self.dtype, head=self.config.head, empty=True)
+        try:
+            model.save_pretrained(path, state_dict=whole)
+        except OSError as error:
+            raise CheckpointError(f"Cannot write the model to {path}: {error}. Check free space.") from error
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Write this rank's weights, optimizer, schedule and RNG into the existing folder `path`."""
+        assert self.optimizer is not None
+        state = {
+            **self._identity(),
+            "weights": {name: p.detach() for name, p in self.weights.parameters.items()},
+            "optimizer": self.optimizer.state(),
+            "rng": sealed_file.capture_rng(self.device),
+        }
+        sealed_file.write(Path(path) / self.ranks.file_name, state)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "precision": self.config.precision,
+            "layout": self.ranks.layout,
+            "distributed_optimizer": self.options.distributed_optimizer,
+        }
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Restore what `save_checkpoint` wrote, into the tensors that are there.
+
+        Raises:
+            CheckpointError: Names the file that is missing, damaged or of another model or layout.
+        """
+        sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        sealed_file.check_fits(state, self._identity(), self.weights.parameters)
+        assert self.optimizer is not None
+        with without_gpu(self.device):
+            for name, parameter in self.weights.parameters.items():
+                parameter.copy_(state["weights"][name])
+            self.optimizer.restore(state["optimizer"])
+            self._forget_gradient()
+        sealed_file.restore_rng(state["rng"], self.device)
+
+    # -- place --------------------------------------------------------------------------------
+
+    def data_parallel_layout(self) -> tuple[int, int]:
+        """(index, size) of this rank's shard of the batch."""
+        return self.ranks.dp_index, self.ranks.dp_size
+
+    def shutdown(self) -> None:
+        """Free the model and leave the process group; may be called twice."""
+        if getattr(self, "_closed", True):
+            return
+        self._closed = True
+        self.ranks.close()
+        for name in ("model", "chunk", "optimizer", "weights", "outputs"):
+            self.__dict__.pop(name, None)
+
+
+def _sum_gradients(model: list[Any], num_tokens: Tensor | None, **options: Any) -> None:
+    """Reduce over the ranks without the division by tokens, which the core has done."""
+    finalize_model_grads(model, None, **options)

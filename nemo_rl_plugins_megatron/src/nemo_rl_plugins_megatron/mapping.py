@@ -1,0 +1,153 @@
+"""How one megatron-core weight is made of Hugging Face weights, and the other way round.
+
+A `Rule` names the weights on both sides and the `Form` between them. A form cuts the whole Hugging Face tensors down to
+the part of one of several ranks, and joins the parts of all ranks to the whole again, exactly: both are slicing and
+concatenation. `families.py` lists the rules of each model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+__all__ = ["Columns", "Form", "FusedGate", "Gate", "Heads", "QueryKeyValue", "Rows", "Rule", "Vocabulary", "Whole"]
+
+
+@frozen(kw_only=True)
+class Heads:
+    """Sizes that forms need."""
+
+    num_groups: int
+    """Key-value heads."""
+    head_size: int
+    vocab_size: int
+
+
+class Form:
+    """Cuts and joins; the parts belong to tensor-parallel ranks."""
+
+    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+        """The part of rank `index` of `size`."""
+        raise NotImplementedError
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        """The whole Hugging Face tensors from the parts of all ranks."""
+        raise NotImplementedError
+
+
+class Whole(Form):
+    """Every rank holds the whole."""
+
+    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+        """The tensor."""
+        return whole[0]
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        """The first rank's."""
+        return [parts[0]]
+
+
+@frozen
+class _Along(Form):
+    dim: int
+
+    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+        """The share of the rank along the dimension."""
+        return whole[0].chunk(size, dim=self.dim)[index]
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        """The shares one after another."""
+        return [torch.cat(list(parts), dim=self.dim)]
+
+
+def Rows() -> Form:
+    """Ranks share the output features."""
+    return _Along(0)
+
+
+def Columns() -> Form:
+    """Ranks share the input features."""
+    return _Along(1)
+
+
+class Vocabulary(Form):
+    """Ranks share the rows; the vocabulary is filled up with zero rows to a multiple of the ranks."""
+
+    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+        """The rank's rows."""
+        share = -(-heads.vocab_size // size)
+        rows = whole[0][index * share : (index + 1) * share]
+        return torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])]) if len(rows) < share else rows
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        """All rows without the filling."""
+        return [torch.cat(list(parts))[: heads.vocab_size]]
+
+
+class Gate(Form):
+    """The gate and up projections of a gated MLP in one: each rank has its rows of both."""
+
+    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+        """[gate rows; up rows] of the rank."""
+        return torch.cat([tensor.chunk(size)[index] for tensor in whole])
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        """Gate and up."""
+        halves = [part.chunk(2) for part in parts]
+        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+
+
+class FusedGate(Gate):
+    """`Gate` where Hugging Face too has both in one tensor."""
+
+    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+        """[gate rows; up rows] of the rank."""
+        return super().cut(whole[0].chunk(2), index, size, heads)
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        """Gate and up, one after the other."""
+        return [torch.cat(super().join(parts, heads))]
+
+
+class QueryKeyValue(Form):
+    """Queries, keys and values in one: for each key-value head its query heads, then itself, then its values."""
+
+    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+        """The rank's key-value heads with all that belongs to them."""
+        by_group = [tensor.reshape(heads.num_groups, -1, *tensor.shape[1:]) for tensor in whole]
+        fused = torch.cat(by_group, dim=1).chunk(size)[index]
+        return fused.flatten(0, 1)
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        """Queries, keys and values."""
+        fused = torch.cat(list(parts))
+        by_group = fused.reshape(heads.num_groups, -1, *fused.shape[1:])
+        queries = by_group.shape[1] - 2 * heads.head_size
+        split = by_group.split([queries, heads.head_size, heads.head_size], dim=1)
+        return [tensor.flatten(0, 1) for tensor in split]
+
+
+@frozen
+class Rule:
+    """One weight of megatron-core and what it is made of.
+
+    `{layer}` in a name stands for the number of the layer, counted over the whole model, and `{expert}` in ours for
+    that of the expert, which is the first dimension of theirs.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    form: Form
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has such a weight."""
+        return "{layer}" in self.ours
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has such a weight."""
+        return "{expert}" in self.ours

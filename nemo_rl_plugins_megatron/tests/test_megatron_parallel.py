@@ -1,0 +1,103 @@
+"""Two processes, however they share the model, take the steps that one process takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
+from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import CheckpointError, InvariantViolation
+from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.testing.conformance.reference import WeightedLoss
+from nemo_rl_core.training.policy import Policy
+from nemo_rl_plugins_megatron.backend import MegatronBackend
+from nemo_rl_plugins_megatron.config import MegatronConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("megatron_parallel"), pytest.mark.timeout(300)]
+
+LAYOUTS = {
+    # name: (shape, options, tensor_parallel_size); 97 tokens, so the vocabulary is filled up with one row
+    "tensor and sequence": ("qwen3", {}, 2),
+    "pipeline of tied embeddings": ("qwen2", {"pipeline_parallel_size": 2}, 1),
+    "context": ("llama", {"context_parallel_size": 2, "distributed_optimizer": False}, 1),
+    "experts": ("qwen3_moe", {"expert_parallel_size": 2}, 1),
+}
+OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)
+BUDGET = 20
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    found = LocalLauncher()
+    found.setup(ClusterConfig(device="cpu", cpus_per_node=2))
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture(scope="module", params=list(LAYOUTS))
+def run(request, launcher, model_name):
+    """(shape, workers) of one layout."""
+    shape, options, tensor = LAYOUTS[request.param]
+    config = PolicyConfig(
+        model_name=model_name(shape),
+        num_workers=2,
+        tensor_parallel_size=tensor,
+        options=MegatronConfig(**options),
+        optimizer=OPTIMIZER,
+        max_grad_norm=0.5,
+    )
+    group = launcher.launch(
+        WorkerSpec(role="policy", factory=MegatronBackend, config=config, num_workers=2, timeout_s=60.0)
+    )
+    yield shape, group
+    group.shutdown()
+
+
+def test_steps_outputs_and_weights_are_those_of_one_process(run, make_backend, batch, tmp_path):
+    shape, group = run
+    ranks = Policy(group, token_budget=BUDGET, temperature=0.8)
+    alone = make_backend(shape, optimizer=OPTIMIZER, max_grad_norm=0.5)
+    single = Policy(InProcessGroup(alone), token_budget=BUDGET, temperature=0.8)
+    for _ in range(2):
+        found, expected = ranks.train_step(batch, WeightedLoss()), single.train_step(batch, WeightedLoss())
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    plain = BatchedDataDict(batch.lengths, {"input_ids": batch["input_ids"]})
+    torch.testing.assert_close(ranks.logprobs(plain), single.logprobs(plain), rtol=1e-5, atol=1e-5)
+    for one, other in zip(ranks.top_logprobs(batch, 5), single.top_logprobs(batch, 5), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    weights = {name: t.clone() for name, t in group.iterate("export_weights", timeout_s=60)}
+    expected_weights = dict(alone.export_weights())
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+    ranks.export_model(tmp_path)
+    again = make_backend(model_name=str(tmp_path))
+    torch.testing.assert_close(again.get_logprobs(plain, 0.8), ranks.logprobs(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_resuming_is_bit_equal_and_a_damaged_file_is_named(run, batch, tmp_path):
+    _, group = run
+    policy = Policy(group, token_budget=BUDGET)
+    policy.save(tmp_path)
+    expected = policy.train_step(batch, WeightedLoss())
+    weights = [t.clone() for _, t in group.iterate("export_weights", timeout_s=60)]
+    policy.load(tmp_path)
+    assert policy.train_step(batch, WeightedLoss()) == expected
+    again = [t.clone() for _, t in group.iterate("export_weights", timeout_s=60)]
+    assert all(map(torch.equal, weights, again))
+    file = tmp_path / "trainer-rank1.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"\[policy rank 1\].*trainer-rank1\.pt is truncated"):
+        policy.load(tmp_path)
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_stops_all_and_changes_nothing(run, batch):
+    _, group = run
+    policy = Policy(group, token_budget=BUDGET)
+    before = policy.logprobs(batch)
+    batch["advantages"][torch.where(batch["loss_mask"])[0][0]] = torch.inf
+    with pytest.raises(InvariantViolation, match=r"\[policy rank .\].*weights were not changed"):
+        policy.train_step(batch, WeightedLoss())
+    assert torch.equal(policy.logprobs(batch), before)

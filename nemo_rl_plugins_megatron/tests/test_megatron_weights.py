@@ -1,0 +1,81 @@
+"""Weights go in and out bit by bit, however they are cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.models import load_model
+from nemo_rl_plugins_megatron import weights
+from nemo_rl_plugins_megatron.families import FAMILIES, Family
+from nemo_rl_plugins_megatron.mapping import Columns, FusedGate, Gate, Heads, QueryKeyValue, Rows, Vocabulary, Whole
+
+HEADS = Heads(num_groups=6, head_size=4, vocab_size=37)
+
+
+def _whole(*shapes):
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=rng) for shape in shapes]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    ("form", "whole"),
+    [
+        (Whole(), _whole((5,))),
+        (Rows(), _whole((12, 5))),
+        (Columns(), _whole((5, 12))),
+        (Vocabulary(), _whole((37, 5))),
+        (Gate(), _whole((12, 5), (12, 5))),
+        (FusedGate(), _whole((24, 5))),
+        (QueryKeyValue(), _whole((72, 5), (24, 5), (24, 5))),
+        (QueryKeyValue(), _whole((72,), (24,), (24,))),
+    ],
+)
+def test_what_is_cut_is_joined_again(form, whole, size):
+    parts = [form.cut(whole, index, size, HEADS) for index in range(size)]
+    assert len({part.shape for part in parts}) == 1
+    joined = form.join(parts, HEADS)
+    assert len(joined) == len(whole) and all(map(torch.equal, joined, whole))
+
+
+def test_each_key_value_head_stands_behind_its_query_heads():
+    heads = Heads(num_groups=2, head_size=1, vocab_size=1)
+    whole = [
+        torch.tensor([[1.0], [2.0], [3.0], [4.0]]),
+        torch.tensor([[10.0], [20.0]]),
+        torch.tensor([[100.0], [200.0]]),
+    ]
+    assert QueryKeyValue().cut(whole, 0, 1, heads).flatten().tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
+    assert QueryKeyValue().cut(whole, 1, 2, heads).flatten().tolist() == [3, 4, 20, 200]
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_mixed"])
+def test_hugging_face_weights_come_back_bit_by_bit(make_backend, model_name, batch, tmp_path, shape):
+    backend, model = make_backend(shape), load_model(model_name(shape), dtype=torch.float32)
+    expected = dict(model.named_parameters())
+    exported = dict(backend.export_weights())
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+    backend.export_model(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    again = make_backend(model_name=str(tmp_path), seed=5)
+    assert torch.equal(again.get_logprobs(batch), backend.get_logprobs(batch))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (lambda rule: "o_proj" not in rule.theirs[0], r"linear_proj.*families\.py|o_proj.*families\.py"),
+        (lambda rule: "lm_head" not in rule.theirs[0], r"lm_head\.weight.*families\.py"),
+    ],
+)
+def test_a_family_whose_rules_miss_a_weight_is_refused(make_backend, monkeypatch, kept, message):
+    whole = FAMILIES["qwen3"]
+    partial = Family(rules=tuple(rule for rule in whole.rules if kept(rule)), settings=whole.settings)
+    monkeypatch.setattr(weights, "family_of", lambda config: partial)
+    with pytest.raises(ConfigError, match=message):
+        make_backend("qwen3")
