@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable
-from time import monotonic
 from typing import Any, TypeVar
 
 __all__ = ["Deadline", "DeadlineWatch"]
@@ -17,13 +16,14 @@ _TICK_S = 0.1
 class Deadline:
     """The deadline of whatever one task now waits for."""
 
-    __slots__ = ("_cancelling", "_task", "expired", "when")
+    __slots__ = ("_cancelling", "_now", "_task", "expired", "when")
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self._task = task
+        self._now = task.get_loop().time
         self._cancelling = 0
         self.when = math.inf
-        """`monotonic()` at which the wait is cut off; infinity is never."""
+        """Event-loop time at which the wait is cut off; infinity is never."""
         self.expired = False
 
     async def wait(self, awaitable: Awaitable[_T], limit_s: float) -> _T:
@@ -33,7 +33,7 @@ class Deadline:
             TimeoutError: The time is over; what was awaited has been cancelled.
         """
         self._cancelling = self._task.cancelling()
-        self.when = monotonic() + limit_s
+        self.when = self._now() + limit_s
         try:
             result = await awaitable
         except BaseException as error:
@@ -59,14 +59,14 @@ class Deadline:
 
     def pause(self) -> float:
         """Stop the clock; returns the seconds left (infinity if none runs) for `resume`."""
-        left = self.when - monotonic()
+        left = self.when - self._now()
         self.when = math.inf
         return left
 
     def resume(self, left_s: float) -> None:
         """Let the clock run on, unless the wait is over or another one has begun meanwhile."""
         if left_s != math.inf and self.when == math.inf and not self.expired:
-            self.when = monotonic() + left_s
+            self.when = self._now() + left_s
 
     def cut(self) -> None:
         """End the wait now."""
@@ -93,7 +93,7 @@ class DeadlineWatch:
         self._deadlines.discard(deadline)
 
     def _look(self) -> None:
-        now = monotonic()
+        now = asyncio.get_running_loop().time()
         for deadline in [d for d in self._deadlines if d.when <= now]:
             deadline.cut()
         self._timer = None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from time import perf_counter
 
 from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
+from nemo_rl_core.rollouts.clock import Clock
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.deadlines import DeadlineWatch
-from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings, Gauge
+from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
 from nemo_rl_core.rollouts.seeds import stable_seed
+from nemo_rl_core.rollouts.traffic import GenerationTraffic
 
 __all__ = ["EnvironmentFactory", "RolloutEngine"]
 
@@ -40,6 +41,7 @@ class RolloutEngine:
         pool: Runs what environments and rewards hand to `run_in_pool`.
         seed: Of the run.
         max_sequence_length: Tokens of prompt and completions together.
+        clock: Of idle times; None is the machine's.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class RolloutEngine:
         pool: ProcessPool,
         seed: int,
         max_sequence_length: int,
+        clock: Clock | None = None,
     ) -> None:
         self.generation = generation
         self.config = config
-        self.generating = Gauge()
+        self.traffic = GenerationTraffic(clock)
         """Episodes that wait for the generation backend."""
         self.settings = EpisodeSettings(
             environment=environment,
@@ -64,7 +67,7 @@ class RolloutEngine:
             chat=chat,
             config=config,
             max_sequence_length=max_sequence_length,
-            generating=self.generating,
+            traffic=self.traffic,
         )
         self.sampling = sampling
         self.pool = pool
@@ -102,7 +105,7 @@ class RolloutEngine:
         """
         self._bind_loop()
         params = sampling or self.sampling
-        asked = perf_counter()
+        asked = asyncio.get_running_loop().time()
         tasks: list[asyncio.Task[Rollout]] = []
         try:
             await self._admit(group_id, task_id, task, group_size, params, asked, tasks)
@@ -126,7 +129,7 @@ class RolloutEngine:
 
     def _is_settled(self) -> bool:
         admitted = self._num_unadmitted == 0 or self._slots.locked()
-        return admitted and self.num_in_flight == self.generating.count
+        return admitted and self.num_in_flight == self.traffic.count
 
     async def _admit(
         self,
@@ -161,7 +164,8 @@ class RolloutEngine:
             self._slots = asyncio.Semaphore(self.config.max_in_flight)
             self._admission = asyncio.Lock()
             self._watch = DeadlineWatch()
-            self.num_in_flight = self._num_unadmitted = self.generating.count = 0
+            self.num_in_flight = self._num_unadmitted = 0
+            self.traffic.reset()
 
     def _episode(
         self,

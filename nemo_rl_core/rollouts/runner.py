@@ -85,8 +85,12 @@ class RolloutRunner:
 
         It starts when every episode that may run has asked for its first tokens, so that all of them wait
         before the first is admitted and the batches are formed alike in every run; or after `timeout_s`, if
-        environments take longer than that to begin.
+        environments take longer than that to begin. While other episodes run it is not held: they decide how
+        batches are formed.
         """
+        if self.engine.num_in_flight:
+            yield
+            return
         self.engine.generation.pause()
         try:
             yield

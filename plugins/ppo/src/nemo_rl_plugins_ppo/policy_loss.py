@@ -42,6 +42,11 @@ class ClippedSurrogateLoss:
         self.needs = frozenset({"logprobs", "entropy"} if self.config.entropy_coef > 0 else {"logprobs"})
 
     @property
+    def corrects_importance(self) -> bool:
+        """Whether rollouts of other weights than the current ones may be trained on."""
+        return bool(self.config.ratio_against == "rollout")
+
+    @property
     def required_fields(self) -> frozenset[str]:
         """Fields of the batch that a forward pass must add, when several optimizer steps take one batch."""
         start = {"logprobs"} if self.config.ratio_against == "step_start" else set()
