@@ -11,6 +11,7 @@ __all__ = ["Deadline", "DeadlineWatch"]
 
 _T = TypeVar("_T")
 _TICK_S = 0.1
+_LONGEST_TICK_S = 10.0
 
 
 class Deadline:
@@ -27,7 +28,7 @@ class Deadline:
         self.expired = False
 
     async def wait(self, awaitable: Awaitable[_T], limit_s: float) -> _T:
-        """Await, for `limit_s` seconds at most (and up to a tenth of a second more).
+        """Await, for `limit_s` seconds at most (and up to a tick of the watch more).
 
         Raises:
             TimeoutError: The time is over; what was awaited has been cancelled.
@@ -76,9 +77,14 @@ class Deadline:
 
 
 class DeadlineWatch:
-    """Cuts off the waits of registered deadlines; belongs to one event loop."""
+    """Cuts off the waits of registered deadlines; belongs to one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        shortest_s: The shortest of these waits; each is cut off late by at most a hundredth of it (or 0.1 s).
+    """
+
+    def __init__(self, shortest_s: float = 0.0) -> None:
+        self._tick_s = min(max(shortest_s / 100, _TICK_S), _LONGEST_TICK_S)
         self._deadlines: set[Deadline] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -86,7 +92,7 @@ class DeadlineWatch:
         """Watch this deadline."""
         self._deadlines.add(deadline)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._look)
+            self._timer = asyncio.get_running_loop().call_later(self._tick_s, self._look)
 
     def remove(self, deadline: Deadline) -> None:
         """Watch it no more."""
@@ -98,4 +104,4 @@ class DeadlineWatch:
             deadline.cut()
         self._timer = None
         if self._deadlines:
-            self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._look)
+            self._timer = asyncio.get_running_loop().call_later(self._tick_s, self._look)

@@ -78,7 +78,7 @@ class RolloutEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots = asyncio.Semaphore(config.max_in_flight)
         self._admission = asyncio.Lock()
-        self._watch = DeadlineWatch()
+        self._watch = DeadlineWatch(min(config.generation_timeout_s, config.environment_timeout_s))
 
     async def run_group(
         self,
@@ -163,7 +163,7 @@ class RolloutEngine:
             self._loop = loop
             self._slots = asyncio.Semaphore(self.config.max_in_flight)
             self._admission = asyncio.Lock()
-            self._watch = DeadlineWatch()
+            self._watch = DeadlineWatch(min(self.config.generation_timeout_s, self.config.environment_timeout_s))
             self.num_in_flight = self._num_unadmitted = 0
             self.traffic.reset()
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["Refit"]
 
 _REFIT_TIMEOUT_S = 600.0
+_LATE_S = 10.0
+"""How late a request's deadline may be noticed."""
 
 
 class Refit:
@@ -62,4 +64,5 @@ class Refit:
         rollouts = self.parts.config.rollouts
         if rollouts.staleness == 0 or self.parts.in_flight_updates or self.parts.runner is None:
             return nullcontext()
-        return self.parts.runner.engine.traffic.stopped(rollouts.generation_timeout_s)
+        # Each request has a deadline of its own; only one that outlives it is worth stopping for.
+        return self.parts.runner.engine.traffic.stopped(1.1 * rollouts.generation_timeout_s + _LATE_S)
