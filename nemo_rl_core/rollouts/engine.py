@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
@@ -72,6 +72,8 @@ class RolloutEngine:
         self.sampling = sampling
         self.pool = pool
         self.seed = seed
+        self.weight_version = 0
+        """Version of the weights in the generator, set after each update."""
         self.num_in_flight = 0
         """Episodes running now."""
         self._num_unadmitted = 0
@@ -89,6 +91,7 @@ class RolloutEngine:
         group_size: int,
         weight_version: int,
         sampling: SamplingParams | None = None,
+        on_start: Callable[[int], None] | None = None,
     ) -> RolloutGroup:
         """Sample `group_size` rollouts of one task.
 
@@ -97,8 +100,10 @@ class RolloutEngine:
             task_id: Name of the task.
             task: The row.
             group_size: Rollouts to sample.
-            weight_version: Version of the weights now in the generator, recorded with the group.
+            weight_version: Version of the weights now in the generator.
             sampling: Instead of the engine's own, as for validation.
+            on_start: Called when the first of its episodes finds a place, with the version of the weights that are in
+                the generator by then; it is recorded with the group.
 
         Returns:
             The group, its rollouts in index order; one that failed carries `error` and the others go on.
@@ -107,13 +112,21 @@ class RolloutEngine:
         params = sampling or self.sampling
         asked = asyncio.get_running_loop().time()
         tasks: list[asyncio.Task[Rollout]] = []
+        started = weight_version
+
+        def start() -> None:
+            nonlocal started
+            started = max(weight_version, self.weight_version)
+            if on_start is not None:
+                on_start(started)
+
         try:
-            await self._admit(group_id, task_id, task, group_size, params, asked, tasks)
+            await self._admit(group_id, task_id, task, group_size, params, asked, tasks, start)
             rollouts = await asyncio.gather(*tasks)
         except BaseException:
             await _cancel(tasks)
             raise
-        return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version)
+        return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=started)
 
     async def settled(self, timeout_s: float) -> None:
         """Wait until all episodes that may run wait for the generation backend, `timeout_s` at most.
@@ -140,8 +153,9 @@ class RolloutEngine:
         sampling: SamplingParams,
         asked: float,
         tasks: list[asyncio.Task[Rollout]],
+        start: Callable[[], None],
     ) -> None:
-        """Start the episodes of a group as places become free, into `tasks`."""
+        """Start the episodes of a group as places become free, into `tasks`; `start` is called before the first."""
         environment_seed = stable_seed(self.seed, group_id, task_id, "environment", bits=31)
         self._num_unadmitted += 1
         try:
@@ -149,6 +163,8 @@ class RolloutEngine:
                 for index in range(group_size):
                     await self._slots.acquire()
                     self.num_in_flight += 1
+                    if index == 0:
+                        start()
                     episode = self._episode(group_id, task_id, task, index, environment_seed, sampling, asked)
                     running = asyncio.create_task(episode.run(self._watch))
                     running.add_done_callback(self._release)

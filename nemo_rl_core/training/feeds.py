@@ -203,7 +203,7 @@ class RolloutFeed:
             return groups
 
     def _wait_for(self, num: int, version: int) -> list[RolloutGroup]:
-        started, rollouts = self._pump.started, self.config.rollouts
+        started, rollouts = self._pump.started(version), self.config.rollouts
         began = self._clock.now()
         try:
             if rollouts.order == "data":
@@ -222,7 +222,7 @@ class RolloutFeed:
 
     def _overdue(self, version: int) -> list[int]:
         """Groups that were started too long ago to be trained on, however soon they finish."""
-        return [i for i, started in self._pump.started.items() if version - started > self.staleness]
+        return [i for i, started in self._pump.started(version).items() if version - started > self.staleness]
 
     def _give_up(self, group_ids: Iterable[int], version: int) -> None:
         for group_id in sorted(group_ids):

@@ -24,10 +24,14 @@ class _Attempt:
     """One sampling of a prompt's group."""
 
     item: TaskItem
-    version: int
-    """Of the weights it was started with."""
+    version: int | None = None
+    """Of the weights when its first episode found a place; None while it waits for one."""
     future: Future[RolloutGroup] | None = None
     abandoned: bool = False
+
+    def start(self, version: int) -> None:
+        """Called in the thread of the rollouts."""
+        self.version = version
 
 
 class RolloutPump:
@@ -59,10 +63,10 @@ class RolloutPump:
         """Groups under way, finished ones that were not taken included."""
         return len(self._attempts) + len(self._returned)
 
-    @property
-    def started(self) -> dict[int, int]:
-        """Weight version at which each group under way was started, by its id."""
-        return {group_id: attempt.version for group_id, attempt in self._attempts.items()}
+    def started(self, now: int) -> dict[int, int]:
+        """Weight version at which each group under way was started, by its id; `now` for those that wait for places."""
+        versions = ((group_id, attempt.version) for group_id, attempt in self._attempts.items())
+        return {group_id: now if version is None else version for group_id, version in versions}
 
     def fill(self, num: int, version: int) -> None:
         """Have `num` groups under way; fewer at the end of the data. New ones are started with weights `version`."""
@@ -120,9 +124,14 @@ class RolloutPump:
         self._returned = list(state["unfinished"])
 
     def _start(self, item: TaskItem, version: int) -> None:
-        attempt = self._attempts[item.index] = _Attempt(item, version)
+        attempt = self._attempts[item.index] = _Attempt(item)
         attempt.future = self.runner.submit(
-            item.index, item.task_id, item.task, group_size=self._group_size, weight_version=version
+            item.index,
+            item.task_id,
+            item.task,
+            group_size=self._group_size,
+            weight_version=version,
+            on_start=attempt.start,
         )
         attempt.future.add_done_callback(lambda future: self._arrived(attempt, future))
 

@@ -59,6 +59,8 @@ class Refit:
                 timeout_s=_REFIT_TIMEOUT_S,
             )
         self.version = version
+        if parts.runner is not None:
+            parts.runner.engine.weight_version = version
 
     def _between_requests(self) -> AbstractContextManager[None]:
         rollouts = self.parts.config.rollouts

@@ -95,9 +95,7 @@ def test_the_oldest_token_decides_the_age():
 def test_an_evicted_group_may_be_sampled_again():
     buffer = filled(0, 1, version=0)
     buffer.put(group(2, version=1))
-    with pytest.raises(
-        InvariantViolation, match=r"Groups 0 \(sampled by 0\), 1 .* older than the staleness bound"
-    ):
+    with pytest.raises(InvariantViolation, match=r"Groups 0 \(sampled by 0\), 1 .* older than the staleness bound"):
         taken(buffer, 2, version=1, waiting_for=[0, 1, 2])
     assert [g.group_id for g in buffer.take_evicted()] == [0, 1]
     buffer.put(group(0, version=1))

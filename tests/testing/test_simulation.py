@@ -103,7 +103,12 @@ def one_batch_too_many(patch):
 def checkpoint_without_the_unfinished(patch):
     """Prompts that were under way are not in the checkpoint."""
     mark = RolloutPump.mark
-    patch.setattr(RolloutPump, "mark", lambda self: lambda state=mark(self): {**state(), "unfinished": []})
+
+    def without(self):
+        state = mark(self)
+        return lambda: {**state(), "unfinished": []}
+
+    patch.setattr(RolloutPump, "mark", without)
 
 
 def checkpoint_without_the_buffer(patch):
@@ -113,7 +118,11 @@ def checkpoint_without_the_buffer(patch):
     def empty(state):
         return {**state, "finished": [], "buffer": {**state["buffer"], "groups": [], "group_ids": []}}
 
-    patch.setattr(RolloutPump, "mark", lambda self: lambda state=mark(self): empty(state()))
+    def without(self):
+        state = mark(self)
+        return lambda: empty(state())
+
+    patch.setattr(RolloutPump, "mark", without)
 
 
 def data_of_the_step_before(patch):

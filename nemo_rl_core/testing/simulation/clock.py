@@ -67,7 +67,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         try:
             self._run_once()  # type: ignore[attr-defined]
         finally:
-            self._thread_id = None
+            self._thread_id = None  # type: ignore[assignment]
             events._set_running_loop(before)
             if timer is not None:
                 timer.cancel()

@@ -117,11 +117,9 @@ class SimulatedRunner:
         """Futures of the groups that were started and have not ended."""
         self.on_submit: Callable[[int], None] = lambda num_under_way: None
 
-    def submit(self, group_id: int, task_id: str, task: Task, *, group_size: int, weight_version: int) -> Any:
+    def submit(self, group_id: int, task_id: str, task: Task, **options: Any) -> Any:
         """As `RolloutRunner.submit`."""
-        future = self.run(
-            self.engine.run_group(group_id, task_id, task, group_size=group_size, weight_version=weight_version)
-        )
+        future = self.run(self.engine.run_group(group_id, task_id, task, **options))
         self.submitted = [f for f in self.submitted if not f.done()] + [future]
         self.on_submit(len(self.submitted))
         return future

@@ -118,8 +118,8 @@ class SimulatedRun:
         config = _config(cluster, seed)
         generation = SimulatedGeneration(cluster, clock.loop, rng)
         engine = RolloutEngine(
-            generation=generation,
-            environment=environment_of(cluster, rng),  # type: ignore[arg-type]
+            generation=generation,  # type: ignore[arg-type]
+            environment=environment_of(cluster, rng),
             chat=SimulatedChat(),  # type: ignore[arg-type]
             config=config.rollouts,
             sampling=SamplingParams(max_new_tokens=_MAX_SEQUENCE),

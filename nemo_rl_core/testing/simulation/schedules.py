@@ -1,4 +1,4 @@
-"""Schedules by the thousand: a cluster, its faults and its deaths drawn from a seed, and what must hold in all of them."""
+"""Schedules by the thousand: cluster, faults and deaths drawn from a seed, and what must hold in all of them."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class _Observer:
         left = set(range(self.run.data.delivered)) - set(seen)
         if self.run.loop.run_state.step == self.cluster.num_steps and len(feed._pump):
             self.violations.append(f"{len(feed._pump)} groups were sampled for steps that never come")
-        lost = left - feed._pump.started.keys()
+        lost = left - feed._pump.started(0).keys()
         dropped = sum(self.dropped) + feed._dropped
         if len(lost) != dropped:
             self.violations.append(f"groups {sorted(lost)} are lost, of which {dropped:g} were dropped")

@@ -157,9 +157,10 @@ class TorchEngine(GenerationBackend):
     def metrics(self) -> Mapping[str, float]:
         """Counters since the last call.
 
-        tokens sampled; recomputed_tokens whose keys and values a weight update made anew; decoding steps; batch_fill, the mean share of rows in use; prefill_tokens computed and
-        shared_prefill_tokens that another request of the same prompt had computed; refit_bytes copied to
-        parameters, packed_bytes to the copies that `packed_weights` decodes with.
+        tokens sampled; decoding steps; batch_fill, the mean share of rows in use; recomputed_tokens whose keys and
+        values a weight update made anew; prefill_tokens computed and shared_prefill_tokens that another request of the
+        same prompt had computed; refit_bytes copied to parameters, packed_bytes to the copies that `packed_weights`
+        decodes with.
         """
         counters, self._scheduler.counters = self._scheduler.counters, Counter()
         taken = {name: float(value) for name, value in counters.items()}
