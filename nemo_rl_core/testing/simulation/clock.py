@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-__all__ = ["SimulatedKill", "VirtualClock", "VirtualLoop"]
+__all__ = ["SimulatedKill", "VirtualClock", "VirtualCondition", "VirtualLoop"]
 
 
 _ROUNDS_TO_END = 100

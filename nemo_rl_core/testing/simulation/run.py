@@ -32,7 +32,7 @@ from nemo_rl_core.training.loop import RunLoop
 from nemo_rl_core.training.progress import Progress
 from nemo_rl_core.training.state import RunState
 
-__all__ = ["SimulatedRun", "SimulationResult", "simulate"]
+__all__ = ["SimulatedConfig", "SimulatedRun", "SimulationResult", "simulate"]
 
 _MAX_SEQUENCE = 1 << 30
 
