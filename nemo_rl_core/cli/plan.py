@@ -56,8 +56,8 @@ def plan(
     """
     from attrs import asdict, evolve
 
-    from nemo_rl_core._errors import ConfigError
     from nemo_rl_core.config import finalize, load_config
+    from nemo_rl_core.errors import ConfigError
     from nemo_rl_core.testing.simulation.memory import estimate_memory
     from nemo_rl_core.testing.simulation.plan import plan_run
     from nemo_rl_core.testing.simulation.rates import Rates, rates_from_run

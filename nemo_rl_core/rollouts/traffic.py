@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.rollouts.clock import Clock, SystemClock
 
 __all__ = ["GenerationTraffic"]

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import ConfigError, RunInterrupted
 from nemo_rl_core.config import to_dict
+from nemo_rl_core.errors import ConfigError, RunInterrupted
 from nemo_rl_core.registry import PluginCall, RunHooks, get_registry
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.training.assembly import RunParts, sampling_params

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_rl_core._errors import CheckpointError
 from nemo_rl_core.config import to_dict
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.registry import report_changes
 from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl_core.training.export import export_model

@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 
 import nemo_rl
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.rollouts.jsonl import read_groups
 from nemo_rl_core.training.assembly import RunInputs, assemble

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
 from nemo_rl_core.testing.simulation import VirtualClock, VirtualLoop
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from nemo_rl_core._errors import GenerationError, InvariantViolation
+from nemo_rl_core.errors import GenerationError, InvariantViolation
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
 from nemo_rl_core.testing.simulation.spec import EngineSpec, SimulatedCluster
 

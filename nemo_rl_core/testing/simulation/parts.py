@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core._errors import DeadlineExceeded, EnvironmentFailure
 from nemo_rl_core.data.message_log import Extension
 from nemo_rl_core.data.order import TaskItem
+from nemo_rl_core.errors import DeadlineExceeded, EnvironmentFailure
 from nemo_rl_core.protocols.algorithm import Update
 from nemo_rl_core.protocols.environment import EnvironmentStep, Message, Task
 from nemo_rl_core.protocols.weight_sync import SyncReport

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from attrs import evolve, frozen
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.testing.simulation.rates import Rates
 from nemo_rl_core.testing.simulation.run import SimulationResult, simulate
 from nemo_rl_core.testing.simulation.spec import EngineSpec, ResponseLengths, SimulatedCluster

@@ -10,8 +10,8 @@ from typing import Any
 
 from attrs import field, frozen
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.validators import ge, gt, optional
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.rollouts.jsonl import read_groups
 from nemo_rl_core.training.record import read_metrics
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from nemo_rl_core._errors import DeadlineExceeded, EnvironmentFailure, NemoRLError
 from nemo_rl_core.config.schema import RolloutConfig
+from nemo_rl_core.errors import DeadlineExceeded, EnvironmentFailure, NemoRLError
 from nemo_rl_core.registry import RunHooks
 from nemo_rl_core.rollouts.records import RolloutGroup
 from nemo_rl_core.testing.simulation.clock import SimulatedKill
