@@ -28,6 +28,7 @@ CORE_COMMANDS: dict[str, CoreCommand] = {
     "train": CoreCommand("nemo_rl_core.cli.train:train", "Train what a configuration describes."),
     "eval": CoreCommand("nemo_rl_core.cli.train:evaluate", "Score a model on the validation data."),
     "replay": CoreCommand("nemo_rl_core.cli.replay:app", "Train on recorded rollouts, or sample without a trainer."),
+    "plan": CoreCommand("nemo_rl_core.cli.plan:plan", "Predict step time and memory on a cluster that is not here."),
     "config": CoreCommand("nemo_rl_core.cli.config:app", "Start, validate, show, compare and describe configurations."),
     "plugins": CoreCommand("nemo_rl_core.cli.plugins:app", "List and describe what is installed."),
 }

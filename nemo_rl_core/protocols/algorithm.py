@@ -81,7 +81,9 @@ class Algorithm(Protocol):
     What an algorithm keeps from step to step (a moving baseline, a coefficient under control) it gives and takes
     by two further methods, `state_dict() -> Any` and `load_state_dict(state)`; the run loop saves it with each
     checkpoint, so that a resumed run equals an uninterrupted one. One fed with rollouts that does not learn from their
-    rewards says so by `learns_from_rewards = False`, and equal rewards are then no alarm.
+    rewards says so by `learns_from_rewards = False`, and equal rewards are then no alarm. One that may be trained on
+    rollouts of older weights, because it corrects their importance or needs no correction, says so by
+    `takes_stale_rollouts = True` (an attribute or a property); the core refuses `rollouts.staleness` above 0 otherwise.
 
     Attributes:
         config_class: Root configuration class (a `RunConfig`) that `algorithm: <name>` picks.

@@ -81,7 +81,9 @@ class Loss(Protocol):
 
     A loss may have the attribute `unit`: "sequence" (as without it), or "group" if it compares the sequences
     of a group (equal `group_ids`), as losses of preference pairs do. A group is then never cut apart by
-    micro-batches or ranks. It may have `conformance`, what its kit should know,
+    micro-batches or ranks. One that corrects the importance of rollouts which other weights sampled says so by
+    `corrects_importance = True`; policy-gradient algorithms ask for it when `rollouts.staleness` is above 0.
+    It may have `conformance`, what its kit should know,
     such as `{"differentiable": False}` where the gradient is on purpose not that of the value.
     """
 

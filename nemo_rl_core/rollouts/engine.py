@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from time import perf_counter
+from collections.abc import Callable, Sequence
 
 from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
+from nemo_rl_core.rollouts.clock import Clock
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.deadlines import DeadlineWatch
-from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings, Gauge
+from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
 from nemo_rl_core.rollouts.seeds import stable_seed
+from nemo_rl_core.rollouts.traffic import GenerationTraffic
 
 __all__ = ["EnvironmentFactory", "RolloutEngine"]
 
@@ -40,6 +41,7 @@ class RolloutEngine:
         pool: Runs what environments and rewards hand to `run_in_pool`.
         seed: Of the run.
         max_sequence_length: Tokens of prompt and completions together.
+        clock: Of idle times; None is the machine's.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class RolloutEngine:
         pool: ProcessPool,
         seed: int,
         max_sequence_length: int,
+        clock: Clock | None = None,
     ) -> None:
         self.generation = generation
         self.config = config
-        self.generating = Gauge()
+        self.traffic = GenerationTraffic(clock)
         """Episodes that wait for the generation backend."""
         self.settings = EpisodeSettings(
             environment=environment,
@@ -64,18 +67,20 @@ class RolloutEngine:
             chat=chat,
             config=config,
             max_sequence_length=max_sequence_length,
-            generating=self.generating,
+            traffic=self.traffic,
         )
         self.sampling = sampling
         self.pool = pool
         self.seed = seed
+        self.weight_version = 0
+        """Version of the weights in the generator, set after each update."""
         self.num_in_flight = 0
         """Episodes running now."""
         self._num_unadmitted = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._slots = asyncio.Semaphore(config.max_in_flight)
         self._admission = asyncio.Lock()
-        self._watch = DeadlineWatch()
+        self._watch = DeadlineWatch(min(config.generation_timeout_s, config.environment_timeout_s))
 
     async def run_group(
         self,
@@ -86,6 +91,7 @@ class RolloutEngine:
         group_size: int,
         weight_version: int,
         sampling: SamplingParams | None = None,
+        on_start: Callable[[int], None] | None = None,
     ) -> RolloutGroup:
         """Sample `group_size` rollouts of one task.
 
@@ -94,23 +100,33 @@ class RolloutEngine:
             task_id: Name of the task.
             task: The row.
             group_size: Rollouts to sample.
-            weight_version: Version of the weights now in the generator, recorded with the group.
+            weight_version: Version of the weights now in the generator.
             sampling: Instead of the engine's own, as for validation.
+            on_start: Called when the first of its episodes finds a place, with the version of the weights that are in
+                the generator by then; it is recorded with the group.
 
         Returns:
             The group, its rollouts in index order; one that failed carries `error` and the others go on.
         """
         self._bind_loop()
         params = sampling or self.sampling
-        asked = perf_counter()
+        asked = asyncio.get_running_loop().time()
         tasks: list[asyncio.Task[Rollout]] = []
+        started = weight_version
+
+        def start() -> None:
+            nonlocal started
+            started = max(weight_version, self.weight_version)
+            if on_start is not None:
+                on_start(started)
+
         try:
-            await self._admit(group_id, task_id, task, group_size, params, asked, tasks)
+            await self._admit(group_id, task_id, task, group_size, params, asked, tasks, start)
             rollouts = await asyncio.gather(*tasks)
         except BaseException:
             await _cancel(tasks)
             raise
-        return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=weight_version)
+        return RolloutGroup(group_id=group_id, task_id=task_id, rollouts=list(rollouts), weight_version=started)
 
     async def settled(self, timeout_s: float) -> None:
         """Wait until all episodes that may run wait for the generation backend, `timeout_s` at most.
@@ -126,7 +142,7 @@ class RolloutEngine:
 
     def _is_settled(self) -> bool:
         admitted = self._num_unadmitted == 0 or self._slots.locked()
-        return admitted and self.num_in_flight == self.generating.count
+        return admitted and self.num_in_flight == self.traffic.count
 
     async def _admit(
         self,
@@ -137,8 +153,9 @@ class RolloutEngine:
         sampling: SamplingParams,
         asked: float,
         tasks: list[asyncio.Task[Rollout]],
+        start: Callable[[], None],
     ) -> None:
-        """Start the episodes of a group as places become free, into `tasks`."""
+        """Start the episodes of a group as places become free, into `tasks`; `start` is called before the first."""
         environment_seed = stable_seed(self.seed, group_id, task_id, "environment", bits=31)
         self._num_unadmitted += 1
         try:
@@ -146,6 +163,8 @@ class RolloutEngine:
                 for index in range(group_size):
                     await self._slots.acquire()
                     self.num_in_flight += 1
+                    if index == 0:
+                        start()
                     episode = self._episode(group_id, task_id, task, index, environment_seed, sampling, asked)
                     running = asyncio.create_task(episode.run(self._watch))
                     running.add_done_callback(self._release)
@@ -160,8 +179,9 @@ class RolloutEngine:
             self._loop = loop
             self._slots = asyncio.Semaphore(self.config.max_in_flight)
             self._admission = asyncio.Lock()
-            self._watch = DeadlineWatch()
-            self.num_in_flight = self._num_unadmitted = self.generating.count = 0
+            self._watch = DeadlineWatch(min(self.config.generation_timeout_s, self.config.environment_timeout_s))
+            self.num_in_flight = self._num_unadmitted = 0
+            self.traffic.reset()
 
     def _episode(
         self,

@@ -8,7 +8,6 @@ import math
 import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 from attrs import frozen
@@ -34,21 +33,13 @@ from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.deadlines import Deadline, DeadlineWatch
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
 from nemo_rl_core.rollouts.seeds import stable_seed
+from nemo_rl_core.rollouts.traffic import GenerationTraffic
 
-__all__ = ["Episode", "EpisodeSettings", "Gauge", "finite_rewards"]
+__all__ = ["Episode", "EpisodeSettings", "finite_rewards"]
 
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
 _T = TypeVar("_T")
-
-
-class Gauge:
-    """A number that goes up and down."""
-
-    __slots__ = ("count",)
-
-    def __init__(self) -> None:
-        self.count = 0
 
 
 @frozen(kw_only=True, eq=False)
@@ -60,7 +51,7 @@ class EpisodeSettings:
     chat: ChatFormatter
     config: RolloutConfig
     max_sequence_length: int
-    generating: Gauge
+    traffic: GenerationTraffic
     """Counts the episodes that wait for the generation backend."""
 
 
@@ -74,7 +65,7 @@ class Episode:
         environment_seed: One for the whole group.
         context: Lent to the environment.
         sampling: How completions are drawn.
-        asked: `perf_counter()` when the group was asked for.
+        asked: The event loop's `time()` when the group was asked for.
     """
 
     def __init__(
@@ -103,6 +94,7 @@ class Episode:
         self._generation_s = 0.0
         self._environment_s = 0.0
         self._deadline: Deadline
+        self._now = asyncio.get_running_loop().time
 
     @property
     def name(self) -> str:
@@ -122,7 +114,7 @@ class Episode:
 
     async def _run(self, task: asyncio.Task[Any]) -> Rollout:
         rollout = self.rollout
-        started = perf_counter()
+        started = self._now()
         environment: Environment | None = None
         try:
             with PluginCall("environments", self.settings.environment, "__init__", "made"):
@@ -137,7 +129,7 @@ class Episode:
         finally:
             if environment is not None:
                 await self._close(environment)
-            ended = perf_counter()
+            ended = self._now()
             rollout.timing_s = {
                 "generation": self._generation_s,
                 "environment": self._environment_s,
@@ -194,8 +186,8 @@ class Episode:
             sampling=_for_turn(self.sampling, self._room, stable_seed(self.rollout.seed, turn)),
             order=(self.group_id, self.rollout.index, turn),
         )
-        started = perf_counter()
-        self.settings.generating.count += 1
+        await self.settings.traffic.enter()
+        started = self._now()
         try:
             with PluginCall("generation_backends", self.settings.generation, "generate"):
                 completion = await self._deadline.wait(
@@ -209,8 +201,8 @@ class Episode:
                 f"{self.config.generation_timeout_s:g} s (rollouts.generation_timeout_s)."
             ) from error
         finally:
-            self.settings.generating.count -= 1
-            self._generation_s += perf_counter() - started
+            self.settings.traffic.leave()
+            self._generation_s += self._now() - started
         _check(completion)
         return completion
 
@@ -281,7 +273,7 @@ class Episode:
     async def _call(self, stage: _Stage, method: Any, *args: Any) -> Any:
         """Call a method of the environment, sync or async, under the environment's deadline."""
         self._stage = stage
-        started = perf_counter()
+        started = self._now()
         try:
             with PluginCall("environments", method.__self__, stage):
                 result = method(*args)
@@ -291,7 +283,7 @@ class Episode:
         except SystemExit as error:
             raise EnvironmentFailure(f"The environment called sys.exit({error.code!r}) in {stage}.") from error
         finally:
-            self._environment_s += perf_counter() - started
+            self._environment_s += self._now() - started
 
     async def _in_time(self, stage: _Stage, waiting: Awaitable[_T]) -> _T:
         limit = self.config.environment_timeout_s

@@ -104,6 +104,15 @@ class Rollout:
         versions = [t.weight_version for s in self.segments for t in s if t.weight_version is not None]
         return min(versions, default=None)
 
+    @property
+    def num_weight_versions(self) -> int:
+        """How many weight versions sampled it, from the first to the last; 0 if nothing was sampled."""
+        turns = [t for s in self.segments for t in s if t.weight_version is not None]
+        if not turns:
+            return 0
+        first = min(t.weight_version or 0 for t in turns)
+        return max(max(t.weight_version or 0, t.last_weight_version or 0) for t in turns) - first + 1
+
 
 @define(kw_only=True)
 class RolloutGroup:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -63,6 +63,7 @@ class RolloutRunner:
         group_size: int,
         weight_version: int,
         sampling: SamplingParams | None = None,
+        on_start: Callable[[int], None] | None = None,
     ) -> concurrent.futures.Future[RolloutGroup]:
         """Start one group; see `RolloutEngine.run_group`.
 
@@ -75,7 +76,13 @@ class RolloutRunner:
         """
         return self.run(
             self.engine.run_group(
-                group_id, task_id, task, group_size=group_size, weight_version=weight_version, sampling=sampling
+                group_id,
+                task_id,
+                task,
+                group_size=group_size,
+                weight_version=weight_version,
+                sampling=sampling,
+                on_start=on_start,
             )
         )
 
@@ -85,8 +92,12 @@ class RolloutRunner:
 
         It starts when every episode that may run has asked for its first tokens, so that all of them wait
         before the first is admitted and the batches are formed alike in every run; or after `timeout_s`, if
-        environments take longer than that to begin.
+        environments take longer than that to begin. While other episodes run it is not held: they decide how
+        batches are formed.
         """
+        if self.engine.num_in_flight:
+            yield
+            return
         self.engine.generation.pause()
         try:
             yield

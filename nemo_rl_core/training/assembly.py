@@ -20,6 +20,7 @@ from nemo_rl_core.protocols.generation_backend import GenerationBackend, Samplin
 from nemo_rl_core.protocols.launcher import Launcher, WorkerSpec
 from nemo_rl_core.protocols.weight_sync import WeightSync
 from nemo_rl_core.registry import ComponentRef, PluginCall, get_registry, worker_rows
+from nemo_rl_core.rollouts.clock import Clock, SystemClock
 from nemo_rl_core.rollouts.engine import EnvironmentFactory, RolloutEngine
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import reward_environment
@@ -62,6 +63,9 @@ class RunParts:
     weight_sync: WeightSync | None = None
     runner: RolloutRunner | None = None
     share_weights: bool = False
+    in_flight_updates: bool = True
+    """Whether new weights are loaded while the engine samples."""
+    clock: Clock = field(factory=SystemClock)
     recorded: RecordedRollouts | None = None
     components: list[ComponentRef] = field(factory=list)
     _stack: ExitStack = field(factory=ExitStack, repr=False)
@@ -217,6 +221,7 @@ def _add_policy(
     )
     with PluginCall("algorithms", algorithm_class, "__init__", "made"):
         parts.algorithm = algorithm_class(config, context)
+    _check_staleness(config, parts.algorithm)
     roles = {"policy": ModelRole(config=config.policy, trained=True), **_roles(parts.algorithm)}
     backends = {}
     for name, role in roles.items():
@@ -249,7 +254,7 @@ def _add_engine(
 ) -> None:
     config = parts.config
     engine_class = resolver.load("generation_backends", config.generation.backend)
-    _check_staleness(config, engine_class)
+    parts.in_flight_updates = _in_flight_updates(config, engine_class)
     group = launcher.launch(
         WorkerSpec(
             role="generation",
@@ -418,10 +423,34 @@ def _may_share(config: RunConfig, policy: Policy, engine: Any) -> bool:
     )
 
 
-def _check_staleness(config: RunConfig, engine: Any) -> None:
-    if config.rollouts.staleness > 0 and "in_flight_updates" not in engine.capabilities:
+def _in_flight_updates(config: RunConfig, engine: Any) -> bool:
+    """Whether new weights are loaded under the requests in flight: as configured, or if the engine can.
+
+    Raises:
+        ConfigError: It is configured, and the engine cannot.
+    """
+    can = "in_flight_updates" in engine.capabilities
+    if config.rollouts.weight_updates == "in_flight" and not can:
         raise ConfigError(
-            f"rollouts.staleness={config.rollouts.staleness} lets the engine sample while its weights change, but "
-            f"the generation backend {engine.__name__} has not the capability 'in_flight_updates'. "
-            "Set rollouts.staleness=0 or choose another backend."
+            f"rollouts.weight_updates is in_flight, but the generation backend {engine.__name__} cannot take new "
+            "weights while it samples (it has not the capability 'in_flight_updates'). Set it to between, or choose "
+            "another backend."
+        )
+    return can and config.rollouts.weight_updates != "between"
+
+
+def _check_staleness(config: RunConfig, algorithm: Any) -> None:
+    """Rollouts from older weights need an algorithm that says it corrects for them.
+
+    Raises:
+        ConfigError: It does not say so.
+    """
+    if config.rollouts.staleness == 0 or algorithm.feed != "rollouts":
+        return
+    if not getattr(algorithm, "takes_stale_rollouts", False):
+        raise ConfigError(
+            f"rollouts.staleness={config.rollouts.staleness} trains on rollouts that older weights sampled, and "
+            f"{type(algorithm).__name__} as configured does not correct their importance (its `takes_stale_rollouts` "
+            "is not True). Choose a loss with a correction, such as one with truncated (tis) or masked (icepop, "
+            "seq_mask_tis) importance weights, or set rollouts.staleness=0."
         )

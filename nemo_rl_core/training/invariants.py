@@ -52,12 +52,13 @@ class Invariants:
                 "sequences."
             )
 
-    def check_mismatch(self, metrics: Mapping[str, float], *, may_abort: bool = True) -> None:
+    def check_mismatch(self, metrics: Mapping[str, float], *, may_abort: bool = True, stale: bool = False) -> None:
         """Engine and trainer logprobs of the sampled tokens: warn, then stop.
 
         Args:
             metrics: Of the step.
             may_abort: False only warns: recorded rollouts may come from other weights.
+            stale: Some rollouts are of older weights, whose logprobs differ from the trainer's as they should.
 
         Raises:
             InvariantViolation: The mismatch is above `mismatch_abort`.
@@ -69,6 +70,15 @@ class Invariants:
             f"mean exp|trainer logprob - engine logprob| is {error:.4f} (1 is perfect). Usual causes: weights that "
             "were not loaded by the engine, another temperature or top-p/top-k on one side, low precision."
         )
+        if stale:
+            bound = self.config.mismatch_abort or self.config.mismatch_warn
+            if error > bound:
+                logger.warning(
+                    "%s Older weights sampled some of the rollouts, which explains a part: lower rollouts.staleness or "
+                    "the learning rate, or compare with a run of staleness 0.",
+                    text,
+                )
+            return
         if may_abort and self.config.mismatch_abort is not None and error > self.config.mismatch_abort:
             raise InvariantViolation(
                 f"Stopped: {text} The bound is invariants.mismatch_abort={self.config.mismatch_abort:g}."

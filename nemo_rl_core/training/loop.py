@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import pickle
-import random
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from nemo_rl_core.config import to_dict
-from nemo_rl_core.errors import CheckpointError, ConfigError, RunInterrupted
-from nemo_rl_core.registry import PluginCall, RunHooks, get_registry, report_changes
+from nemo_rl_core.errors import ConfigError, RunInterrupted
+from nemo_rl_core.registry import PluginCall, RunHooks, get_registry
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.training.assembly import RunParts, sampling_params
-from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
-from nemo_rl_core.training.export import export_model
 from nemo_rl_core.training.feeds import ExampleFeed, RolloutFeed
 from nemo_rl_core.training.interrupts import InterruptGuard
 from nemo_rl_core.training.invariants import Invariants
 from nemo_rl_core.training.progress import Progress
 from nemo_rl_core.training.record import RunRecord
+from nemo_rl_core.training.refit import Refit
 from nemo_rl_core.training.replay import RecordedFeed
+from nemo_rl_core.training.saving import RunSaver
 from nemo_rl_core.training.state import RunResult, RunState, Sample
 from nemo_rl_core.training.timers import StageTimers
 from nemo_rl_core.training.validation import validate_loss, validate_rollouts
@@ -34,11 +26,9 @@ if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.algorithm import Update
     from nemo_rl_core.rollouts.records import RolloutGroup
+    from nemo_rl_core.training.checkpoint import CheckpointStore
 
 __all__ = ["RunLoop"]
-
-logger = logging.getLogger(__name__)
-_REFIT_TIMEOUT_S = 600.0
 
 
 class RunLoop:
@@ -50,10 +40,17 @@ class RunLoop:
         hooks: Lifecycle hooks of this run.
         record: The run folder.
         progress: What is shown.
+        store: Where checkpoints are; None is in the run folder.
     """
 
     def __init__(
-        self, parts: RunParts, state: RunState, hooks: RunHooks, record: RunRecord, progress: Progress
+        self,
+        parts: RunParts,
+        state: RunState,
+        hooks: RunHooks,
+        record: RunRecord,
+        progress: Progress,
+        store: CheckpointStore | None = None,
     ) -> None:
         self.parts = parts
         self.config = parts.config
@@ -61,20 +58,11 @@ class RunLoop:
         self.hooks = hooks
         self.record = record
         self.progress = progress
-        self.timers = StageTimers()
+        self.timers = StageTimers(parts.clock.now)
         self.invariants = Invariants(self.config.invariants)
-        saving = self.config.checkpointing
-        self.store = CheckpointStore(
-            state.run_dir / "checkpoints",
-            keep_last=saving.keep_last,
-            keep_best=saving.keep_best,
-            metric=saving.metric,
-            higher_is_better=saving.higher_is_better,
-        )
-        self.feed = _make_feed(parts)
-        self._boundary: dict[str, Any] = {}
-        self._engine_version = -1
-        self._saved_step = -1
+        self.feed = _make_feed(parts, state.max_steps)
+        self.refit = Refit(parts)
+        self.saver = RunSaver(parts, state, self.feed, self.invariants, store)
 
     # -- the run --------------------------------------------------------------------------------
 
@@ -89,11 +77,13 @@ class RunLoop:
         with InterruptGuard() as guard:
             try:
                 run.manifest = get_registry().manifest(self.parts.components, self.hooks.plugins)
-                self._resume()
+                resumed = self.saver.resume()
+                if resumed is not None:
+                    self.progress.note(f"Resumed from {resumed.path}")
                 self.record.start(self.config.name or run.algorithm, to_dict(self.config), run.manifest)
                 self.progress.start(run)
                 self.hooks.call("on_run_start", run=run)
-                self._mark_boundary()
+                self.saver.mark_boundary()
                 status = self._steps(guard)
             except RunInterrupted:
                 status = "interrupted"
@@ -129,7 +119,7 @@ class RunLoop:
             if run.history:
                 run.history[-1].update(last)
         self._save()
-        self._export()
+        self.saver.export()
         return "completed"
 
     def _finished(self) -> bool:
@@ -139,7 +129,7 @@ class RunLoop:
     def _step(self, guard: InterruptGuard) -> dict[str, float]:
         """One step: take items, build the batch, fill in logprobs, update, measure."""
         run, algorithm = self.run_state, self.parts.algorithm
-        started = time.perf_counter()
+        started = self.parts.clock.now()
         self.hooks.call("on_step_start", run=run)
         metrics: dict[str, float] = {}
         with guard.abandonable():
@@ -156,8 +146,10 @@ class RunLoop:
         metrics.update(training)
         run.step += 1
         run.weight_version = run.step
-        seconds = time.perf_counter() - started
+        seconds = max(self.parts.clock.now() - started, 1e-9)
         metrics["timing/step"] = seconds
+        if isinstance(self.feed, RolloutFeed):
+            metrics.update(self.feed.metrics(run.step - 1))
         metrics["performance/tokens_per_s"] = batch.num_tokens / seconds
         metrics["performance/trained_tokens_per_s"] = float(batch["loss_mask"].sum()) / seconds
         return metrics
@@ -206,12 +198,14 @@ class RunLoop:
                     key = name if is_policy else f"{update.model}/{name}"
                     values.setdefault(key, []).append(value)
         means = {key: sum(reported) / len(reported) for key, reported in values.items()}
-        self.invariants.check_mismatch(means, may_abort=self.parts.recorded is None)
+        stale = self.config.rollouts.staleness > 0
+        self.invariants.check_mismatch(means, may_abort=self.parts.recorded is None, stale=stale)
         return {f"train/{name}": value for name, value in means.items()}
 
     def _after_step(self, metrics: dict[str, float], guard: InterruptGuard) -> None:
         run, config = self.run_state, self.config
-        self._mark_boundary()
+        self.saver.mark_boundary()
+        self._go_on_sampling()
         if config.validation.every and run.step % config.validation.every == 0:
             with self.timers("validation"):
                 metrics.update(self._validate())
@@ -229,19 +223,18 @@ class RunLoop:
 
     def _refit(self) -> None:
         """Bring the engine to the policy's weights, unless it has them."""
-        run, parts = self.run_state, self.parts
-        if parts.weight_sync is None or parts.generation is None or self._engine_version == run.weight_version:
+        run = self.run_state
+        if not self.refit.is_due(run.weight_version):
             return
-        with self.timers("refit"), PluginCall("weight_syncs", parts.weight_sync, "sync"):
-            parts.weight_sync.sync(
-                parts.policy.group,
-                parts.generation,
-                version=run.weight_version,
-                share=parts.share_weights,
-                timeout_s=_REFIT_TIMEOUT_S,
-            )
-        self._engine_version = run.weight_version
+        with self.timers("refit"):
+            self.refit.bring_to(run.weight_version)
         self.hooks.call("on_refit", run=run, version=run.weight_version)
+
+    def _go_on_sampling(self) -> None:
+        """With a staleness bound above 0: new weights for the engine, and prompts for it, as soon as there are."""
+        if isinstance(self.feed, RolloutFeed) and self.feed.staleness > 0 and not self._finished():
+            self._refit()
+            self.feed.start(self.run_state.weight_version)
 
     def _validate(self) -> dict[str, float]:
         run, parts, config = self.run_state, self.parts, self.config.validation
@@ -277,79 +270,17 @@ class RunLoop:
             for rollout in rollouts
         ]
 
-    # -- saving and resuming ------------------------------------------------------------------------
-
-    def _mark_boundary(self) -> None:
-        """Remember the state between two steps: what a checkpoint holds, also one of an abandoned step."""
-        self._boundary = {
-            "feed": self.feed.state_dict(),
-            "invariants": self.invariants.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "python_rng": random.getstate(),
-            "algorithm": _state_of(self.parts.algorithm),
-        }
-
     def _save(self) -> None:
-        run = self.run_state
-        if not self.config.checkpointing.enabled or run.step == 0 or run.step == self._saved_step:
-            return
-
-        def write(folder: Path) -> None:
-            for name, model in self.parts.trained.items():
-                model.save(folder / name)
-            with (folder / "loop.pkl").open("wb") as file:
-                pickle.dump({**self._boundary, "history": run.history}, file)
-
-        state = {
-            "algorithm": run.algorithm,
-            "weight_version": run.weight_version,
-            "metrics": run.history[-1] if run.history else {},
-            "manifest": run.manifest,
-            "config": to_dict(self.config),
-        }
         with self.timers("checkpoint"):
-            checkpoint = self.store.save(run.step, write, state)
-        self._saved_step = run.step
-        self.progress.note(f"Saved {checkpoint.path}")
-        self.hooks.call("on_checkpoint", run=run, path=checkpoint.path)
-
-    def _resume(self) -> None:
-        if not self.config.checkpointing.enabled:
-            return
-        checkpoint = self.store.load(self.config.checkpointing.resume)
-        if checkpoint is None:
-            return
-        run, state = self.run_state, checkpoint.state()
-        if state["algorithm"] != run.algorithm:
-            raise CheckpointError(
-                f"{checkpoint.path} was written by the algorithm {state['algorithm']!r}, this run is "
-                f"{run.algorithm!r}. Use another run_dir, or checkpointing.resume=never."
-            )
-        changes = report_changes(state.get("manifest", []), run.manifest, where=str(checkpoint.path))
-        if changes is not None:
-            logger.warning("%s", changes)
-        for name, model in self.parts.trained.items():
-            model.load(checkpoint.path / name)
-        loop = _read_loop_state(checkpoint)
-        self.feed.load_state_dict(loop["feed"], version=int(state["weight_version"]))
-        self.invariants.load_state_dict(loop["invariants"])
-        torch.set_rng_state(loop["torch_rng"])
-        random.setstate(loop["python_rng"])
-        if loop.get("algorithm") is not None:
-            self.parts.algorithm.load_state_dict(loop["algorithm"])
-        run.history = loop["history"]
-        run.step = self._saved_step = checkpoint.step
-        run.weight_version = int(state["weight_version"])
-        self.progress.note(f"Resumed from {checkpoint.path}")
-
-    def _export(self) -> None:
-        if self.config.checkpointing.enabled and self.config.checkpointing.export_model:
-            export_model(self.parts.policy, self.parts.tokenizer, self.run_state.run_dir / "model")
+            checkpoint = self.saver.save()
+        if checkpoint is not None:
+            self.progress.note(f"Saved {checkpoint.path}")
+            self.hooks.call("on_checkpoint", run=self.run_state, path=checkpoint.path)
 
     def _result(self, status: str) -> RunResult:
         run = self.run_state
         model = run.run_dir / "model"
-        checkpoints = self.store.list()
+        checkpoints = self.saver.store.list()
         return RunResult(
             status=status,
             step=run.step,
@@ -375,7 +306,7 @@ def _check_trained(updates: Sequence[Update], parts: RunParts) -> None:
         )
 
 
-def _make_feed(parts: RunParts) -> ExampleFeed | RolloutFeed | RecordedFeed:
+def _make_feed(parts: RunParts, last_step: int | None) -> ExampleFeed | RolloutFeed | RecordedFeed:
     config = parts.config
     if parts.recorded is not None:
         return RecordedFeed(parts.recorded, parts.algorithm, config.num_items_per_step)
@@ -387,19 +318,6 @@ def _make_feed(parts: RunParts) -> ExampleFeed | RolloutFeed | RecordedFeed:
         algorithm=parts.algorithm,
         config=config,
         max_batches=config.max_batches_per_step,
+        last_step=last_step,
+        clock=parts.clock,
     )
-
-
-def _read_loop_state(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    path = checkpoint.path / "loop.pkl"
-    try:
-        with path.open("rb") as file:
-            return dict(pickle.load(file))
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}.") from error
-
-
-def _state_of(algorithm: Any) -> Any:
-    """What the algorithm keeps from step to step, copied; None if it keeps nothing."""
-    state_dict = getattr(algorithm, "state_dict", None)
-    return copy.deepcopy(state_dict()) if state_dict is not None else None

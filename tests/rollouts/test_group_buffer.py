@@ -95,7 +95,7 @@ def test_the_oldest_token_decides_the_age():
 def test_an_evicted_group_may_be_sampled_again():
     buffer = filled(0, 1, version=0)
     buffer.put(group(2, version=1))
-    with pytest.raises(InvariantViolation, match=r"Groups \[0, 1\] are older than the staleness bound of 0"):
+    with pytest.raises(InvariantViolation, match=r"Groups 0 \(sampled by 0\), 1 .* older than the staleness bound"):
         taken(buffer, 2, version=1, waiting_for=[0, 1, 2])
     assert [g.group_id for g in buffer.take_evicted()] == [0, 1]
     buffer.put(group(0, version=1))
@@ -165,3 +165,64 @@ def test_many_threads_put_and_one_takes():
     for thread in threads:
         thread.join(10)
     assert seen == list(range(60))
+
+
+# -- whatever is there first -------------------------------------------------------------------------------
+
+
+def ready(buffer, num, started, version, num_per_step=None):
+    groups = buffer.take(num, current_version=version, timeout_s=0.02, started=started, num_per_step=num_per_step)
+    return [g.group_id for g in groups]
+
+
+def test_of_those_that_are_there_the_oldest_are_taken():
+    buffer = GroupBuffer(8, staleness=2)
+    for group_id, version in ((7, 3), (5, 4), (6, 3), (9, 4)):
+        buffer.put(group(group_id, version))
+    assert ready(buffer, 3, {4: 4, 5: 4, 6: 3, 7: 3, 9: 4}, version=4) == [5, 6, 7]
+
+
+def test_a_group_at_its_last_step_is_waited_for():
+    # bound 1, one group a step: group 0 was started at version 3, so that at 4 it is taken or too old
+    started = {0: 3, 1: 4}
+    buffer = GroupBuffer(8, staleness=1)
+    buffer.put(group(1, 4))
+    with pytest.raises(DeadlineExceeded, match=r"for 1 groups of rollouts: group 0 did not finish; held: 1"):
+        ready(buffer, 1, started, version=4, num_per_step=1)
+    assert ready(buffer, 1, started, version=4) == [1]  # without num_per_step it is left to become too old
+    buffer = GroupBuffer(8, staleness=1)
+    buffer.put(group(1, 4))
+    buffer.put(group(0, 3))
+    assert ready(buffer, 1, started, version=4, num_per_step=1) == [0]
+
+
+def test_the_wait_looks_as_many_steps_ahead_as_the_bound():
+    # bound 2, two groups a step, at version 5: four groups of version 4 have their last chance at 6, of which two may
+    # be left after this step; so this step must take two of them, or wait
+    started = {0: 4, 1: 4, 2: 4, 3: 4, 4: 5, 5: 5}
+    buffer = GroupBuffer(8, staleness=2)
+    for group_id in (3, 4, 5):
+        buffer.put(group(group_id, started[group_id]))
+    with pytest.raises(DeadlineExceeded):
+        ready(buffer, 2, started, version=5, num_per_step=2)
+    buffer.put(group(1, 4))
+    assert ready(buffer, 2, started, version=5, num_per_step=2) == [1, 3]
+
+
+def test_what_is_evicted_while_someone_waits_for_it_is_told():
+    buffer = GroupBuffer(8, staleness=1)
+    buffer.put(group(0, 1))
+    with pytest.raises(InvariantViolation, match=r"0 \(sampled by 1\) are older.*bound of 1 at weight version 4"):
+        ready(buffer, 1, {0: 1}, version=4)
+    assert [g.group_id for g in buffer.take_evicted()] == [0]
+
+
+def test_a_group_that_is_skipped_counts_as_taken_and_one_removed_does_not():
+    buffer = filled(0, 1, 2)
+    buffer.skip(0)
+    buffer.remove(1)
+    with pytest.raises(InvariantViolation):
+        buffer.put(group(0))
+    buffer.put(group(1))
+    assert buffer.group_ids == [1, 2]
+    assert buffer.state_dict()["taken_below"] == 1

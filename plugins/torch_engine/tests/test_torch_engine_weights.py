@@ -133,6 +133,28 @@ def test_an_update_in_flight_stamps_both_versions(start, trained):
     assert queued.logprobs == pytest.approx(rows[torch.arange(5), torch.tensor(queued.token_ids)].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("decoder", ["lean", "attention", "recompute"])
+@pytest.mark.parametrize("cache", ["keep", "recompute"])
+def test_the_cache_of_requests_in_flight_is_kept_or_computed_anew(cache, decoder, start, trained):
+    engine = start(max_sequence_length=512, decoder=decoder, cache_after_refit=cache, max_prefill_tokens=16)
+    asked = [request([5, 6 + i], name=str(i), max_new_tokens=400, seed=i, ignore_eos=True) for i in range(3)]
+
+    async def run():
+        running = [asyncio.create_task(engine.generate(r)) for r in asked]
+        while engine._scheduler.counters["tokens"] < 30:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(engine.update_weights, 4, trained.named_parameters())
+        return await asyncio.wait_for(asyncio.gather(*running), 60)
+
+    for r, found in zip(asked, asyncio.run(run()), strict=True):
+        assert (found.weight_version, found.last_weight_version) == (0, 4)
+        rows = reference_logprobs(engine, r.prompt_ids, found.token_ids)[-5:]
+        exact = rows[torch.arange(5), torch.tensor(found.token_ids[-5:])].tolist()
+        as_read_anew = found.logprobs[-5:] == pytest.approx(exact, abs=1e-5)
+        assert as_read_anew == (cache == "recompute" or decoder == "recompute")  # that decoder has no cache to keep
+    assert bool(engine.metrics().get("recomputed_tokens")) == (cache == "recompute")
+
+
 def test_fingerprint_follows_the_weights(start, trained):
     fingerprint = pytest.importorskip("nemo_rl_core.infra.fingerprint").fingerprint
     engine = start()

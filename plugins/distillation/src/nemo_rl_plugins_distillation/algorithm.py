@@ -97,6 +97,11 @@ class Distillation(_Taught):
                 f"`advantage` is {config.advantage.name!r}. To keep this loss, {fix}."
             )
 
+    @property
+    def takes_stale_rollouts(self) -> bool:
+        """Distributions are compared on any text; a policy gradient needs a loss that corrects for older weights."""
+        return self.advantages is None or bool(getattr(self.loss, "corrects_importance", False))
+
     def build_batch(self, items: Sequence[RolloutGroup]) -> BatchedDataDict:
         """The sequences of all groups, each with its teachers."""
         from nemo_rl_core.data.from_rollouts import batch_from_groups

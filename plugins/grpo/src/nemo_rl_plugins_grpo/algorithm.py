@@ -52,6 +52,11 @@ class GRPO(BaseAlgorithm):
         return {"reference": ModelRole(config=self.config.policy)} if "ref_logprobs" in self.required_fields else {}
 
     @property
+    def takes_stale_rollouts(self) -> bool:
+        """Whether the loss corrects for rollouts of older weights."""
+        return bool(getattr(self.loss, "corrects_importance", False))
+
+    @property
     def required_fields(self) -> frozenset[str]:
         """What loss and reward require; without `logprobs` if each rollout takes one optimizer step."""
         one_update = self.config.updates_per_step * self.config.epochs_per_step == 1

@@ -138,7 +138,8 @@ def _loss(config: GRPOConfig, loss: PolicyLossConfig) -> Iterator[Any]:
             "loss.options.correction",
             f"'none', with rollouts up to {config.rollouts.staleness} steps old: the gradient of rollouts from other "
             "weights is biased",
-            "set correction to 'tis' with correction_max (2.0 is usual)"
+            "set correction to 'tis' with correction_max (2.0 is usual) to truncate the importance weights, or to "
+            "'icepop' or 'seq_mask_tis' with correction_min and correction_max to mask tokens or sequences"
             + (", or ratio_against to 'rollout'" if has_ratio else ""),
             related=("rollouts.staleness",),
         )

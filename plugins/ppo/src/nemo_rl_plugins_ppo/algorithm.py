@@ -49,6 +49,11 @@ class PPO(BaseAlgorithm):
         return roles
 
     @property
+    def takes_stale_rollouts(self) -> bool:
+        """Whether the loss of the policy corrects for rollouts of older weights."""
+        return bool(getattr(self.loss, "corrects_importance", False))
+
+    @property
     def required_fields(self) -> frozenset[str]:
         """What the loss requires, without `logprobs` if each rollout takes one step; both for a KL in the reward."""
         config: PPOConfig = self.config

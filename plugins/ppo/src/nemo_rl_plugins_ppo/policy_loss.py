@@ -43,6 +43,11 @@ class ClippedSurrogateLoss:
         self.needs = frozenset({"logprobs", "entropy"} if self.config.entropy_coef > 0 else {"logprobs"})
 
     @property
+    def corrects_importance(self) -> bool:
+        """Whether rollouts of other weights than the current ones may be trained on."""
+        return bool(self.config.ratio_against == "rollout")
+
+    @property
     def conformance(self) -> Mapping[str, bool]:
         """For its kit: the gradient of the KL is that of its expectation; an entropy is raised beside the surrogate."""
         return {

@@ -115,7 +115,7 @@ class TorchEngine(GenerationBackend):
             raise
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
-        """Load new weights between two steps; requests in flight go on with them and their old cache.
+        """Load new weights between two steps; requests in flight go on with them (see `cache_after_refit`).
 
         Raises:
             GenerationError: A name or shape does not belong to the model, or one is missing; the engine then
@@ -133,7 +133,9 @@ class TorchEngine(GenerationBackend):
                 raise
             self._broken_weights = None
             self._scheduler.counters["packed_bytes"] += self._scheduler.decoder.refresh()
-            self._scheduler.weights_changed(version)
+            recompute = self._options.cache_after_refit == "recompute"
+            with torch.inference_mode():
+                self._scheduler.weights_changed(version, recompute=recompute)
             self._scheduler.counters["refit_bytes"] += copied
 
         self._running().call(load, what=f"Weight update to version {version}", timeout_s=self._options.refit_timeout_s)
@@ -155,9 +157,10 @@ class TorchEngine(GenerationBackend):
     def metrics(self) -> Mapping[str, float]:
         """Counters since the last call.
 
-        tokens sampled; decoding steps; batch_fill, the mean share of rows in use; prefill_tokens computed and
-        shared_prefill_tokens that another request of the same prompt had computed; refit_bytes copied to
-        parameters, packed_bytes to the copies that `packed_weights` decodes with.
+        tokens sampled; decoding steps; batch_fill, the mean share of rows in use; recomputed_tokens whose keys and
+        values a weight update made anew; prefill_tokens computed and shared_prefill_tokens that another request of the
+        same prompt had computed; refit_bytes copied to parameters, packed_bytes to the copies that `packed_weights`
+        decodes with.
         """
         counters, self._scheduler.counters = self._scheduler.counters, Counter()
         taken = {name: float(value) for name, value in counters.items()}

@@ -32,5 +32,9 @@ class TorchEngineConfig:
     num_threads: int | None = field(default=None, validator=optional(ge(1)))
     """Threads of one operator while generating, on the CPU. None is 1 for models below 0.2 billion parameters, whose
     steps are too short to share, else PyTorch's own number. Never more than the launcher gives the worker."""
+    cache_after_refit: Literal["keep", "recompute"] = "keep"
+    """What becomes of the cached keys and values of sequences that a weight update finds in flight. keep: later tokens
+    attend to what the weights of before computed; recompute: they are computed anew, so that each token is drawn as if
+    its whole prefix had been read by the weights that draw it."""
     refit_timeout_s: float = field(default=600.0, validator=gt(0))
     """Deadline for a weight update to get between two steps and finish."""

@@ -66,11 +66,31 @@ class Scheduler:
             finished += self._decode()
         return finished
 
-    def weights_changed(self, version: int) -> None:
-        """Stamp later tokens with `version`; nothing computed for a prompt before is used again."""
+    def weights_changed(self, version: int, *, recompute: bool = False) -> None:
+        """Stamp later tokens with `version`; nothing computed for a prompt before is used again.
+
+        Args:
+            version: Of the new weights.
+            recompute: Compute the keys and values of sequences in the batch anew too.
+        """
         self.version = version
         for prompt in self._prompts.values():
             prompt.forget()
+        if recompute:
+            self._recompute_rows()
+
+    def _recompute_rows(self) -> None:
+        """Run the tokens of every row but its newest, which the next decoding step adds, through the new weights."""
+        rows = sorted(self.active, key=lambda s: s.length)
+        while rows:
+            part, budget = [rows.pop(0)], self.max_prefill_tokens
+            budget -= part[0].length
+            while rows and rows[0].length <= budget:
+                budget -= rows[0].length
+                part.append(rows.pop(0))
+            tokens = [[*s.prompt_ids, *s.token_ids[:-1]] for s in part]
+            self.decoder.prefill(PrefillPass.of(tokens, [[s.row] for s in part], self.device))
+            self.counters["recomputed_tokens"] += sum(map(len, tokens))
 
     def drain(self) -> list[Sequence]:
         """Remove and return every sequence (after a failure)."""

@@ -51,6 +51,11 @@ class PolicyGradientLoss(ABC):
         return bool(self.config.correction != "none")
 
     @property
+    def corrects_importance(self) -> bool:
+        """Whether rollouts of other weights than the current ones may be trained on."""
+        return bool(self.config.correction != "none")
+
+    @property
     def conformance(self) -> dict[str, Any]:
         """For its kit: whether the gradient is that of the value, and what else than the advantages moves a token."""
         said: dict[str, Any] = {"differentiable": not self._stops_gradients}
@@ -151,6 +156,11 @@ class RatioLoss(PolicyGradientLoss):
     def reads_start(self) -> bool:
         """Unless the ratio is forced to 1 or taken against the engine."""
         return not (self.config.force_on_policy_ratio or self.config.ratio_against == "rollout")
+
+    @property
+    def corrects_importance(self) -> bool:
+        """With a correction, or with the ratio taken against the engine."""
+        return super().corrects_importance or bool(self.config.ratio_against == "rollout")
 
     @property
     def _stops_gradients(self) -> bool:

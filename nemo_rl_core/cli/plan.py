@@ -1,0 +1,184 @@
+"""`nemo-rl plan`: what a run would take on a cluster that is not here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nemo_rl_core.cli.train import ConfigFile, Json, Overrides
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import RunConfig
+    from nemo_rl_core.testing.simulation.memory import MemoryEstimate
+    from nemo_rl_core.testing.simulation.plan import PlannedRun
+    from nemo_rl_core.testing.simulation.rates import Rates
+
+__all__ = ["plan"]
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rates_from: Annotated[Path | None, typer.Option(help="Folder of a run that measured the rates.")] = None,
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="Generation engines; by default cluster.roles.generation, or 1.")
+    ] = None,
+    staleness: Annotated[
+        list[int] | None, typer.Option(min=0, help="rollouts.staleness to compare; may be given several times.")
+    ] = None,
+    engine_tokens_per_s: Annotated[
+        float | None, typer.Option(help="New tokens per second of one engine at a full batch.")
+    ] = None,
+    engine_batch: Annotated[int | None, typer.Option(help="Sequences that one engine decodes together.")] = None,
+    sequence_tokens_per_s: Annotated[
+        float | None, typer.Option(help="New tokens per second of one sequence, however few are beside it.")
+    ] = None,
+    trainer_tokens_per_s: Annotated[
+        float | None, typer.Option(help="Prompt and response tokens per second of one training worker.")
+    ] = None,
+    response_tokens: Annotated[float | None, typer.Option(help="Mean new tokens of one turn.")] = None,
+    response_spread: Annotated[
+        float | None, typer.Option(help="Standard deviation over mean of the response lengths; 1 is a long tail.")
+    ] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(help="Mean tokens of a prompt.")] = None,
+    environment_s: Annotated[float | None, typer.Option(help="Seconds of one answer of the environment.")] = None,
+    refit_s: Annotated[float | None, typer.Option(help="Seconds of one weight update.")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Steps to simulate.")] = 12,
+    as_json: Json = False,
+) -> None:
+    """Predict step time, idle shares and memory of a configuration on a cluster that is not here.
+
+    The real run loop is simulated on a virtual clock, with engines and trainers of the given speeds. What is given on
+    the command line goes before what the run of --rates-from measured.
+    """
+    from attrs import asdict, evolve
+
+    from nemo_rl_core.config import finalize, load_config
+    from nemo_rl_core.errors import ConfigError
+    from nemo_rl_core.testing.simulation.memory import estimate_memory
+    from nemo_rl_core.testing.simulation.plan import plan_run
+    from nemo_rl_core.testing.simulation.rates import Rates, rates_from_run
+
+    given = {
+        "engine_tokens_per_s": engine_tokens_per_s,
+        "engine_batch": engine_batch,
+        "sequence_tokens_per_s": sequence_tokens_per_s,
+        "trainer_tokens_per_s": trainer_tokens_per_s,
+        "response_tokens": response_tokens,
+        "response_spread": response_spread,
+        "prompt_tokens": prompt_tokens,
+        "environment_s": environment_s,
+        "refit_s": refit_s,
+    }
+    loaded = finalize(load_config(config, overrides=list(overrides or [])))
+    if not _samples(loaded):
+        raise ConfigError(f"algorithm: {loaded.algorithm} is trained on rows and samples nothing; there is no plan.")
+    measured = {} if rates_from is None else rates_from_run(rates_from)
+    rates = Rates(**{**measured, **{name: value for name, value in given.items() if value is not None}})
+    num_engines = engines or loaded.cluster.roles.get("generation", 1)
+    planned = [
+        plan_run(
+            evolve(loaded, rollouts=evolve(loaded.rollouts, staleness=bound)),
+            rates,
+            num_engines=num_engines,
+            num_steps=steps,
+            seed=loaded.seed,
+        )
+        for bound in staleness or [loaded.rollouts.staleness]
+    ]
+    memory = estimate_memory(loaded, engine_batch=rates.engine_batch)
+    if as_json:
+        runs = [_as_dict(run) for run in planned]
+        sizes = {**asdict(memory), "trainer": memory.trainer, "engine": memory.engine}
+        typer.echo(json.dumps({"rates": asdict(rates), "runs": runs, "memory_bytes": sizes}))
+        return
+    _print(loaded, rates, planned, memory)
+
+
+def _samples(config: RunConfig) -> bool:
+    """Whether the algorithm is fed with rollouts."""
+    from nemo_rl_core.registry import get_registry
+
+    algorithm = get_registry().resolve("algorithms", config.algorithm, plugins=config.plugins).load()
+    return bool(algorithm.feed == "rollouts")
+
+
+def _as_dict(run: PlannedRun) -> dict[str, Any]:
+    result = run.result
+    return {
+        "staleness": run.staleness,
+        "num_engines": run.num_engines,
+        "num_trainers": run.num_trainers,
+        "step_s": result.step_s,
+        "generation_s": run.generation_s,
+        "training_s": run.training_s,
+        "bound_s": run.bound_s,
+        "efficiency": run.efficiency,
+        "trainer_idle": result.trainer_idle,
+        "engine_idle": 1 - result.engine_busy,
+        "tokens_per_s": result.tokens_per_s,
+        "age_mean": result.age_mean,
+        "age_max": result.age_max,
+    }
+
+
+def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: MemoryEstimate) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    first = planned[0]
+    console.print(
+        f"{config.num_items_per_step} prompts x {config.group_size} rollouts a step; {first.num_engines} engines, "
+        f"{first.num_trainers} training workers",
+        highlight=False,
+    )
+    table = Table(
+        "staleness", "step", "bound", "of\nbound", "trainer\nidle", "engine\nidle", "tokens/s", "age\nmean", "age\nmax"
+    )
+    for run in planned:
+        found = run.result
+        table.add_row(
+            str(run.staleness),
+            f"{found.step_s:.4g} s",
+            f"{run.bound_s:.4g} s",
+            f"{run.efficiency:.0%}",
+            f"{found.trainer_idle:.0%}",
+            f"{1 - found.engine_busy:.0%}",
+            f"{found.tokens_per_s:,.0f}",
+            f"{found.age_mean:.2f}",
+            f"{found.age_max:.0f}",
+        )
+    console.print(table)
+    table = Table("memory of one device", "weights", "beside them", "in all")
+    sizes = (memory.trainer_weights, memory.trainer_activations, memory.trainer)
+    table.add_row("training worker (gradients, optimizer; activations)", *map(_size, sizes))
+    sizes = (memory.engine_weights, memory.engine_cache, memory.engine)
+    table.add_row(f"engine (keys and values of {rates.engine_batch} sequences)", *map(_size, sizes))
+    console.print(table)
+    for hint in _hints(config, rates, first):
+        console.print(f"- {hint}", highlight=False)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _hints(config: RunConfig, rates: Rates, run: PlannedRun) -> list[str]:
+    """What stands in the way."""
+    hints = []
+    places = run.num_engines * rates.engine_batch
+    rollouts = config.num_items_per_step * config.group_size
+    if config.rollouts.max_in_flight < min(places, rollouts):
+        hints.append(
+            f"rollouts.max_in_flight={config.rollouts.max_in_flight} leaves places of the engines empty: they have "
+            f"{places}, and a step has {rollouts} rollouts."
+        )
+    if run.generation_s > 1.25 * run.training_s:
+        hints.append(f"Generation is the slower side by {run.generation_s / run.training_s:.1f}x: add engines.")
+    elif run.training_s > 1.25 * run.generation_s:
+        hints.append(f"Training is the slower side by {run.training_s / run.generation_s:.1f}x: add training workers.")
+    return hints

@@ -1,0 +1,100 @@
+"""What a run would take on a cluster that is not here: the simulation, fed with a configuration and rates."""
+
+from __future__ import annotations
+
+from attrs import evolve, frozen
+
+from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.testing.simulation.rates import Rates
+from nemo_rl_core.testing.simulation.run import SimulationResult, simulate
+from nemo_rl_core.testing.simulation.spec import EngineSpec, ResponseLengths, SimulatedCluster
+
+__all__ = ["PlannedRun", "plan_run"]
+
+_NEEDED = {
+    "engine_tokens_per_s": "--engine-tokens-per-s",
+    "trainer_tokens_per_s": "--trainer-tokens-per-s",
+    "response_tokens": "--response-tokens",
+}
+
+
+@frozen(kw_only=True)
+class PlannedRun:
+    """One configuration, simulated."""
+
+    staleness: int
+    num_engines: int
+    num_trainers: int
+    generation_s: float
+    """Of a step's rollouts, were every engine's batch full all the time."""
+    training_s: float
+    """Of a step, with the weight update and the overhead where they do not overlap with sampling."""
+    result: SimulationResult
+
+    @property
+    def bound_s(self) -> float:
+        """No step can be shorter: the slower side, or with a staleness of 0 both in turn."""
+        return self.generation_s + self.training_s if self.staleness == 0 else max(self.generation_s, self.training_s)
+
+    @property
+    def efficiency(self) -> float:
+        """Bound over predicted step time."""
+        return self.bound_s / self.result.step_s
+
+
+def plan_run(
+    config: RunConfig, rates: Rates, *, num_engines: int = 1, num_steps: int = 12, seed: int = 0
+) -> PlannedRun:
+    """Simulate a configuration.
+
+    Args:
+        config: Finalized; its batch sizes, group size, workers and `rollouts` are taken.
+        rates: Speeds of the parts.
+        num_engines: Generation engines.
+        num_steps: Steps to simulate; the first half is left to warm up.
+        seed: Of the response lengths.
+
+    Raises:
+        ConfigError: A rate that is needed is not known, or the algorithm samples no rollouts.
+    """
+    missing = [option for name, option in _NEEDED.items() if getattr(rates, name) is None]
+    if missing:
+        raise ConfigError(
+            f"A plan needs {', '.join(missing)}. Give them, or name a run that measured them: --rates-from RUN_DIR."
+        )
+    assert rates.engine_tokens_per_s and rates.trainer_tokens_per_s and rates.response_tokens
+    workers = config.policy.num_workers
+    longest = config.generation.max_new_tokens or config.policy.max_sequence_length
+    cluster = SimulatedCluster(
+        num_steps=max(num_steps, 2 * config.rollouts.staleness + 4),
+        num_prompts=config.num_items_per_step,
+        group_size=config.group_size,
+        num_turns=rates.turns,
+        rollouts=evolve(config.rollouts, max_turns=max(config.rollouts.max_turns, rates.turns)),
+        engine=EngineSpec(
+            num_engines=num_engines,
+            max_batch=rates.engine_batch,
+            tokens_per_s=rates.engine_tokens_per_s,
+            sequence_tokens_per_s=rates.sequence_tokens_per_s or float("inf"),
+        ),
+        lengths=ResponseLengths(mean=rates.response_tokens, spread=rates.response_spread, longest=longest),
+        prompt_tokens=round(rates.prompt_tokens),
+        environment_s=rates.environment_s,
+        step_s=rates.overhead_s,
+        train_tokens_per_s=rates.trainer_tokens_per_s * workers,
+        refit_s=rates.refit_s,
+    )
+    result = simulate(cluster, seed)
+    rollouts = cluster.num_prompts * cluster.group_size
+    sampled = result.tokens_per_s * result.step_s
+    return PlannedRun(
+        staleness=config.rollouts.staleness,
+        num_engines=num_engines,
+        num_trainers=workers,
+        generation_s=sampled / (num_engines * rates.engine_tokens_per_s),
+        training_s=(sampled + rollouts * cluster.prompt_tokens) / cluster.train_tokens_per_s
+        + rates.refit_s
+        + rates.overhead_s,
+        result=result,
+    )

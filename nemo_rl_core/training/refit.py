@@ -1,0 +1,70 @@
+"""Bringing the engine to the policy's weights: before a step, or while it samples."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from nemo_rl_core.registry import PluginCall
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from nemo_rl_core.training.assembly import RunParts
+
+__all__ = ["Refit"]
+
+_REFIT_TIMEOUT_S = 600.0
+_LATE_S = 10.0
+"""How late a request's deadline may be noticed."""
+
+
+class Refit:
+    """Loads new weights into the generation backend.
+
+    With a staleness bound of 0 no request is in flight. Above it, either the engine takes the weights under the
+    requests that it has (they go on, and their completions carry the first and the last version); or the requests that
+    it has are finished first while new ones wait, so that each completion is of one version and an episode of several
+    turns may span two.
+
+    Args:
+        parts: What the run is made of.
+    """
+
+    def __init__(self, parts: RunParts) -> None:
+        self.parts = parts
+        self.version = -1
+        """Of the engine's weights; -1 before the first refit."""
+
+    def is_due(self, version: int) -> bool:
+        """Whether there is an engine, and it has other weights than those of `version`."""
+        parts = self.parts
+        return parts.weight_sync is not None and parts.generation is not None and self.version != version
+
+    def bring_to(self, version: int) -> None:
+        """Load the policy's weights and stamp them with `version`.
+
+        Raises:
+            DeadlineExceeded: The engine, the trainer or the requests before the update took too long.
+            InvariantViolation: The engine's weights differ from the trainer's afterwards.
+        """
+        parts = self.parts
+        assert parts.weight_sync is not None and parts.generation is not None
+        with self._between_requests(), PluginCall("weight_syncs", parts.weight_sync, "sync"):
+            parts.weight_sync.sync(
+                parts.policy.group,
+                parts.generation,
+                version=version,
+                share=parts.share_weights,
+                timeout_s=_REFIT_TIMEOUT_S,
+            )
+        self.version = version
+        if parts.runner is not None:
+            parts.runner.engine.weight_version = version
+
+    def _between_requests(self) -> AbstractContextManager[None]:
+        rollouts = self.parts.config.rollouts
+        if rollouts.staleness == 0 or self.parts.in_flight_updates or self.parts.runner is None:
+            return nullcontext()
+        # Each request has a deadline of its own; only one that outlives it is worth stopping for.
+        return self.parts.runner.engine.traffic.stopped(1.1 * rollouts.generation_timeout_s + _LATE_S)

@@ -1,0 +1,162 @@
+"""What a checkpoint holds of a run, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_rl_core.config import to_dict
+from nemo_rl_core.errors import CheckpointError
+from nemo_rl_core.registry import report_changes
+from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
+from nemo_rl_core.training.export import export_model
+
+if TYPE_CHECKING:
+    from nemo_rl_core.training.assembly import RunParts
+    from nemo_rl_core.training.feeds import ExampleFeed, RolloutFeed
+    from nemo_rl_core.training.invariants import Invariants
+    from nemo_rl_core.training.replay import RecordedFeed
+    from nemo_rl_core.training.state import RunState
+
+__all__ = ["RunSaver"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunSaver:
+    """Saves a run between two steps, and resumes it.
+
+    Args:
+        parts: What the run is made of.
+        state: Of the run.
+        feed: Where its items come from.
+        invariants: Their counters are saved too.
+        store: Where checkpoints are; None is the folder `checkpoints` of the run.
+    """
+
+    def __init__(
+        self,
+        parts: RunParts,
+        state: RunState,
+        feed: ExampleFeed | RolloutFeed | RecordedFeed,
+        invariants: Invariants,
+        store: CheckpointStore | None = None,
+    ) -> None:
+        self.parts = parts
+        self.run = state
+        self.feed = feed
+        self.invariants = invariants
+        saving = self.config = parts.config.checkpointing
+        self.store = store or CheckpointStore(
+            state.run_dir / "checkpoints",
+            keep_last=saving.keep_last,
+            keep_best=saving.keep_best,
+            metric=saving.metric,
+            higher_is_better=saving.higher_is_better,
+        )
+        self._boundary: Callable[[], dict[str, Any]] = dict
+        self._saved_step = -1
+
+    def mark_boundary(self) -> None:
+        """Remember the state between two steps: what a checkpoint holds, also one of an abandoned step."""
+        feed = _mark(self.feed)
+        rest = {
+            "invariants": self.invariants.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "python_rng": random.getstate(),
+            "algorithm": _state_of(self.parts.algorithm),
+        }
+        self._boundary = lambda: {"feed": feed(), **rest}
+
+    def save(self) -> Checkpoint | None:
+        """Write a checkpoint of the last completed step; None if there is none, or it is saved already."""
+        run = self.run
+        if not self.config.enabled or run.step == 0 or run.step == self._saved_step:
+            return None
+
+        def write(folder: Path) -> None:
+            for name, model in self.parts.trained.items():
+                model.save(folder / name)
+            with (folder / "loop.pkl").open("wb") as file:
+                pickle.dump({**self._boundary(), "history": run.history}, file)
+
+        state = {
+            "algorithm": run.algorithm,
+            "weight_version": run.weight_version,
+            "metrics": run.history[-1] if run.history else {},
+            "manifest": run.manifest,
+            "config": to_dict(self.parts.config),
+        }
+        checkpoint = self.store.save(run.step, write, state)
+        self._saved_step = run.step
+        return checkpoint
+
+    def resume(self) -> Checkpoint | None:
+        """Go on from the newest whole checkpoint; None if there is none, or none is wanted.
+
+        Raises:
+            CheckpointError: It is of another algorithm, or damaged.
+        """
+        if not self.config.enabled:
+            return None
+        checkpoint = self.store.load(self.config.resume)
+        if checkpoint is None:
+            return None
+        run, state = self.run, checkpoint.state()
+        if state["algorithm"] != run.algorithm:
+            raise CheckpointError(
+                f"{checkpoint.path} was written by the algorithm {state['algorithm']!r}, this run is "
+                f"{run.algorithm!r}. Use another run_dir, or checkpointing.resume=never."
+            )
+        changes = report_changes(state.get("manifest", []), run.manifest, where=str(checkpoint.path))
+        if changes is not None:
+            logger.warning("%s", changes)
+        for name, model in self.parts.trained.items():
+            model.load(checkpoint.path / name)
+        loop = _read_loop_state(checkpoint)
+        self.feed.load_state_dict(loop["feed"], version=int(state["weight_version"]))
+        self.invariants.load_state_dict(loop["invariants"])
+        torch.set_rng_state(loop["torch_rng"])
+        random.setstate(loop["python_rng"])
+        if loop.get("algorithm") is not None:
+            self.parts.algorithm.load_state_dict(loop["algorithm"])
+        run.history = loop["history"]
+        run.step = self._saved_step = checkpoint.step
+        run.weight_version = int(state["weight_version"])
+        return checkpoint
+
+    def export(self) -> None:
+        """Write the policy as a Hugging Face checkpoint, if the configuration says so."""
+        if self.config.enabled and self.config.export_model:
+            export_model(self.parts.policy, self.parts.tokenizer, self.run.run_dir / "model")
+
+
+def _mark(feed: Any) -> Callable[[], dict[str, Any]]:
+    """The feed's state, turned into plain data only when it is saved if the feed can do that."""
+    if hasattr(feed, "mark"):
+        mark: Callable[[], dict[str, Any]] = feed.mark()
+        return mark
+    state = feed.state_dict()
+    return lambda: state
+
+
+def _read_loop_state(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    path = checkpoint.path / "loop.pkl"
+    try:
+        with path.open("rb") as file:
+            return dict(pickle.load(file))
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}.") from error
+
+
+def _state_of(algorithm: Any) -> Any:
+    """What the algorithm keeps from step to step, copied; None if it keeps nothing."""
+    state_dict = getattr(algorithm, "state_dict", None)
+    return copy.deepcopy(state_dict()) if state_dict is not None else None

@@ -1,0 +1,107 @@
+"""`nemo-rl plan`: predictions that can be worked out by hand, rates of a run, mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nemo_rl_core.cli import main
+from nemo_rl_core.testing.simulation.rates import rates_from_run
+
+CONFIG = """
+algorithm: grpo
+model: scratch:qwen2-1m
+num_prompts_per_step: 4
+num_generations_per_prompt: 2
+policy: {num_workers: 2, max_sequence_length: 1024, max_tokens_per_microbatch: 1024}
+generation: {max_new_tokens: 512}
+loss: {name: clipped_pg, options: {correction: tis, correction_max: 2.0}}
+"""
+RATES = ["--engine-tokens-per-s", "100", "--trainer-tokens-per-s", "50", "--response-tokens", "100"]
+EXACT = [*RATES, "--response-spread", "0", "--engine-batch", "8"]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    return "run.yaml"
+
+
+def test_steps_by_hand(config, capsys):
+    assert main(["plan", config, *EXACT, "--staleness", "0", "--staleness", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    synchronous, asynchronous = found["runs"]
+    # 8 responses of 100 tokens: 8 s on one engine of 100/s, 8 s on two trainers of 50/s
+    assert synchronous["step_s"] == pytest.approx(16)
+    assert synchronous["trainer_idle"] == synchronous["engine_idle"] == pytest.approx(0.5)
+    assert asynchronous["step_s"] == pytest.approx(8)
+    assert asynchronous["trainer_idle"] == pytest.approx(0) and asynchronous["engine_idle"] == pytest.approx(0)
+    assert (asynchronous["bound_s"], asynchronous["efficiency"]) == (pytest.approx(8), pytest.approx(1))
+    assert asynchronous["age_max"] == 1
+
+
+def test_memory_by_hand(config, capsys):
+    assert main(["plan", config, *EXACT, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory_bytes"]
+    from nemo_rl_core.models import load_model_config
+
+    shape = load_model_config("scratch:qwen2-1m")
+    # weights, gradients and two moments in 4 bytes, over two workers
+    assert memory["trainer_weights"] == memory["num_parameters"] * 16 / 2
+    heads = shape.num_key_value_heads * (
+        getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    )
+    assert memory["engine_cache"] == 8 * 1024 * 2 * shape.num_hidden_layers * heads * 4
+
+
+def test_the_table_says_what_stands_in_the_way(config, capsys):
+    few = ["rollouts.max_in_flight=4", *EXACT[:2], "--trainer-tokens-per-s", "10", *EXACT[4:]]
+    assert main(["plan", config, *few]) == 0
+    out = capsys.readouterr().out
+    assert "4 prompts x 2 rollouts a step; 1 engines, 2 training workers" in out
+    assert "rollouts.max_in_flight=4 leaves places of the engines empty" in out
+    assert "Training is the slower side by 5.0x" in out
+
+
+def test_more_engines_are_faster(config, capsys):
+    steps = []
+    for engines in ("1", "4"):
+        assert main(["plan", config, *EXACT, "--engines", engines, "--json"]) == 0
+        steps.append(json.loads(capsys.readouterr().out)["runs"][0]["step_s"])
+    assert steps == [pytest.approx(16), pytest.approx(10)]
+
+
+def write_metrics(folder, **changes):
+    step = {
+        "timing/step": 12.0, "timing/train": 3.5, "timing/logprobs": 0.5, "timing/refit": 0.25,
+        "timing/build_batch": 0.1, "rollouts/num": 8.0, "rollouts/response_tokens_mean": 100.0,
+        "rollouts/turns_mean": 1.0, "performance/tokens_per_s": 100.0, "async/engine_idle_s": 4.0,
+        "async/engine_idle_fraction": 1 / 3, "timing/rollout_environment_mean_s": 0.5, **changes,
+    }  # fmt: skip
+    warm = {**step, "timing/train": 50.0, "step": 1}
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(m) for m in (warm, {**step, "step": 2})) + "\n")
+    (folder / "config.json").write_text(json.dumps({"policy": {"num_workers": 2}}))
+
+
+def test_rates_of_a_run(tmp_path, config, capsys):
+    write_metrics(tmp_path)
+    rates = rates_from_run(tmp_path)
+    assert rates["trainer_tokens_per_s"] == pytest.approx(1200 / 4 / 2)  # 1,200 tokens in 4 s on 2 workers
+    assert rates["engine_tokens_per_s"] == pytest.approx(800 / 8)  # 800 new tokens in the 8 s that it had requests
+    assert rates["prompt_tokens"] == pytest.approx(50)
+    assert (rates["refit_s"], rates["environment_s"], rates["turns"]) == (0.25, 0.5, 1)
+    assert main(["plan", config, "--rates-from", str(tmp_path), "--engine-tokens-per-s", "400", "--json"]) == 0
+    used = json.loads(capsys.readouterr().out)["rates"]
+    assert (used["engine_tokens_per_s"], used["response_tokens"]) == (400, 100)
+
+
+def test_mistakes_say_what_to_do(config, tmp_path, capsys):
+    assert main(["plan", config]) == 2
+    assert "A plan needs --engine-tokens-per-s, --trainer-tokens-per-s, --response-tokens" in capsys.readouterr().err
+    assert main(["plan", config, "--rates-from", str(tmp_path)]) == 4
+    assert "no metrics of a run that sampled rollouts" in capsys.readouterr().err
+    (tmp_path / "sft.yaml").write_text("algorithm: sft\nmodel: scratch:qwen2-1m\ndata: {train: {source: rows.jsonl}}\n")
+    assert main(["plan", "sft.yaml", *RATES]) == 2
+    assert "is trained on rows and samples nothing" in capsys.readouterr().err
