@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from nemo_rl_core.training.validation import validate_loss, validate_rollouts
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.algorithm import Update
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend
     from nemo_rl_core.rollouts.records import RolloutGroup
 
 __all__ = ["RunLoop"]
@@ -169,7 +171,7 @@ class RunLoop:
             with self.timers("data"):
                 return self.feed.next(run.weight_version)
         self._refit()
-        with self.timers("rollouts"):
+        with self.timers("rollouts"), self._may_refit():
             groups = self.feed.next(run.weight_version)
         metrics.update(rollout_metrics(self.feed.all_groups))
         metrics["rollouts/discarded_groups"] = float(self.feed.discarded)
@@ -231,18 +233,31 @@ class RunLoop:
     def _refit(self) -> None:
         """Bring the engine to the policy's weights, unless it has them."""
         run, parts = self.run_state, self.parts
-        if parts.weight_sync is None or parts.generation is None or self._engine_version == run.weight_version:
+        if parts.weight_sync is None or parts.generation is None:
             return
-        with self.timers("refit"), PluginCall("weight_syncs", parts.weight_sync, "sync"):
-            parts.weight_sync.sync(
-                parts.policy.group,
-                parts.generation,
-                version=run.weight_version,
-                share=parts.share_weights,
-                timeout_s=_REFIT_TIMEOUT_S,
-            )
+        if self._engine_version == run.weight_version and not getattr(parts.generation, "needs_refit", False):
+            return
+        with self.timers("refit"):
+            self._sync(parts.generation)
         self._engine_version = run.weight_version
         self.hooks.call("on_refit", run=run, version=run.weight_version)
+
+    def _sync(self, engine: GenerationBackend) -> None:
+        weight_sync = self.parts.weight_sync
+        assert weight_sync is not None
+        with PluginCall("weight_syncs", weight_sync, "sync"):
+            weight_sync.sync(
+                self.parts.policy.group,
+                engine,
+                version=self.run_state.weight_version,
+                share=self.parts.share_weights,
+                timeout_s=_REFIT_TIMEOUT_S,
+            )
+
+    def _may_refit(self) -> AbstractContextManager[None]:
+        """While the trainer stands still an engine that was started again may get its weights."""
+        refits = getattr(self.parts.generation, "refits", None)
+        return nullcontext() if refits is None or self.parts.weight_sync is None else refits(self._sync)
 
     def _validate(self) -> dict[str, float]:
         run, parts, config = self.run_state, self.parts, self.config.validation
@@ -253,15 +268,16 @@ class RunLoop:
             changes: dict[str, Any] = {"temperature": config.temperature}
             if config.max_new_tokens is not None:
                 changes["max_new_tokens"] = config.max_new_tokens
-            metrics, groups = validate_rollouts(
-                parts.runner,
-                parts.data,
-                config,
-                sampling=sampling_params(self.config, **changes),
-                weight_version=run.weight_version,
-                max_failed_fraction=self.config.rollouts.max_failed_fraction,
-                correct_reward=self.config.evaluation.correct_reward,
-            )
+            with self._may_refit():
+                metrics, groups = validate_rollouts(
+                    parts.runner,
+                    parts.data,
+                    config,
+                    sampling=sampling_params(self.config, **changes),
+                    weight_version=run.weight_version,
+                    max_failed_fraction=self.config.rollouts.max_failed_fraction,
+                    correct_reward=self.config.evaluation.correct_reward,
+                )
             self._keep_samples(groups)
         self.hooks.call("on_validation", run=run, metrics=metrics)
         return metrics
