@@ -225,7 +225,7 @@ class EngineLink:
         try:
             self.group.call("ping", timeout_s=_ASK_S)
         except Exception as error:  # whatever the launcher says of a worker that is gone
-            return error if isinstance(error, WorkerDied) else WorkerDied(f"The engine {self.name} is gone: {error}")
+            return WorkerDied(f"The engine {self.name} is gone. {error}".replace(" during ping", ""))
         return WorkerDied(
             f"The engine {self.name} (pid {self.served.pid} on {self.served.place.host}) closed its connection."
         )

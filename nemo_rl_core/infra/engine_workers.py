@@ -300,8 +300,9 @@ class EngineWorkers(GenerationBackend):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for link in self.links:
-            link.close()
+        if self.links:
+            with concurrent.futures.ThreadPoolExecutor(len(self.links)) as pool:
+                list(pool.map(EngineLink.close, self.links))
 
     def _ask(self, method: str) -> list[Any]:
         deadline = time.monotonic() + self.timeout_s

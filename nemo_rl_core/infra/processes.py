@@ -29,6 +29,8 @@ __all__ = ["ProcessGroup", "rebuild_error"]
 _log = logging.getLogger(__name__)
 _TAIL_LINES = 20
 _SHUTDOWN_S = 10.0
+_starting = threading.Lock()
+"""Held while `__main__` looks otherwise than it is."""
 
 
 class ProcessGroup:
@@ -366,6 +368,7 @@ def _without_main() -> Iterator[None]:
 
     Whatever stands in `__main__` travels by value, so that a script needs no `if __name__ == "__main__"`.
     """
+    _starting.acquire()
     main = sys.modules["__main__"]
     kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
     restore: Callable[[], None] = lambda: main.__dict__.update(kept)  # noqa: E731
@@ -375,3 +378,4 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         restore()
+        _starting.release()

@@ -125,7 +125,10 @@ class Launcher(Protocol):
         ...
 
     def launch(self, spec: WorkerSpec) -> WorkerGroup:
-        """Start the workers of `spec` and run `setup` on each; returns when all are ready."""
+        """Start the workers of `spec` and run `setup` on each; returns when all are ready.
+
+        Several threads may call it at once, also during the run: an engine that died is started again so.
+        """
         ...
 
     def shutdown(self) -> None:
