@@ -14,16 +14,12 @@ Messages from it:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pickle
-import socket
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection, Listener
-from pathlib import Path
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +27,7 @@ from attrs import frozen
 
 from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.infra._worker import describe
+from nemo_rl_core.infra.arrivals import Arrivals
 from nemo_rl_core.infra.local import make_worker
 from nemo_rl_core.infra.place import Place, find_place
 from nemo_rl_core.registry import PluginCall
@@ -124,13 +121,9 @@ class _Server:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._out: SimpleQueue[Any] = SimpleQueue()
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="nemo-rl-engine-call")
-        self._folder = tempfile.TemporaryDirectory(prefix="nemo-rl-engine-") if same_machine else None
-        if self._folder is not None:
-            self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", authkey=key)
-        else:
-            family = "AF_INET"
-            self._listener = Listener((place.address, 0), family, authkey=key)
-        self.address = self._listener.address
+        where = None if same_machine else place.address
+        self._arrivals = Arrivals(key, address=where, name="nemo-rl-engine-arrivals")
+        self.address = self._arrivals.address
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run_loop, name="nemo-rl-engine-requests", daemon=True).start()
         threading.Thread(target=self._accept, name="nemo-rl-engine-connection", daemon=True).start()
@@ -140,28 +133,14 @@ class _Server:
         self._loop.call_soon_threadsafe(self._cancel, list(self._tasks))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._calls.shutdown(wait=False, cancel_futures=True)
-        with contextlib.suppress(OSError):
-            self._listener.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._arrivals.close()
 
     # -- the connection ----------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection = self._listener.accept()
-            except (EOFError, OSError) as error:
-                if isinstance(error, OSError) and self._listener_closed():
-                    return
-                continue  # somebody without the key, or one who left at once
+        while (connection := self._arrivals.next()) is not None:
             threading.Thread(target=self._write, args=(connection,), name="nemo-rl-engine-out", daemon=True).start()
             self._read(connection)
-
-    def _listener_closed(self) -> bool:
-        inner = getattr(self._listener, "_listener", None)
-        found = getattr(inner, "_socket", None)
-        return not isinstance(found, socket.socket) or found.fileno() < 0
 
     def _read(self, connection: Connection) -> None:
         handlers: dict[str, Callable[..., None]] = {

@@ -79,7 +79,8 @@ class StreamedSync:
     def _attempt(self, sides: Sides, start: float) -> SyncReport:
         here, there = sides.places()
         transfer = Transfer(
-            session=f"{self._session}-{self._epoch}",
+            session=self._session,
+            epoch=self._epoch,
             version=sides.deadline.version,
             timeout_s=sides.deadline.left,
             chunk_bytes=self.config.chunk_bytes,

@@ -6,8 +6,13 @@ engines have among themselves; it is made at the first refit and again when an e
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import itertools
+import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +31,7 @@ from nemo_rl_plugins_weight_syncs.streaming import Transfer
 __all__ = ["CollectiveSync"]
 
 _NUM_SLOTS = 2
+_LOOPBACK = "127.0.0.1"
 
 
 class CollectiveSync(StreamedSync):
@@ -49,16 +55,16 @@ class CollectiveSync(StreamedSync):
                 "weight_sync: shared_memory where they share a device."
             )
         chosen = "nccl" if backend == "nccl" or (backend == "auto" and apart) else "gloo"
-        address = trainer.address if any(place.machine != trainer.machine for place in engines) else "127.0.0.1"
+        address = trainer.address if any(place.machine != trainer.machine for place in engines) else _LOOPBACK
         return (_Out, chosen, address), (_In, chosen)
 
 
 class _Group:
     """A process group of its own: rank 0 is the trainer's, the others are the engines."""
 
-    def __init__(self, backend: str, store: Any, rank: int, size: int, *, seconds: float, local: bool) -> None:
+    def __init__(self, backend: str, store: Any, rank: int, size: int, *, timeout: Any, local: bool) -> None:
         self.store = store
-        timeout = datetime.timedelta(seconds=seconds)
+        self.works: deque[Any] = deque(maxlen=_NUM_SLOTS)
         if backend == "nccl":
             self.inner: Any = dist.ProcessGroupNCCL(store, rank, size, _nccl_options(timeout))
         else:
@@ -69,10 +75,18 @@ class _Group:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        return self.inner.broadcast([buffer], options)
+        work = self.inner.broadcast([buffer], options)
+        self.works.append(work)
+        return work
 
     def close(self) -> None:
-        """Leave it; a broadcast under way fails."""
+        """Leave it.
+
+        Where a broadcast is still under way, because the other side gave up, the group is left to the end of the
+        process: gloo's destructor would wait for that broadcast until the group's deadline, and nothing can end it.
+        """
+        if not all(work.is_completed() for work in self.works):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.inner))
         self.inner = None
         self.store = None
 
@@ -80,7 +94,7 @@ class _Group:
 def _gloo_options(timeout: datetime.timedelta, *, local: bool) -> Any:
     options = dist.ProcessGroupGloo._Options()
     make = dist.ProcessGroupGloo.create_device
-    options._devices = [make(hostname="127.0.0.1") if local else dist.ProcessGroupGloo.create_default_device()]
+    options._devices = [make(hostname=_LOOPBACK) if local else dist.ProcessGroupGloo.create_default_device()]
     options._timeout = timeout
     return options
 
@@ -129,22 +143,22 @@ class _Out:
     def __init__(self, transfer: Transfer, backend: Any, kind: str, address: str) -> None:
         self.transfer, self.kind, self.address = transfer, kind, address
         self.device = torch.device(backend.device if kind == "nccl" else "cpu")
-        self.buffers: _Buffers = keep(("out buffers", transfer.session), _Buffers)
+        self.buffers: _Buffers = keep(transfer.key("out buffers"), _Buffers)
         self.works: list[Any] = [None] * _NUM_SLOTS
 
     def begin(self, hub: Hub, num_engines: int) -> None:
         """Join the engines in a group: the one of the last refit if they are the same."""
-        key = ("out group", self.transfer.session)
-        members = [(wire.hello["process"], wire.hello["group"]) for wire in hub.wires]
-        known: _Membership | None = keep(key, _Membership)
-        assert known is not None
-        if known.group is None or known.members != [(process, known.name) for process, _ in members]:
+        key = self.transfer.key("out group")
+        members = [wire.hello["process"] for wire in hub.wires]
+        known: _Joined = keep(key, _Joined)
+        if known.group is None or known.members != members or any(w.hello["group"] != known.name for w in hub.wires):
             forget(key)
-            known = keep(key, _Membership)
-            known.start(self.kind, self.address, hub, self.transfer)
-            known.members = [(process, known.name) for process, _ in members]
+            known = keep(key, _Joined)
+            known.make(self.kind, self.address, hub, self.transfer)
+            known.members = members
         else:
             hub.tell(("group", known.name, None))
+        assert known.group is not None
         self.group = known.group
 
     def send(self, hub: Hub, number: int, chunk: Chunk) -> None:
@@ -161,62 +175,73 @@ class _Out:
         pass
 
 
-class _Membership:
-    """The trainer's group and who is in it."""
+class _Joined:
+    """A group of this session and, on the trainer's side, who is in it."""
 
-    _count = 0
+    _numbers = itertools.count()
 
     def __init__(self) -> None:
-        self.members: list[Any] = []
-        self.name = ""
-        self.group: Any = None
+        self.name: str | None = None
+        self.members: list[str] = []
+        self.group: _Group | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def start(self, kind: str, address: str, hub: Hub, transfer: Transfer) -> None:
-        """Make the group together with the engines."""
-        _Membership._count += 1
-        self.name = f"{PROCESS}-{_Membership._count}"
-        seconds = transfer.timeout_s
-        store = dist.TCPStore(
-            address,
-            0,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=max(1.0, seconds)),
-        )
+    def make(self, kind: str, address: str, hub: Hub, transfer: Transfer) -> None:
+        """On the trainer's side: make a group together with the engines."""
+        self.name = f"{PROCESS}-{next(_Joined._numbers)}"
         size = len(hub.wires) + 1
+        where: str | tuple[str, int]
+        if address == _LOOPBACK:
+            self.folder = tempfile.TemporaryDirectory(prefix="nemo-rl-collective-")
+            where = str(Path(self.folder.name) / "store")
+            store: Any = dist.FileStore(where, size)
+        else:
+            store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=_timeout(transfer))
+            where = (address, store.port)
         for rank, wire in enumerate(hub.wires, start=1):
-            wire.send(("group", self.name, (address, store.port, rank, size)))
-        self.group = _Group(kind, store, 0, size, seconds=seconds, local=address == "127.0.0.1")
+            wire.send(("group", self.name, (where, rank, size)))
+        self.group = _Group(kind, store, 0, size, timeout=_timeout(transfer), local=isinstance(where, str))
+
+    def enter(self, kind: str, name: str, where: Any, rank: int, size: int, *, transfer: Transfer) -> None:
+        """On an engine's side: enter the group that the trainer makes."""
+        self.name = name
+        if isinstance(where, str):
+            store: Any = dist.FileStore(where, size)
+        else:
+            store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=_timeout(transfer))
+        self.group = _Group(kind, store, rank, size, timeout=_timeout(transfer), local=isinstance(where, str))
 
     def close(self) -> None:
         if self.group is not None:
             self.group.close()
+        if self.folder is not None:
+            self.folder.cleanup()
+
+
+def _timeout(transfer: Transfer) -> datetime.timedelta:
+    return datetime.timedelta(seconds=max(1.0, transfer.timeout_s))
 
 
 class _In:
     def __init__(self, transfer: Transfer, engine: Any, kind: str) -> None:
         self.transfer, self.kind = transfer, kind
         self.device = torch.device(str(engine.device) if kind == "nccl" else "cpu")
-        self.buffers: _Buffers = keep(("in buffers", transfer.session), _Buffers)
-        self.joined: dict[str, Any] = keep(("in group", transfer.session), dict)
+        self.buffers: _Buffers = keep(transfer.key("in buffers"), _Buffers)
+        self.joined: _Joined = keep(transfer.key("in group"), _Joined)
         self.posted: dict[int, tuple[Tensor, Any]] = {}
 
     def hello(self) -> dict[str, Any]:
-        return {"process": PROCESS, "group": next(iter(self.joined), None)}
+        return {"process": PROCESS, "group": self.joined.name}
 
     def begin(self, wire: Wire) -> None:
         _, name, fresh = wire.receive()
         if fresh is not None:
-            for group in self.joined.values():
-                group.close()
-            self.joined.clear()
-            address, port, rank, size = fresh
-            seconds = self.transfer.timeout_s
-            timeout = datetime.timedelta(seconds=max(1.0, seconds))
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-            local = address == "127.0.0.1"
-            self.joined[name] = _Group(self.kind, store, rank, size, seconds=seconds, local=local)
-        self.group = self.joined[name]
+            key = self.transfer.key("in group")
+            forget(key)
+            self.joined = keep(key, _Joined)
+            self.joined.enter(self.kind, name, *fresh, transfer=self.transfer)
+        assert self.joined.group is not None
+        self.group = self.joined.group
 
     def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         number = message[1]

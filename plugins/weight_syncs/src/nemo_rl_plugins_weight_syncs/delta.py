@@ -55,7 +55,7 @@ class _Out:
 
     def __init__(self, transfer: Transfer, backend: Any, full: bool) -> None:
         self.full = full
-        self.base: _Base = keep(("sent base", transfer.session), _Base)
+        self.base: _Base = keep(transfer.key("sent base"), _Base)
         self.num_bytes_sent: int | None = 0
 
     def begin(self, hub: Hub, num_engines: int) -> None:
@@ -91,7 +91,7 @@ class _In:
     """Applies changes to its own copy and loads from that."""
 
     def __init__(self, transfer: Transfer, engine: Any) -> None:
-        self.base: _Base = keep(("received base", transfer.session), _Base)
+        self.base: _Base = keep(transfer.key("received base"), _Base)
 
     def hello(self) -> dict[str, Any]:
         return {"base": self.base.digest}

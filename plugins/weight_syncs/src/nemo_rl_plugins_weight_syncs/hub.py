@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import socket
 import struct
-import tempfile
-import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
+from multiprocessing.connection import Client, Connection
 from typing import Any
 
 from attrs import define, field, frozen
 
 from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.infra.arrivals import Arrivals
 
 __all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "connect"]
 
@@ -160,34 +157,23 @@ class Hub:
     def __init__(self, address: str | None) -> None:
         self.key = os.urandom(32)
         self.wires: list[Wire] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="nemo-rl-refit-") if address is None else None
-        where: Any = str(Path(self._folder.name) / "socket") if self._folder is not None else (address, 0)
-        self._listener = Listener(where, "AF_UNIX" if address is None else "AF_INET", authkey=self.key)
-        self._arrived: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._closed = False
-        threading.Thread(target=self._accept, name="nemo-rl-refit-accept", daemon=True).start()
+        self._arrivals = Arrivals(self.key, address=address, name="nemo-rl-refit-arrivals")
 
     @property
     def rendezvous(self) -> Rendezvous:
         """What an engine needs to connect."""
-        return Rendezvous(address=self._listener.address, key=self.key)
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                self._arrived.put(self._listener.accept())
-            except Exception:  # somebody without the key, or the listener was closed
-                if self._closed:
-                    return
+        return Rendezvous(address=self._arrivals.address, key=self.key)
 
     def gather(self, names: Sequence[str], deadline: Deadline) -> None:
         """Wait until every engine has connected."""
         missing = list(names)
         while missing:
             try:
-                connection = self._arrived.get(timeout=deadline.left)
-            except queue.Empty:
+                connection = self._arrivals.next(deadline.left)
+            except TimeoutError:
                 raise deadline.passed(", ".join(missing)) from None
+            if connection is None:
+                raise PeerGaveUp("the refit was given up before every engine had connected.")
             wire = Wire(connection, deadline, "an engine")
             _, name, hello = wire.receive()
             wire.peer, wire.hello = name, hello
@@ -226,14 +212,10 @@ class Hub:
 
     def close(self) -> None:
         """Close every wire; may be called twice."""
-        self._closed = True
+        self._arrivals.close()
         for wire in self.wires:
             with contextlib.suppress(OSError):
                 wire.connection.close()
-        with contextlib.suppress(OSError):
-            self._listener.close()
-        if self._folder is not None:
-            self._folder.cleanup()
 
 
 def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: Deadline) -> Wire:

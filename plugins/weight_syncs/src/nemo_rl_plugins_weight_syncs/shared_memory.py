@@ -131,7 +131,7 @@ class _Out:
     def __init__(self, transfer: Transfer, backend: Any, device: str) -> None:
         self.transfer = transfer
         self.device = device
-        self.slots: _Slots = keep(("slots", transfer.session), _Slots)
+        self.slots: _Slots = keep(transfer.key("slots"), _Slots)
 
     def begin(self, hub: Hub, num_engines: int) -> None:
         self.slots.serve({wire.hello["process"] for wire in hub.wires})
@@ -158,7 +158,7 @@ class _Out:
 
 class _In:
     def __init__(self, transfer: Transfer, engine: Any) -> None:
-        self.opened: dict[int, tuple[Any, Tensor]] = keep(("opened", transfer.session), dict)
+        self.opened: dict[int, tuple[Any, Tensor]] = keep(transfer.key("opened"), dict)
 
     def hello(self) -> dict[str, Any]:
         return {"process": PROCESS}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_rl_core.infra.weight_transfer import OutgoingWeights
 from nemo_rl_plugins_weight_syncs.hub import Deadline, Hub, PeerGaveUp, Rendezvous, Wire, connect
-from nemo_rl_plugins_weight_syncs.kept import forget, keep
+from nemo_rl_plugins_weight_syncs.kept import forget, keep, start_epoch
 from nemo_rl_plugins_weight_syncs.packing import Chunk, chunks
 
 __all__ = ["InCarrier", "OutCarrier", "Received", "Sent", "Transfer", "open_hub", "receive", "send"]
@@ -62,6 +62,8 @@ class Transfer:
 
     session: str
     """Of the weight sync, for what is kept from refit to refit."""
+    epoch: int = 0
+    """Counts the failures of the session."""
     version: int
     timeout_s: float
     chunk_bytes: int
@@ -70,6 +72,10 @@ class Transfer:
     names: tuple[str, ...]
     """The engines."""
     fingerprint: bool
+
+    def key(self, what: str) -> tuple[str, str, int]:
+        """Under which something of this session is kept."""
+        return what, self.session, self.epoch
 
     @property
     def deadline(self) -> Deadline:
@@ -98,7 +104,8 @@ def open_hub(backend: Any, rank: int, transfer: Transfer, address: str | None) -
     """On the trainer's rank 0: listen for the engines of one refit."""
     if rank != 0:
         return None
-    key = ("hub", transfer.session)
+    start_epoch(transfer.session, transfer.epoch)
+    key = transfer.key("hub")
     forget(key)
     hub: Hub = keep(key, lambda: Hub(address))
     return hub.rendezvous
@@ -119,7 +126,7 @@ def send(backend: Any, rank: int, transfer: Transfer, carrier: Any, *options: An
         for _ in source:
             pass
         return None
-    key = ("hub", transfer.session)
+    key = transfer.key("hub")
     hub: Hub = keep(key, lambda: Hub(None))
     try:
         return _send(hub, source, transfer, carrier(transfer, backend, *options))
@@ -164,6 +171,7 @@ def receive(
         carrier: Makes the `InCarrier` from (transfer, engine, *options).
         options: Of the carrier.
     """
+    start_epoch(transfer.session, transfer.epoch)
     made: InCarrier = carrier(transfer, engine, *options)
     wire = connect(rendezvous, name, made.hello(), transfer.deadline)
     stream = _Stream(wire, made)
