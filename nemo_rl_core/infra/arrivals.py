@@ -25,8 +25,9 @@ class Arrivals:
     """
 
     def __init__(self, key: bytes, *, address: str | None, name: str) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="nemo-rl-") if address is None else None
-        if self._folder is not None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if address is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="nemo-rl-")
             self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", authkey=key)
         else:
             self._listener = Listener((address, 0), "AF_INET", authkey=key)

@@ -92,8 +92,8 @@ def compare_fingerprints(
     """
     if trainer != engine:
         raise InvariantViolation(
-            f"After the refit to weight version {version} the weights of {name} differ from the trainer's "
+            f"After the refit to weight version {version} {name}'s weights differ from the trainer's "
             f"({num_tensors} tensors; trainer {trainer}, engine {engine}). On the way a tensor was lost, mixed up or "
-            "changed: what it would sample is not the policy. Set invariants.check_fingerprint: false "
-            "only to look for the cause."
+            "changed: what it would sample is not the policy. Set "
+            "weight_sync.options.check_fingerprint: false only to look for the cause."
         )
