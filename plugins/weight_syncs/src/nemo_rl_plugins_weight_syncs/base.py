@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from nemo_rl_core._errors import WorkerDied
@@ -13,11 +14,11 @@ from nemo_rl_core.infra.weight_transfer import compare_fingerprints
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport
-from nemo_rl_plugins_weight_syncs.hub import Deadline
+from nemo_rl_plugins_weight_syncs.hub import Deadline, call_off
 from nemo_rl_plugins_weight_syncs.sides import Sides
 from nemo_rl_plugins_weight_syncs.streaming import Received, Sent, Transfer, open_hub, receive, send
 
-__all__ = ["StreamedSync", "conclude"]
+__all__ = ["StreamedSync", "conclude", "until_all_alive"]
 
 
 class StreamedSync:
@@ -62,21 +63,16 @@ class StreamedSync:
         """
         start = time.perf_counter()
         deadline = Deadline.after(timeout_s, version)
-        while True:
-            links = list(engine.links) if isinstance(engine, EngineWorkers) else []
-            try:
-                report = self._attempt(Sides(trainer, engine, deadline), start)
-            except BaseException as error:
-                self._epoch += 1  # nothing that was kept for this one is used again
-                # An engine that died in the middle of it is started again: then there is someone to refit.
-                if not isinstance(error, WorkerDied) or all(link.lost is None for link in links):
-                    raise
-                continue
-            if isinstance(engine, EngineWorkers):
-                engine.refitted(version)
-            return report
+        return until_all_alive(engine, deadline, lambda: self._attempt(Sides(trainer, engine, deadline), start))
 
     def _attempt(self, sides: Sides, start: float) -> SyncReport:
+        try:
+            return self._stream(sides, start)
+        except BaseException:
+            self._epoch += 1  # nothing that was kept for this one is used again
+            raise
+
+    def _stream(self, sides: Sides, start: float) -> SyncReport:
         here, there = sides.places()
         transfer = Transfer(
             session=self._session,
@@ -92,8 +88,32 @@ class StreamedSync:
         local = all(place.machine == here.machine for place in there)
         rendezvous = sides.trainer(open_hub, (transfer, None if local else here.address))[0]
         arguments = [(name, rendezvous, transfer, *into) for name in transfer.names]
-        sent, received = sides.both(send, (transfer, *out), receive, arguments)
+        try:
+            sent, received = sides.both(send, (transfer, *out), receive, arguments)
+        except BaseException as error:
+            call_off(rendezvous, error)
+            raise
         return conclude(sent[0], received, transfer, seconds=time.perf_counter() - start)
+
+
+def until_all_alive(engine: Any, deadline: Deadline, attempt: Callable[[], SyncReport]) -> SyncReport:
+    """Refit, again if an engine died in the middle of it and was started anew; then tell the engines that it is done.
+
+    Raises:
+        WorkerDied: The trainer died, or an engine that is not started again.
+    """
+    while True:
+        links = list(engine.links) if isinstance(engine, EngineWorkers) else []
+        try:
+            report = attempt()
+        except WorkerDied:
+            if all(link.lost is None for link in links):
+                raise
+            engine.wait_alive(deadline.left)  # raises what ended it if it does not come back
+            continue
+        if isinstance(engine, EngineWorkers):
+            engine.refitted(report.version)
+        return report
 
 
 def conclude(sent: Sent, received: list[Received], transfer: Transfer, *, seconds: float) -> SyncReport:

@@ -19,12 +19,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nemo_rl_core._errors import CheckpointError, ConfigError
-from nemo_rl_core.infra.engine_workers import EngineWorkers
 from nemo_rl_core.infra.weight_transfer import OutgoingWeights
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport
-from nemo_rl_plugins_weight_syncs.base import conclude
+from nemo_rl_plugins_weight_syncs.base import conclude, until_all_alive
 from nemo_rl_plugins_weight_syncs.config import DiskConfig
 from nemo_rl_plugins_weight_syncs.hub import Deadline
 from nemo_rl_plugins_weight_syncs.packing import chunks
@@ -70,14 +69,17 @@ class DiskSync:
             ConfigError: The engines do not see the folder.
         """
         start = time.perf_counter()
-        sides = Sides(trainer, engine, Deadline.after(timeout_s, version))
-        folder = self._folder(sides)
+        deadline = Deadline.after(timeout_s, version)
+        return until_all_alive(engine, deadline, lambda: self._attempt(Sides(trainer, engine, deadline), start))
+
+    def _attempt(self, sides: Sides, start: float) -> SyncReport:
+        folder, version = self._folder(sides), sides.deadline.version
         transfer = Transfer(
             session=self._session,
             version=version,
             timeout_s=sides.deadline.left,
             chunk_bytes=self.config.shard_bytes,
-            dtype=getattr(engine, "dtype", None),
+            dtype=getattr(sides.engine, "dtype", None),
             names=tuple(sides.engine_names),
             fingerprint=self.config.check_fingerprint,
         )
@@ -85,10 +87,7 @@ class DiskSync:
         target = folder / f"weights-v{version}-{uuid.uuid4().hex[:8]}"
         sent = sides.trainer(_write, (transfer, target, self.config.keep))[0]
         received = sides.engines(_read, [(transfer, target)] * len(transfer.names))
-        report = conclude(sent, received, transfer, seconds=time.perf_counter() - start)
-        if isinstance(engine, EngineWorkers):
-            engine.refitted(version)
-        return report
+        return conclude(sent, received, transfer, seconds=time.perf_counter() - start)
 
     def _folder(self, sides: Sides) -> Path:
         if self.config.folder is not None:

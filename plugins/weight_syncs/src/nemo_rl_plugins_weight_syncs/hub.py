@@ -23,7 +23,7 @@ from attrs import define, field, frozen
 from nemo_rl_core._errors import DeadlineExceeded
 from nemo_rl_core.infra.arrivals import Arrivals
 
-__all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "connect"]
+__all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "call_off", "connect"]
 
 PROCESS = uuid.uuid4().hex
 """Names this process: two of them on two machines may have one process id."""
@@ -227,3 +227,9 @@ def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: 
     wire = Wire(connection, deadline, "the trainer")
     wire.send(("hello", name, hello))
     return wire
+
+
+def call_off(rendezvous: Rendezvous, error: BaseException) -> None:
+    """Tell a trainer that may still wait for engines to connect that one of them will not."""
+    with contextlib.suppress(OSError, EOFError), Client(rendezvous.address, authkey=rendezvous.key) as connection:
+        connection.send(("gave_up", f"{type(error).__name__}: {error}"))
