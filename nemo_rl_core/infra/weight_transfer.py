@@ -21,6 +21,7 @@ class OutgoingWeights:
     Args:
         source: Name and tensor, as `export_weights` yields them.
         dtype: Of the engine's weights; None leaves the tensors as they are.
+        digest: Take the digest on the way; otherwise `digest` stays that of nothing, for who takes it elsewhere.
 
     Attributes:
         num_tensors: Tensors seen.
@@ -30,13 +31,14 @@ class OutgoingWeights:
         waiting_for: The side that has to do something now.
     """
 
-    def __init__(self, source: Iterable[tuple[str, Tensor]], dtype: Any) -> None:
+    def __init__(self, source: Iterable[tuple[str, Tensor]], dtype: Any, *, digest: bool = True) -> None:
         self.source = source
         self.dtype = dtype
         self.num_tensors = 0
         self.num_bytes = 0
         self.num_cast_bytes = 0
         self.digest = Fingerprint()
+        self._digests = digest
         self.waiting_for = "the engine (update_weights)"
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -48,7 +50,8 @@ class OutgoingWeights:
                 self.num_cast_bytes += out.numel() * out.element_size()
             self.num_tensors += 1
             self.num_bytes += out.numel() * out.element_size()
-            self.digest.add(name, out)
+            if self._digests:
+                self.digest.add(name, out)
             self.waiting_for = "the engine (update_weights)"
             yield name, out
             self.waiting_for = "the trainer (export_weights)"

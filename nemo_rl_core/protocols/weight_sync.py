@@ -23,7 +23,7 @@ class SyncReport:
     """Bytes copied; 0 when the engine shares the trainer's tensors."""
     seconds: float
     fingerprint: str
-    """Equal for trainer and engine; the core has compared them."""
+    """Equal for trainer and engine, which were compared; may be empty where that is switched off."""
     num_bytes_sent: int | None = None
     """Bytes that left the trainer's process for one engine, where that is not `num_bytes` (a delta)."""
 

@@ -132,6 +132,6 @@ def conclude(sent: Sent, received: list[Received], transfer: Transfer, *, second
         num_tensors=sent.num_tensors,
         num_bytes=sent.num_bytes,
         seconds=seconds,
-        fingerprint=sent.fingerprint,
+        fingerprint=sent.fingerprint if transfer.fingerprint else "",
         num_bytes_sent=sent.num_bytes_sent,
     )
