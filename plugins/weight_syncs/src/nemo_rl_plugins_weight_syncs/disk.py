@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,7 +49,7 @@ class DiskSync:
     def __init__(self, config: DiskConfig | None = None) -> None:
         self.config = config or DiskConfig()
         self._session = uuid.uuid4().hex[:12]
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
 
     def sync(
         self, trainer: WorkerGroup, engine: GenerationBackend, *, version: int, share: bool, timeout_s: float
@@ -100,8 +101,9 @@ class DiskSync:
                 f"the engines on {', '.join(elsewhere)} do not see. Set weight_sync.options.folder to a shared one."
             )
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="nemo-rl-refits-")
-        return Path(self._temporary.name)
+            self._temporary = Path(tempfile.mkdtemp(prefix="nemo-rl-refits-"))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self._temporary
 
 
 def _write(backend: Any, rank: int, transfer: Transfer, target: Path, keep: int) -> Sent | None:
