@@ -134,6 +134,7 @@ def send(backend: Any, rank: int, transfer: Transfer, carrier: Any, *options: An
         return _send(hub, source, transfer, carrier(transfer, backend, *options))
     except BaseException as error:
         hub.give_up(error)
+        forget(transfer.key("slots"))  # no named memory outlives a refit that failed
         for _ in source:  # the other ranks export on: a collective is never left half way
             pass
         raise
