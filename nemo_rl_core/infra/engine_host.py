@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.infra._worker import describe
 from nemo_rl_core.infra.arrivals import Arrivals
 from nemo_rl_core.infra.local import make_worker

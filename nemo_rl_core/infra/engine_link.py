@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define
 
-from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra.engine_host import Served
 from nemo_rl_core.infra.place import find_place
 from nemo_rl_core.infra.processes import rebuild_error

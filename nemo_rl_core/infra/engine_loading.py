@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import evolve
 
-from nemo_rl_core._errors import DeadlineExceeded, InvariantViolation, NemoRLError
+from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation, NemoRLError
 from nemo_rl_core.infra.engine_link import EngineLink, PendingRequest
 from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import DeadlineExceeded, InvariantViolation
+from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation
 from nemo_rl_core.infra.fingerprint import Fingerprint
 
 if TYPE_CHECKING:

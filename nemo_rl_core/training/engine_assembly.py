@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from nemo_rl_core._errors import ConfigError, NemoRLError
+from nemo_rl_core.errors import ConfigError, NemoRLError
 from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
 from nemo_rl_core.infra.engine_workers import EngineWorkers
 from nemo_rl_core.protocols.generation_backend import GenerationBackend

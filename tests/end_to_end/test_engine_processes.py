@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nemo_rl
-from nemo_rl_core._errors import ConfigError, WorkerDied
+from nemo_rl_core.errors import ConfigError, WorkerDied
 
 pytestmark = pytest.mark.xdist_group("engine_processes")  # one worker makes what they share
 

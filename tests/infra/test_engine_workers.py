@@ -12,8 +12,8 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError, DeadlineExceeded, GenerationError, InvariantViolation, WorkerDied
 from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
+from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError, InvariantViolation, WorkerDied
 from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
 from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
 from nemo_rl_core.infra.engine_workers import EngineWorkers

@@ -9,8 +9,8 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation, WorkerDied
 from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
+from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation, WorkerDied
 from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
 from nemo_rl_core.infra.engine_workers import EngineWorkers
 from nemo_rl_core.infra.fingerprint import fingerprint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_plugins_weight_syncs.sparse import apply, difference
 
 

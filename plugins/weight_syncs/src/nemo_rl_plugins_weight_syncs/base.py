@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from nemo_rl_core._errors import WorkerDied
+from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.infra.engine_workers import EngineWorkers
 from nemo_rl_core.infra.place import Place
 from nemo_rl_core.infra.weight_transfer import compare_fingerprints

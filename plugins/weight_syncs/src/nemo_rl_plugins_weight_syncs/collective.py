@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.place import Place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig

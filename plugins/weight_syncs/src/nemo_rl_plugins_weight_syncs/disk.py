@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from nemo_rl_core._errors import CheckpointError, ConfigError
+from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_core.infra.weight_transfer import OutgoingWeights
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import WorkerGroup

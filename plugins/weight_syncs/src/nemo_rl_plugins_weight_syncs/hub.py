@@ -20,7 +20,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.arrivals import Arrivals
 
 __all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "call_off", "connect"]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.place import Place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import SharedMemoryConfig

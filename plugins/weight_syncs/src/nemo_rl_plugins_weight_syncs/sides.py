@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.engine_workers import EngineWorkers
 from nemo_rl_core.infra.place import Place, place_of
 from nemo_rl_core.protocols.launcher import WorkerGroup
