@@ -141,6 +141,11 @@ class GenerationConfig:
     """Generation backend: name, `dist:name`, `module:attr` or class; None is the installed default."""
     options: Any = field(factory=dict, metadata={"options_of": ("generation_backends", "backend")})
     """Settings of the generation backend, structured by its `config_class`."""
+    num_workers: int | None = field(default=None, validator=optional(ge(1)))
+    """Engines in processes of their own, each with the whole model. None is one in the driver's process where the
+    launcher allows it, or, with `cluster.colocated: false`, as many as `cluster.roles.generation` has room for."""
+    max_restarts: int = field(default=3, validator=ge(0))
+    """Times in a run that an engine process that died is started again; its rollouts are sampled anew."""
     precision: Literal["float32", "bfloat16"] | None = None
     """None is the policy's."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))

@@ -132,7 +132,11 @@ class LocalLauncher:
         if self.resources is None:
             raise RuntimeError("LocalLauncher.setup(cluster) must come before launch().")
         placement = self.resources.place(
-            spec.role, num_workers=spec.num_workers, devices_per_worker=spec.devices_per_worker
+            spec.role,
+            num_workers=spec.num_workers,
+            devices_per_worker=spec.devices_per_worker,
+            replica=spec.replica,
+            num_replicas=spec.num_replicas,
         )
         contexts = [
             WorkerContext(
@@ -148,7 +152,8 @@ class LocalLauncher:
             )
             for rank, device in enumerate(placement.devices)
         ]
-        group = self._in_process(spec, contexts[0]) if spec.num_workers == 1 else self._processes(spec, contexts)
+        alone = spec.num_workers == 1 and not spec.own_process
+        group = self._in_process(spec, contexts[0]) if alone else self._processes(spec, contexts)
         self._groups.append(group)
         return group
 

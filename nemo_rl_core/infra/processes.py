@@ -9,6 +9,7 @@ import multiprocessing
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
@@ -23,20 +24,22 @@ from nemo_rl_core.infra._wire import receive, send
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
 from nemo_rl_core.registry import ComponentRef, check_nodes, manifest, origin_of, worker_rows
 
-__all__ = ["ProcessGroup"]
+__all__ = ["ProcessGroup", "rebuild_error"]
 
 _log = logging.getLogger(__name__)
 _TAIL_LINES = 20
 _SHUTDOWN_S = 10.0
 _VERIFY_GRACE_S = 5.0
 """Once a worker has told that its plugins differ, how long the others may take to tell whether theirs do."""
+_starting = threading.Lock()
+"""Held while `__main__` looks otherwise than it is."""
 
 
 class ProcessGroup:
     """Running worker processes of one role. Make it with `ProcessGroup.start`.
 
     After a worker died, hung or left the others waiting, the whole group is ended: what remains of a collective
-    cannot go on.
+    cannot go on. Calls from several threads take turns.
     """
 
     def __init__(self, role: str, *, size: int, failure_grace_s: float) -> None:
@@ -47,6 +50,7 @@ class ProcessGroup:
         self._connections: list[Connection] = []
         self._logs: list[Path] = []
         self._ended: str | None = None
+        self._turn = threading.RLock()
 
     @classmethod
     def start(
@@ -65,7 +69,7 @@ class ProcessGroup:
             DeadlineExceeded: A worker was not ready in time.
             Exception: What a worker's `setup` raised, with its rank.
         """
-        group = cls(spec.role, size=len(contexts), failure_grace_s=failure_grace_s)
+        group = cls(spec.label, size=len(contexts), failure_grace_s=failure_grace_s)
         port = _free_port()
         folder = _log_folder(spec)
         try:
@@ -96,8 +100,9 @@ class ProcessGroup:
             WorkerDied: Names the rank, its exit status and the tail of its standard error.
             Exception: What a worker raised, with its rank in the message.
         """
-        self._tell([("call", method, args, kwargs)] * self.size)
-        return self._collect(method, timeout_s)
+        with self._turn:
+            self._tell([("call", method, args, kwargs)] * self.size)
+            return self._collect(method, timeout_s)
 
     def call_each(
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
@@ -105,8 +110,9 @@ class ProcessGroup:
         """Call `method` on worker r with the positional arguments `arguments[r]`; raises as `call`."""
         if len(arguments) != self.size:
             raise ValueError(f"{method}: {len(arguments)} tuples of arguments for {self.size} {self.role} workers.")
-        self._tell([("call", method, args, {}) for args in arguments])
-        return self._collect(method, timeout_s)
+        with self._turn:
+            self._tell([("call", method, args, {}) for args in arguments])
+            return self._collect(method, timeout_s)
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
         """Run a generator method on every worker; yield what rank 0 yields, one item at a time.
@@ -158,12 +164,12 @@ class ProcessGroup:
 
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
-        log_path = folder / f"{spec.role}-rank{context.rank}.log"
+        log_path = folder / f"{spec.label}-rank{context.rank}.log"
         payload = cloudpickle.dumps((spec.factory, spec.config, context))
         process = spawn.Process(
             target=_worker.run,
             args=(there, payload, _environment(spec, context), str(log_path), _expected(spec)),
-            name=f"nemo-rl-{spec.role}-{context.rank}",
+            name=f"nemo-rl-{spec.label}-{context.rank}",
             daemon=True,
         )
         with _without_main():
@@ -184,7 +190,7 @@ class ProcessGroup:
                 answered |= self._gather("start", {rank: left.pop(rank)}, timeout_s)
                 kind, value = answered[rank]
                 if kind == "error":
-                    raise _rebuild(self.role, rank, value)
+                    raise rebuild_error(self.role, rank, value)
             differ = any(differences for _, differences in answered.values())
             if not ready and differ:
                 break
@@ -236,7 +242,7 @@ class ProcessGroup:
         for rank in range(self.size):
             kind, value = known[rank]
             if kind == "error":
-                raise _rebuild(self.role, rank, value)
+                raise rebuild_error(self.role, rank, value)
         return [known[rank][1] for rank in range(self.size)]
 
     def _gather(
@@ -306,7 +312,7 @@ class ProcessGroup:
         for rank, (kind, value) in sorted(found.items()):
             if kind == "error":
                 self._end(f"rank {rank} raised in {method} while ranks {names} waited for it")
-                return _rebuild(self.role, rank, value)
+                return rebuild_error(self.role, rank, value)
         tails = "\n".join(f"rank {rank} ({self._logs[rank]}):\n{self._tail(rank)}" for rank in ranks[:4])
         self._end(f"ranks {names} did not answer {method}")
         return DeadlineExceeded(
@@ -327,7 +333,7 @@ def _sooner(deadline: float | None, grace_s: float) -> float:
     return limit if deadline is None else min(deadline, limit)
 
 
-def _rebuild(role: str, rank: int, described: tuple[BaseException, str, str]) -> BaseException:
+def rebuild_error(role: str, rank: int, described: tuple[BaseException, str, str]) -> BaseException:
     """What a worker raised, of the same type, with its rank in the message and its traceback as a note."""
     error, summary, trace = described
     place = f"[{role} rank {rank}] "
@@ -384,6 +390,7 @@ def _without_main() -> Iterator[None]:
 
     Whatever stands in `__main__` travels by value, so that a script needs no `if __name__ == "__main__"`.
     """
+    _starting.acquire()
     main = sys.modules["__main__"]
     kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
     restore: Callable[[], None] = lambda: main.__dict__.update(kept)  # noqa: E731
@@ -393,3 +400,4 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         restore()
+        _starting.release()

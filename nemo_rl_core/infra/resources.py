@@ -71,29 +71,33 @@ class ResourceManager:
         self.num_cpus: int = cluster.cpus_per_node or os.cpu_count() or 1
         self.num_gpus: int = _count_gpus(cluster, num_found) if self.device == "cuda" else 0
 
-    def place(self, role: str, *, num_workers: int, devices_per_worker: int = 1) -> Placement:
-        """Devices of the workers of `role`.
+    def place(
+        self, role: str, *, num_workers: int, devices_per_worker: int = 1, replica: int = 0, num_replicas: int = 1
+    ) -> Placement:
+        """Devices of the workers of `role`, or of one of its `num_replicas` equal groups.
 
         Raises:
             ResourceError: More is asked for than the machine, or the role's share, has.
         """
-        wanted = num_workers * devices_per_worker
+        num_all = num_workers * num_replicas
+        wanted = num_all * devices_per_worker
         first, share = self._share(role, wanted)
         if self.device == "cpu":
-            if num_workers > self.num_cpus:
+            if num_all > self.num_cpus:
                 raise ResourceError(
-                    f"Role {role!r} asks for {num_workers} workers; this machine has {self.num_cpus} CPU cores. "
+                    f"Role {role!r} asks for {num_all} workers; this machine has {self.num_cpus} CPU cores. "
                     f"Lower {role}.num_workers, or set cluster.cpus_per_node if more can be used."
                 )
-            threads = None if num_workers == 1 else max(1, self.num_cpus // num_workers)
+            threads = None if num_all == 1 else max(1, self.num_cpus // num_all)
             return Placement(role=role, devices=("cpu",) * num_workers, num_threads=threads)
         if wanted > share:
             where = "the machine has" if self.cluster.colocated else f"cluster.roles.{role} is"
             raise ResourceError(
-                f"Role {role!r} asks for {wanted} GPUs ({num_workers} workers of {devices_per_worker}); {where} "
+                f"Role {role!r} asks for {wanted} GPUs ({num_all} workers of {devices_per_worker}); {where} "
                 f"{share}. Lower {role}.num_workers or give the role more devices."
             )
-        devices = tuple(f"cuda:{first + rank * devices_per_worker}" for rank in range(num_workers))
+        before = first + replica * num_workers * devices_per_worker
+        devices = tuple(f"cuda:{before + rank * devices_per_worker}" for rank in range(num_workers))
         return Placement(role=role, devices=devices, num_threads=None)
 
     def _share(self, role: str, wanted: int) -> tuple[int, int]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation
-from nemo_rl_core.infra.fingerprint import Fingerprint
+from nemo_rl_core.infra.weight_transfer import OutgoingWeights, compare_fingerprints, run_until
 from nemo_rl_core.protocols.weight_sync import SyncReport
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from nemo_rl_core.protocols.generation_backend import GenerationBackend
     from nemo_rl_core.protocols.launcher import WorkerGroup
 
@@ -28,34 +23,6 @@ class InProcessSyncConfig:
 
     check_fingerprint: bool = True
     """Compare the weights of both sides after each refit."""
-
-
-class _Tap:
-    """Passes the trainer's tensors on in the engine's dtype, counting them and keeping what to digest."""
-
-    def __init__(self, source: Iterator[tuple[str, Tensor]], dtype: Any) -> None:
-        self.source = source
-        self.dtype = dtype
-        self.num_tensors = 0
-        self.num_bytes = 0
-        self.num_cast_bytes = 0
-        self.digest = Fingerprint()
-        self.waiting_for = "the engine (update_weights)"
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        self.waiting_for = "the trainer (export_weights)"
-        for name, tensor in self.source:
-            out = tensor.detach()
-            if self.dtype is not None and out.is_floating_point() and out.dtype != self.dtype:
-                out = out.to(self.dtype)
-                self.num_cast_bytes += out.numel() * out.element_size()
-            self.num_tensors += 1
-            self.num_bytes += out.numel() * out.element_size()
-            self.digest.add(name, out)
-            self.waiting_for = "the engine (update_weights)"
-            yield name, out
-            self.waiting_for = "the trainer (export_weights)"
-        self.waiting_for = "the engine (update_weights)"
 
 
 class InProcessSync:
@@ -73,6 +40,7 @@ class InProcessSync:
     """
 
     config_class: ClassVar[type] = InProcessSyncConfig
+    placements: ClassVar[frozenset[str]] = frozenset({"driver"})
 
     def __init__(self, config: InProcessSyncConfig | None = None) -> None:
         self.config = config or InProcessSyncConfig()
@@ -96,52 +64,20 @@ class InProcessSync:
         start = time.perf_counter()
         share = share and trainer.local is not None
         source = iter(trainer.iterate("export_weights", timeout_s=timeout_s))
-        tap = _Tap(source, getattr(engine, "dtype", None))
-        _run_until(
-            lambda: engine.update_weights(version, iter(tap), share=share),
-            tap,
+        outgoing = OutgoingWeights(source, getattr(engine, "dtype", None))
+        run_until(
+            lambda: engine.update_weights(version, iter(outgoing), share=share),
+            outgoing,
             version=version,
             timeout_s=timeout_s,
         )
-        digest = tap.digest.hexdigest()
+        digest = outgoing.digest.hexdigest()
         if self.config.check_fingerprint:
-            _compare(digest, engine.fingerprint(), version=version, num_tensors=tap.num_tensors)
+            compare_fingerprints(digest, engine.fingerprint(), version=version, num_tensors=outgoing.num_tensors)
         return SyncReport(
             version=version,
-            num_tensors=tap.num_tensors,
-            num_bytes=tap.num_cast_bytes if share else tap.num_bytes,
+            num_tensors=outgoing.num_tensors,
+            num_bytes=outgoing.num_cast_bytes if share else outgoing.num_bytes,
             seconds=time.perf_counter() - start,
             fingerprint=digest,
-        )
-
-
-def _run_until(work: Any, tap: _Tap, *, version: int, timeout_s: float) -> None:
-    """Run `work` in a thread until the deadline; what it raises is raised here."""
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # handed to the caller's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name=f"refit-{version}", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise DeadlineExceeded(
-            f"Refit to weight version {version} passed its deadline of {timeout_s:g} s while waiting for "
-            f"{tap.waiting_for}, after {tap.num_tensors} tensors. Raise the refit timeout, or look at that side's log."
-        )
-    if failure:
-        raise failure[0]
-
-
-def _compare(trainer: str, engine: str, *, version: int, num_tensors: int) -> None:
-    if trainer != engine:
-        raise InvariantViolation(
-            f"After the refit to weight version {version} the engine's weights differ from the trainer's "
-            f"({num_tensors} tensors; trainer {trainer}, engine {engine}). The engine lost, mixed up or "
-            "changed a tensor: what it would sample is not the policy. Set invariants.check_fingerprint: false "
-            "only to look for the cause."
         )

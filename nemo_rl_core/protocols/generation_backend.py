@@ -84,6 +84,8 @@ class GenerationBackend(Protocol):
         config_class: attrs class of `generation.options` for this backend.
         capabilities: Of "share_weights" (may alias the trainer's tensors), "in_flight_updates",
             "prefix_sharing", "sleep".
+        devices_per_worker: Function of the `GenerationConfig` (a static method): devices that one engine takes for its
+            own tensor and pipeline parallelism. May be left out: then 1.
     """
 
     config_class: ClassVar[type]
@@ -114,7 +116,8 @@ class GenerationBackend(Protocol):
 
         Args:
             version: The trainer's step count; completions carry it.
-            tensors: Name and full tensor; a tied weight comes once.
+            tensors: Name and full tensor; a tied weight comes once. Without `share` a tensor is valid until the
+                next one is asked for: copy it before.
             share: The tensors are alive and stay valid: an engine may alias instead of copying.
 
         Raises:

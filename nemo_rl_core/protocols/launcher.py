@@ -45,6 +45,13 @@ class WorkerSpec:
     """First argument of `setup`."""
     num_workers: int = 1
     devices_per_worker: int = 1
+    own_process: bool = False
+    """Never in the driver's process, also if there is one worker only. A launcher that always starts processes may
+    ignore it."""
+    replica: int = 0
+    """Which of `num_replicas` equal groups of the role this is (engines that serve side by side and die alone). It
+    takes the devices after those of the replicas before it."""
+    num_replicas: int = 1
     env: Mapping[str, str] = field(factory=dict)
     seed: int = 0
     run_dir: str | None = None
@@ -54,6 +61,11 @@ class WorkerSpec:
 
     A launcher that starts processes lets each compare them first thing, before anything heavy is imported
     (`node_differences`), and raises what `check_nodes` makes of all answers."""
+
+    @property
+    def label(self) -> str:
+        """Name of this group in messages and of its logs: the role, with the replica's number if there are several."""
+        return self.role if self.num_replicas == 1 else f"{self.role}-{self.replica}"
 
 
 @runtime_checkable
@@ -94,7 +106,13 @@ class WorkerGroup(Protocol):
 
 @runtime_checkable
 class Launcher(Protocol):
-    """Starts worker groups. A component of group `nemo_rl.launchers`, made with the cluster's config."""
+    """Starts worker groups. A component of group `nemo_rl.launchers`, made with the cluster's config.
+
+    Attributes:
+        config_class: attrs class of `cluster.options` for this launcher.
+        in_process: False if no worker ever lives in the driver's process (`WorkerGroup.local` is None). May be left
+            out: a lone worker then lives there unless its spec says `own_process`.
+    """
 
     config_class: ClassVar[type]
 
@@ -107,7 +125,10 @@ class Launcher(Protocol):
         ...
 
     def launch(self, spec: WorkerSpec) -> WorkerGroup:
-        """Start the workers of `spec` and run `setup` on each; returns when all are ready."""
+        """Start the workers of `spec` and run `setup` on each; returns when all are ready.
+
+        Several threads may call it at once, also during the run: an engine that died is started again so.
+        """
         ...
 
     def shutdown(self) -> None:

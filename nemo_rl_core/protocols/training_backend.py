@@ -157,6 +157,13 @@ class TrainingBackend(Protocol):
         """
         ...
 
+    def apply(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        """`function(self, *args)`: how another component, such as a weight sync, works in this worker.
+
+        The function is importable there, or travels by value.
+        """
+        return function(self, *args)
+
     def save_checkpoint(self, path: Path) -> None:
         """Write weights, optimizer, scheduler and this rank's RNG into the existing folder `path`.
 

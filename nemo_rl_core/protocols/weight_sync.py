@@ -23,12 +23,20 @@ class SyncReport:
     """Bytes copied; 0 when the engine shares the trainer's tensors."""
     seconds: float
     fingerprint: str
-    """Equal for trainer and engine; the core has compared them."""
+    """Equal for trainer and engine, which were compared; may be empty where that is switched off."""
+    num_bytes_sent: int | None = None
+    """Bytes that left the trainer's process for one engine, where that is not `num_bytes` (a delta)."""
 
 
 @runtime_checkable
 class WeightSync(Protocol):
-    """Moves weights. A component of group `nemo_rl.weight_syncs`."""
+    """Moves weights. A component of group `nemo_rl.weight_syncs`.
+
+    Attributes:
+        config_class: attrs class of `weight_sync.options` for this component.
+        placements: Where an engine may live that it can reach: "driver" (this process) and "workers" (processes of
+            their own: then `engine` is an `EngineWorkers`). May be left out: then only "driver".
+    """
 
     config_class: ClassVar[type]
 

@@ -25,6 +25,7 @@ from nemo_rl_core.rollouts.engine import EnvironmentFactory, RolloutEngine
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
+from nemo_rl_core.training.engine_assembly import check_weight_sync, engine_placement, start_engine
 from nemo_rl_core.training.policy import InitialModel, Policy
 from nemo_rl_core.training.replay import RecordedRollouts, check_recorded
 
@@ -200,6 +201,8 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
             parts.recorded = recorded
         launcher = _launcher(config, resolver)
         stack.callback(launcher.shutdown)
+        if training and environment is not None:
+            _check_engine(config, launcher, resolver)
         if training:
             _add_policy(parts, algorithm_class, launcher, resolver, stack, run_dir)
         if environment is not None:
@@ -244,6 +247,14 @@ def _is_initial_policy(parts: RunParts, name: str) -> bool:
     return not role.trained and role.config == parts.config.policy and parts.policy.has_initial_weights
 
 
+def _check_engine(config: RunConfig, launcher: Launcher, resolver: _Resolver) -> None:
+    """Find out before a model is loaded whether the run's engine can be refitted."""
+    engine_class = resolver.resolve("generation_backends", config.generation.backend).load()
+    _check_staleness(config, engine_class)
+    placement = engine_placement(config, engine_class, launcher)
+    check_weight_sync(config, placement, resolver.resolve("weight_syncs", config.weight_sync.name).load())
+
+
 def _add_engine(
     parts: RunParts,
     environment: EnvironmentFactory,
@@ -255,27 +266,23 @@ def _add_engine(
     config = parts.config
     engine_class = resolver.load("generation_backends", config.generation.backend)
     parts.in_flight_updates = _in_flight_updates(config, engine_class)
-    group = launcher.launch(
-        WorkerSpec(
-            role="generation",
-            factory=resolver.used[-1],
-            config=evolve(config.generation, options=_options(engine_class, config.generation.options)),
-            seed=config.seed,
-            run_dir=run_dir,
-            manifest=worker_rows(get_registry().manifest(resolver.used)),
-        )
-    )
-    stack.callback(group.shutdown)
-    if group.local is None:
-        raise ConfigError(
-            f"The launcher {config.cluster.launcher!r} put the generation backend into another process, which this "
-            "version cannot drive. Use cluster.launcher=local."
-        )
-    parts.generation = group.local
+    engine = resolver.used[-1]
+    placement = engine_placement(config, engine_class, launcher)
     if parts.policy is not None:
         parts.weight_sync = resolver.build("weight_syncs", config.weight_sync)
-        parts.share_weights = _may_share(config, parts.policy, engine_class)
-    parts.runner = _runner(config, group.local, environment, parts.tokenizer, stack)
+    parts.generation = start_engine(
+        launcher,
+        engine,
+        config=evolve(config.generation, options=_options(engine_class, config.generation.options)),
+        placement=placement,
+        seed=config.seed,
+        run_dir=run_dir,
+        manifest=worker_rows(get_registry().manifest(resolver.used)),
+    )
+    stack.callback(parts.generation.shutdown)
+    if parts.policy is not None:
+        parts.share_weights = placement.in_driver and _may_share(config, parts.policy, engine_class)
+    parts.runner = _runner(config, parts.generation, environment, parts.tokenizer, stack)
 
 
 def _roles(algorithm: Any) -> Mapping[str, ModelRole]:

@@ -160,7 +160,7 @@ class RunLoop:
             with self.timers("data"):
                 return self.feed.next(run.weight_version)
         self._refit()
-        with self.timers("rollouts"):
+        with self.timers("rollouts"), self.refit.of_restarted():
             groups = self.feed.next(run.weight_version)
         metrics.update(rollout_metrics(self.feed.all_groups))
         metrics["rollouts/discarded_groups"] = float(self.feed.discarded)
@@ -245,15 +245,16 @@ class RunLoop:
             changes: dict[str, Any] = {"temperature": config.temperature}
             if config.max_new_tokens is not None:
                 changes["max_new_tokens"] = config.max_new_tokens
-            metrics, groups = validate_rollouts(
-                parts.runner,
-                parts.data,
-                config,
-                sampling=sampling_params(self.config, **changes),
-                weight_version=run.weight_version,
-                max_failed_fraction=self.config.rollouts.max_failed_fraction,
-                correct_reward=self.config.evaluation.correct_reward,
-            )
+            with self.refit.of_restarted():
+                metrics, groups = validate_rollouts(
+                    parts.runner,
+                    parts.data,
+                    config,
+                    sampling=sampling_params(self.config, **changes),
+                    weight_version=run.weight_version,
+                    max_failed_fraction=self.config.rollouts.max_failed_fraction,
+                    correct_reward=self.config.evaluation.correct_reward,
+                )
             self._keep_samples(groups)
         self.hooks.call("on_validation", run=run, metrics=metrics)
         return metrics

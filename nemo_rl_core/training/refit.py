@@ -10,6 +10,7 @@ from nemo_rl_core.registry import PluginCall
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend
     from nemo_rl_core.training.assembly import RunParts
 
 __all__ = ["Refit"]
@@ -37,9 +38,11 @@ class Refit:
         """Of the engine's weights; -1 before the first refit."""
 
     def is_due(self, version: int) -> bool:
-        """Whether there is an engine, and it has other weights than those of `version`."""
+        """Whether there is an engine, and it has other weights than those of `version` (or lost them in a restart)."""
         parts = self.parts
-        return parts.weight_sync is not None and parts.generation is not None and self.version != version
+        if parts.weight_sync is None or parts.generation is None:
+            return False
+        return self.version != version or getattr(parts.generation, "needs_refit", False)
 
     def bring_to(self, version: int) -> None:
         """Load the policy's weights and stamp them with `version`.
@@ -49,18 +52,28 @@ class Refit:
             InvariantViolation: The engine's weights differ from the trainer's afterwards.
         """
         parts = self.parts
-        assert parts.weight_sync is not None and parts.generation is not None
-        with self._between_requests(), PluginCall("weight_syncs", parts.weight_sync, "sync"):
-            parts.weight_sync.sync(
-                parts.policy.group,
-                parts.generation,
-                version=version,
-                share=parts.share_weights,
-                timeout_s=_REFIT_TIMEOUT_S,
-            )
+        assert parts.generation is not None
+        with self._between_requests():
+            self._load(parts.generation, version)
         self.version = version
         if parts.runner is not None:
             parts.runner.engine.weight_version = version
+
+    def of_restarted(self) -> AbstractContextManager[None]:
+        """While the trainer stands still: an engine that was started again may get its weights."""
+        refits = getattr(self.parts.generation, "refits", None)
+        if refits is None or self.parts.weight_sync is None:
+            return nullcontext()
+        restarted: AbstractContextManager[None] = refits(lambda engine: self._load(engine, self.version))
+        return restarted
+
+    def _load(self, engine: GenerationBackend, version: int) -> None:
+        parts = self.parts
+        assert parts.weight_sync is not None
+        with PluginCall("weight_syncs", parts.weight_sync, "sync"):
+            parts.weight_sync.sync(
+                parts.policy.group, engine, version=version, share=parts.share_weights, timeout_s=_REFIT_TIMEOUT_S
+            )
 
     def _between_requests(self) -> AbstractContextManager[None]:
         rollouts = self.parts.config.rollouts

@@ -8,7 +8,7 @@ that did not happen was not noticed. Trainer and engine are small objects of thi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -45,6 +45,10 @@ class SyncedTrainer:
         for name, tensor in self.weights.items():
             self.before_item(name)
             yield name, tensor
+
+    def apply(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        """As a training backend has it."""
+        return function(self, *args)
 
     def train(self) -> None:
         """Change every weight in place, as an optimizer step does."""
@@ -111,6 +115,17 @@ class _Elsewhere:
 
     def __init__(self, trainer: SyncedTrainer) -> None:
         self._trainer = trainer
+
+    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+        """`[worker.method(*args, **kwargs)]`."""
+        return [getattr(self._trainer, method)(*args, **kwargs)]
+
+    def call_each(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
+    ) -> list[Any]:
+        """`[worker.method(*arguments[0])]`."""
+        (only,) = arguments
+        return [getattr(self._trainer, method)(*only)]
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
         """What the worker's generator yields, copied as by the way here."""

@@ -61,7 +61,7 @@ def estimate_memory(config: RunConfig, *, engine_batch: int, devices_per_engine:
     shape = model.config.get_text_config()
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
     trained, sampled = _BYTES[policy.precision], _BYTES[config.generation.precision or policy.precision]
-    tokens = max(policy.max_tokens_per_microbatch, policy.max_sequence_length)
+    tokens = max(policy.token_budget("cuda"), policy.max_sequence_length)
     kept = tokens * hidden * _ACTIVATION_ELEMENTS * trained / policy.tensor_parallel_size
     activations = kept + layers * tokens * hidden * trained if policy.activation_checkpointing else layers * kept
     logits = 3 * policy.logprob_chunk_size * shape.vocab_size * 4

@@ -1,0 +1,69 @@
+"""A socket at which other processes arrive, each having proved that it knows a secret."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import tempfile
+import threading
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Arrivals"]
+
+
+class Arrivals:
+    """Listens until it is closed; connections wait in a queue.
+
+    Args:
+        key: The secret (HMAC in both directions, before anything else is read).
+        address: IP address of this machine to listen at, on a free port; None listens at a path of the file system,
+            which only this machine's processes reach.
+        name: Of the thread.
+    """
+
+    def __init__(self, key: bytes, *, address: str | None, name: str) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if address is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="nemo-rl-")
+            self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", authkey=key)
+        else:
+            self._listener = Listener((address, 0), "AF_INET", authkey=key)
+        self.address: Any = self._listener.address
+        """For `multiprocessing.connection.Client`."""
+        self._arrived: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
+        self._closed = False
+        threading.Thread(target=self._accept, name=name, daemon=True).start()
+
+    def next(self, timeout_s: float | None = None) -> Connection | None:
+        """The next connection; None when it was closed.
+
+        Raises:
+            TimeoutError: Nobody came in time.
+        """
+        try:
+            return self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"Nobody connected within {timeout_s:g} s.") from None
+
+    def close(self) -> None:
+        """Stop listening; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        family = socket.AF_UNIX if self._folder is not None else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family) as caller:
+            caller.connect(self.address)  # nothing else wakes a thread that waits in accept()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                self._arrived.put(self._listener.accept())
+            except Exception:  # somebody without the key, or one who left at once
+                continue
+        self._arrived.put(None)
+        self._listener.close()
+        if self._folder is not None:
+            self._folder.cleanup()

@@ -1,0 +1,429 @@
+"""Engines in processes of their own, as one generation backend.
+
+`EngineWorkers` stands for any number of engine processes, started through any launcher's `WorkerGroup`. It sends each
+request to one of them and hands the completion back; a group's requests go to one engine, which shares their prompt.
+What a request samples is decided by its own seed, so the routing is a matter of speed alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from attrs import evolve
+
+from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation, NemoRLError
+from nemo_rl_core.infra.engine_link import EngineLink, PendingRequest
+from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
+from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_rl_core.protocols.launcher import WorkerGroup
+
+__all__ = ["EngineWorkers"]
+
+logger = logging.getLogger(__name__)
+
+_ROUTES_KEPT = 65536
+"""Groups whose engine is remembered for their later turns."""
+
+Refit = Callable[["EngineWorkers"], None]
+
+
+class EngineWorkers(GenerationBackend):
+    """Any number of engine processes behind the contract of one engine. Make it with `EngineWorkers.start`.
+
+    An engine process that dies is started again, up to `max_restarts` times in all; its requests are sampled anew,
+    by the others or, once it has its weights, by itself. After that, or if starting it fails, everything that is
+    asked of this object raises `WorkerDied` with the name of what died.
+
+    Attributes:
+        links: The connection to each engine, by number.
+    """
+
+    config_class: ClassVar[type] = dict
+
+    def __init__(self, links: Sequence[EngineLink], *, seed: int = 0, timeout_s: float = 600.0) -> None:
+        self.links = list(links)
+        self.timeout_s = timeout_s
+        self.version = 0
+        self.num_restarts = 0
+        self._launch: Callable[[int], EngineLink] | None = None
+        self._max_restarts = 0
+        self._seeds = random.Random(seed)
+        self._changed = threading.Condition(threading.RLock())
+        self._queued: dict[asyncio.AbstractEventLoop, list[PendingRequest]] = {}
+        self._stranded: list[PendingRequest] = []
+        self._routes: OrderedDict[Any, EngineLink] = OrderedDict()
+        self._paused = False
+        self._refit: Refit | None = None
+        self._refit_under_way = False
+        self._was_refitted = False
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    @classmethod
+    def start(
+        cls,
+        launch: Callable[[int], WorkerGroup],
+        *,
+        num_workers: int,
+        role: str = "generation",
+        seed: int = 0,
+        timeout_s: float = 600.0,
+        max_restarts: int = 0,
+    ) -> EngineWorkers:
+        """Start every engine and connect to it.
+
+        Args:
+            launch: Starts the group (one `EngineHost`) of engine number i; called again when it has died.
+            num_workers: Engines.
+            role: Begins the engines' names.
+            seed: Of requests that carry none.
+            timeout_s: Deadline of any call to an engine but `generate`, whose caller sets its own.
+            max_restarts: Engines that may be started again, in all.
+
+        Raises:
+            Exception: What `launch` raised; engines that run already are ended.
+        """
+        made = cls([], seed=seed, timeout_s=timeout_s)
+        made._max_restarts = max_restarts
+
+        def connect(index: int) -> EngineLink:
+            name = role if num_workers == 1 else f"{role}-{index}"
+            group = launch(index)
+            try:
+                return EngineLink(name, group, timeout_s=timeout_s, on_lost=made._on_lost)
+            except BaseException:
+                group.shutdown()
+                raise
+
+        made._launch = connect
+        with concurrent.futures.ThreadPoolExecutor(max(1, num_workers)) as pool:
+            started = [pool.submit(connect, index) for index in range(num_workers)]
+        failed = [future.exception() for future in started if future.exception() is not None]
+        made.links = [future.result() for future in started if future.exception() is None]
+        if failed:
+            made.shutdown()
+            raise failed[0]  # type: ignore[misc]
+        return made
+
+    def setup(self, config: Any, context: Any) -> None:
+        """Nothing: `start` has set the engines up."""
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the engines' weights; None if they do not say."""
+        return self.links[0].served.dtype
+
+    @property
+    def capabilities(self) -> frozenset[str]:  # type: ignore[override]
+        """Those of the engines, but for "share_weights": nothing is shared between processes."""
+        return self.links[0].served.capabilities - {"share_weights"}
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Sample one completion in one of the engines; cancelling the call frees its place there.
+
+        Raises:
+            GenerationError: As the engine raises it, with its name.
+            WorkerDied: An engine died that cannot be started again.
+        """
+        if request.sampling.seed is None:  # drawn here, so that it does not depend on the routing
+            request = evolve(request, sampling=evolve(request.sampling, seed=self._seeds.getrandbits(63)))
+        loop = asyncio.get_running_loop()
+        pending = PendingRequest(request=request, future=loop.create_future(), loop=loop)
+        with self._changed:
+            self._raise_failure()
+            queue = self._queued.setdefault(loop, [])
+            queue.append(pending)
+            if len(queue) == 1:  # what this turn of the loop asks for goes in one message
+                loop.call_soon(self._flush, loop)
+        try:
+            return await pending.future
+        except asyncio.CancelledError:
+            self._give_up(pending)
+            raise
+
+    def pause(self) -> None:
+        """Every engine takes requests but starts on none until `resume`."""
+        with self._changed:
+            self._paused = True
+            for link in self.links:
+                link.tell("pause")
+
+    def resume(self) -> None:
+        """Every engine starts on what waits."""
+        with self._changed:
+            self._paused = False
+            for loop in list(self._queued):
+                self._flush(loop)
+            for link in self.links:
+                link.tell("resume")
+
+    def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._changed:
+            self._send([one for one in self._queued.pop(loop, []) if not one.future.done()])
+
+    def _send(self, requests: Sequence[PendingRequest]) -> None:
+        """Give each request to an engine; what finds none that is ready waits for one to come back."""
+        chosen: dict[EngineLink, list[PendingRequest]] = {}
+        for one in requests:
+            link = self._route(one.request, chosen)
+            if link is None:
+                self._stranded.append(one)
+            else:
+                chosen.setdefault(link, []).append(one)
+        for link, sent in chosen.items():
+            if not link.generate(sent):
+                self._stranded.extend(sent)
+        self._changed.notify_all()
+
+    def _route(self, request: GenerationRequest, chosen: Mapping[EngineLink, Sequence[Any]]) -> EngineLink | None:
+        """The engine that has the request's group; for a new group the one with the least in flight."""
+        group = request.order[0] if request.order else None
+        link = self._routes.get(group) if group is not None else None
+        if link is None or not self._ready(link):
+            ready = [link for link in self.links if self._ready(link)]
+            if not ready:
+                return None
+            link = min(ready, key=lambda link: link.load + len(chosen.get(link, ())))
+        if group is not None:
+            self._routes[group] = link
+            self._routes.move_to_end(group)
+            if len(self._routes) > _ROUTES_KEPT:
+                self._routes.popitem(last=False)
+        return link
+
+    def _ready(self, link: EngineLink) -> bool:
+        return link.lost is None and link.version == self.version
+
+    def _give_up(self, pending: PendingRequest) -> None:
+        with self._changed:
+            if pending.link is not None:
+                pending.link.cancel(pending)
+            elif pending in self._stranded:
+                self._stranded.remove(pending)
+
+    # -- everything else ---------------------------------------------------------------------------
+
+    def apply(self, function: Callable[..., Any], /, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """Run `function(engine, *args)` in every engine's process at once; results by engine.
+
+        It runs in a thread beside the engine's requests. Waits for an engine that is being started again.
+
+        Raises:
+            DeadlineExceeded: Names the engine that did not answer.
+            WorkerDied: An engine is gone for good.
+            Exception: What the function raised, with the engine's name.
+        """
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        links = self.wait_alive(limit)
+        asked = [link.submit(function, *args) for link in links]
+        what = getattr(function, "__name__", type(function).__name__)
+        return [
+            link.wait(future, what=what, timeout_s=max(0.0, deadline - time.monotonic()))
+            for link, future in zip(links, asked, strict=True)
+        ]
+
+    def submit_each(
+        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+    ) -> list[concurrent.futures.Future[Any]]:
+        """Start `function(engine, *arguments[i])` in engine i; one future for each engine, which waits for nothing."""
+        return [link.submit(function, *args) for link, args in zip(self.links, arguments, strict=True)]
+
+    def refitted(self, version: int) -> None:
+        """A weight sync has brought every engine to `version`: from now on they take requests."""
+        with self._changed:
+            self.version = version
+            self._was_refitted = True
+            for link in self.links:
+                link.version = version
+            waiting, self._stranded = self._stranded, []
+            self._send(waiting)
+
+    @property
+    def needs_refit(self) -> bool:
+        """Whether an engine was started again and has not got its weights yet."""
+        with self._changed:
+            return any(link.lost is not None or link.version != self.version for link in self.links)
+
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
+        """Load new weights into every engine, through this process.
+
+        A run uses a weight sync instead, which moves them from worker to worker. `share` is ignored.
+        """
+        from nemo_rl_core.infra.engine_loading import load_through_driver
+
+        load_through_driver(self, version, tensors)
+        self.refitted(version)
+
+    def fingerprint(self) -> str:
+        """Digest of the weights that all engines sample from.
+
+        Raises:
+            InvariantViolation: Two engines have other weights.
+        """
+        found = self._ask("fingerprint")
+        if len(set(found)) > 1:
+            listed = ", ".join(f"{link.name} {digest}" for link, digest in zip(self.links, found, strict=True))
+            raise InvariantViolation(f"The engines have different weights: {listed}. Refit all of them.")
+        return str(found[0])
+
+    def metrics(self) -> Mapping[str, float]:
+        """Counters since the last call: summed over the engines, shares averaged, and the restarts so far."""
+        merged = merge_engine_metrics(self._ask("metrics"))
+        return {**merged, "engines": float(len(self.links)), "engine_restarts": float(self.num_restarts)}
+
+    def sleep(self) -> None:
+        """Give back memory in every engine."""
+        self._ask("sleep")
+
+    def wake(self) -> None:
+        """Undo `sleep` in every engine."""
+        self._ask("wake")
+
+    def shutdown(self) -> None:
+        """End every engine process; may be called twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self.links:
+            with concurrent.futures.ThreadPoolExecutor(len(self.links)) as pool:
+                list(pool.map(EngineLink.close, self.links))
+
+    def _ask(self, method: str) -> list[Any]:
+        deadline = time.monotonic() + self.timeout_s
+        links = self.wait_alive(self.timeout_s)
+        return [link.ask(method, timeout_s=max(0.0, deadline - time.monotonic())) for link in links]
+
+    def wait_alive(self, timeout_s: float) -> list[EngineLink]:
+        """Every engine, when those that are being started again are there.
+
+        Raises:
+            DeadlineExceeded: Names those that are not.
+            WorkerDied: One is gone for good.
+        """
+        with self._changed:
+            back = self._changed.wait_for(
+                lambda: self._failure is not None or all(link.lost is None for link in self.links), timeout_s
+            )
+            self._raise_failure()
+            if not back:
+                gone = ", ".join(link.name for link in self.links if link.lost is not None)
+                raise DeadlineExceeded(f"The engines {gone} were not back after {timeout_s:g} s. See their logs.")
+            return list(self.links)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    # -- engines that die --------------------------------------------------------------------------
+
+    @contextmanager
+    def refits(self, refit: Refit) -> Iterator[None]:
+        """While the block runs, an engine that has come back is refitted with `refit`, which gets it alone.
+
+        The run loop opens it where the trainer stands still, as while it waits for rollouts. The block ends when a
+        refit under way has ended, which has a deadline of its own.
+        """
+        with self._changed:
+            self._refit = refit
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._refit = None
+                self._changed.wait_for(lambda: not self._refit_under_way)
+
+    def _on_lost(self, link: EngineLink, reason: BaseException) -> None:
+        """In the thread of the link's reader, which has nothing else to do any more."""
+        with self._changed:
+            if self._closed or link not in self.links:
+                return
+            index = self.links.index(link)
+            orphans, link.pending = list(link.pending.values()), {}
+            for one in orphans:
+                one.link = None
+            if self.num_restarts >= self._max_restarts or self._launch is None:
+                self._fail(reason, orphans)
+                return
+            self.num_restarts += 1
+            self._send([one for one in orphans if not one.future.done()])
+        logger.warning(
+            "%s Starting it again (%d of %d); %d requests in flight are sampled anew.",
+            reason,
+            self.num_restarts,
+            self._max_restarts,
+            len(orphans),
+        )
+        try:
+            self._replace(index, link)
+        except BaseException as error:  # handed to everyone who waits for the engine
+            with self._changed:
+                self._fail(error, [])
+
+    def _replace(self, index: int, link: EngineLink) -> None:
+        assert self._launch is not None
+        link.group.shutdown()
+        fresh = self._launch(index)
+        fresh.version = -1 if self._was_refitted else self.version  # it has the weights of its checkpoint
+        with self._changed:
+            self.links[index] = fresh
+            if self._closed:
+                fresh.close()
+                return
+            if self._paused:
+                fresh.tell("pause")
+            waiting, self._stranded = self._stranded, []
+            self._send(waiting)
+        self._bring_back(fresh)
+
+    def _bring_back(self, fresh: EngineLink) -> None:
+        """Refit an engine when the trainer has time for it, unless a refit of all of them comes first."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._done_with(fresh) or (self._refit is not None and not self._refit_under_way)
+            )
+            refit = self._refit
+            if refit is None or self._done_with(fresh):
+                return
+            self._refit_under_way = True
+        alone = EngineWorkers([fresh], timeout_s=self.timeout_s)
+        try:
+            refit(alone)
+        finally:
+            with self._changed:
+                self._refit_under_way = False
+                waiting, self._stranded = self._stranded, []
+                self._send(waiting)
+
+    def _done_with(self, fresh: EngineLink) -> bool:
+        return self._closed or fresh.lost is not None or fresh.version == self.version
+
+    def _fail(self, reason: BaseException, orphans: Sequence[PendingRequest]) -> None:
+        self._failure = reason
+        stranded, self._stranded = self._stranded, []
+        queued = [one for queue in self._queued.values() for one in queue]
+        self._queued.clear()
+        for one in (*orphans, *stranded, *queued):
+            one.loop.call_soon_threadsafe(one.settle, None, _copy(reason))
+        self._changed.notify_all()
+
+
+def _copy(error: BaseException) -> BaseException:
+    """Each waiter gets an exception of its own: one that is raised twice would grow a traceback of both."""
+    return type(error)(*error.args) if isinstance(error, NemoRLError) else error

@@ -1,0 +1,163 @@
+"""Where the engine of a run lives, and starting it there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve, frozen
+
+from nemo_rl_core.errors import ConfigError, NemoRLError
+from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
+from nemo_rl_core.infra.engine_workers import EngineWorkers
+from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_core.protocols.launcher import Launcher, WorkerGroup, WorkerSpec
+from nemo_rl_core.registry import ComponentRef, get_registry
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import GenerationConfig, RunConfig
+
+__all__ = ["EnginePlacement", "check_weight_sync", "engine_placement", "start_engine"]
+
+_ROLE = "generation"
+
+
+@frozen(kw_only=True)
+class EnginePlacement:
+    """Where the engines of a run live."""
+
+    num_workers: int
+    """Engine processes; 0 is one engine in the driver's process."""
+    devices_per_worker: int
+    why: str
+    """The settings that decided it, for messages."""
+
+    @property
+    def in_driver(self) -> bool:
+        """Whether the engine lives in the driver's process."""
+        return self.num_workers == 0
+
+
+def engine_placement(config: RunConfig, engine_class: Any, launcher: Launcher) -> EnginePlacement:
+    """Where the engines of a run live, from `generation.num_workers`, `cluster` and the launcher.
+
+    Raises:
+        ConfigError: `cluster.roles.generation` has no room for an engine.
+    """
+    cluster, asked = config.cluster, config.generation.num_workers
+    counted = getattr(engine_class, "devices_per_worker", None)
+    devices = 1 if counted is None else int(counted(config.generation))
+    if asked is not None:
+        return EnginePlacement(num_workers=asked, devices_per_worker=devices, why=f"generation.num_workers is {asked}")
+    share = None if cluster.colocated else cluster.roles.get(_ROLE)
+    if share is not None:
+        if share < devices:
+            raise ConfigError(
+                f"cluster.roles.generation is {share}, but one engine of {engine_class.__name__} takes {devices} "
+                "devices. Give the role more devices, or make the engine smaller (generation.options)."
+            )
+        return EnginePlacement(
+            num_workers=share // devices,
+            devices_per_worker=devices,
+            why=f"cluster.colocated is false and cluster.roles.generation is {share}",
+        )
+    if not getattr(launcher, "in_process", True):
+        return EnginePlacement(
+            num_workers=1,
+            devices_per_worker=devices,
+            why=f"the launcher {config.cluster.launcher!r} starts every worker in a process of its own",
+        )
+    return EnginePlacement(num_workers=0, devices_per_worker=devices, why="generation.num_workers is not set")
+
+
+def check_weight_sync(config: RunConfig, placement: EnginePlacement, sync_class: Any) -> None:
+    """Refuse a weight sync that does not reach the engine.
+
+    Raises:
+        ConfigError: Names the syncs that do.
+    """
+    needed = "driver" if placement.in_driver else "workers"
+    if needed in _placements(sync_class):
+        return
+    fitting = _fitting(needed, config.plugins)
+    where = "in the driver's process" if placement.in_driver else "in processes of their own"
+    back = (
+        "" if placement.in_driver else " Or leave generation.num_workers and cluster.roles out: one engine in-process."
+    )
+    fix = f"Set weight_sync to one of: {', '.join(fitting)}." if fitting else "Install a package that provides one."
+    raise ConfigError(
+        f"weight_sync: {config.weight_sync.name} does not reach the engines, which live {where} ({placement.why}). "
+        f"{fix}{back}"
+    )
+
+
+def _placements(sync_class: Any) -> frozenset[str]:
+    return frozenset(getattr(sync_class, "placements", {"driver"}))
+
+
+def _fitting(needed: str, plugins: Mapping[str, str]) -> list[str]:
+    """Names of the installed weight syncs that reach such an engine."""
+    registry, found = get_registry(), []
+    for name in registry.names("weight_syncs"):
+        try:
+            component = registry.resolve("weight_syncs", name, plugins=plugins).load()
+        except NemoRLError:  # a broken one is no advice
+            continue
+        if needed in _placements(component):
+            found.append(name)
+    return sorted(found)
+
+
+def start_engine(
+    launcher: Launcher,
+    engine: ComponentRef,
+    *,
+    config: GenerationConfig,
+    placement: EnginePlacement,
+    seed: int,
+    run_dir: str,
+    manifest: Sequence[Mapping[str, Any]],
+) -> GenerationBackend:
+    """The engine itself, or what stands for the engines in other processes.
+
+    Raises:
+        ConfigError: The launcher put a worker that may live in this process into another.
+    """
+    spec = WorkerSpec(
+        role=_ROLE,
+        factory=engine,
+        config=config,
+        devices_per_worker=placement.devices_per_worker,
+        seed=seed,
+        run_dir=run_dir,
+        manifest=manifest,
+    )
+    if placement.in_driver:
+        group = launcher.launch(spec)
+        if group.local is None:
+            group.shutdown()
+            raise ConfigError(
+                f"{type(launcher).__name__} put the generation backend into another process, though it does not say "
+                "`in_process = False`. Set generation.num_workers: 1, and tell the launcher's author."
+            )
+        local: GenerationBackend = group.local
+        return local
+    hosted = evolve(
+        spec,
+        factory=EngineHost,
+        config=HostConfig(engine=engine, generation=config),
+        own_process=True,
+        num_replicas=placement.num_workers,
+    )
+
+    def launch(index: int) -> WorkerGroup:
+        return launcher.launch(evolve(hosted, replica=index))
+
+    return EngineWorkers.start(
+        launch,
+        num_workers=placement.num_workers,
+        role=_ROLE,
+        seed=seed,
+        timeout_s=spec.timeout_s,
+        max_restarts=config.max_restarts,
+    )

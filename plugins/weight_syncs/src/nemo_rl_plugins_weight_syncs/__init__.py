@@ -1,0 +1,1 @@
+"""Weight syncs between processes: shared memory and CUDA IPC, collective broadcast, sparse deltas, disk."""

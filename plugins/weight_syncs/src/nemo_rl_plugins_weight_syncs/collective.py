@@ -1,0 +1,264 @@
+"""The weight sync `collective`: packed chunks, broadcast from the trainer's rank 0 to every engine.
+
+The group that they are broadcast in is one of its own (gloo or NCCL), beside whatever groups the trainer and the
+engines have among themselves; it is made at the first refit and again when an engine was replaced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import itertools
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.infra.place import Place
+from nemo_rl_plugins_weight_syncs.base import StreamedSync
+from nemo_rl_plugins_weight_syncs.config import CollectiveConfig
+from nemo_rl_plugins_weight_syncs.hub import PROCESS, Deadline, Hub, PeerGaveUp, Wire
+from nemo_rl_plugins_weight_syncs.kept import forget, keep
+from nemo_rl_plugins_weight_syncs.packing import Chunk, pack, unpack
+from nemo_rl_plugins_weight_syncs.streaming import Transfer
+
+__all__ = ["CollectiveSync"]
+
+_NUM_SLOTS = 2
+_LOOPBACK = "127.0.0.1"
+
+
+class CollectiveSync(StreamedSync):
+    """Weights by broadcast, between machines as well."""
+
+    config_class: ClassVar[type] = CollectiveConfig
+
+    def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
+        """NCCL where everyone has a CUDA device of their own, else gloo.
+
+        Raises:
+            ConfigError: NCCL is asked for, but two share a device or one has none.
+        """
+        devices = [place.device_id for place in (trainer, *engines)]
+        apart = all(devices) and len(set(devices)) == len(devices)
+        backend = self.config.backend
+        if backend == "nccl" and not apart:
+            raise ConfigError(
+                "weight_sync.options.backend is nccl, which needs a CUDA device of its own for the trainer's rank 0 "
+                f"and for each engine; found {[place.device for place in (trainer, *engines)]}. Set backend: gloo, or "
+                "weight_sync: shared_memory where they share a device."
+            )
+        chosen = "nccl" if backend == "nccl" or (backend == "auto" and apart) else "gloo"
+        address = trainer.address if any(place.machine != trainer.machine for place in engines) else _LOOPBACK
+        return (_Out, chosen, address), (_In, chosen)
+
+
+class _Group:
+    """A process group of its own: rank 0 is the trainer's, the others are the engines."""
+
+    def __init__(self, backend: str, store: Any, rank: int, size: int, *, timeout: Any, local: bool) -> None:
+        self.store = store
+        self.works: deque[Any] = deque(maxlen=_NUM_SLOTS)
+        if backend == "nccl":
+            self.inner: Any = dist.ProcessGroupNCCL(store, rank, size, _nccl_options(timeout))
+        else:
+            self.inner = dist.ProcessGroupGloo(store, rank, size, _gloo_options(timeout, local=local))
+
+    def broadcast(self, buffer: Tensor) -> Any:
+        """Start a broadcast from rank 0."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        work = self.inner.broadcast([buffer], options)
+        self.works.append(work)
+        return work
+
+    def close(self) -> None:
+        """Leave it.
+
+        Where a broadcast is still under way, because the other side gave up, the group is left to the end of the
+        process: gloo's destructor would wait for that broadcast until the group's deadline, and nothing can end it.
+        """
+        if not all(work.is_completed() for work in self.works):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.inner))
+        self.inner = None
+        self.store = None
+
+
+def _gloo_options(timeout: datetime.timedelta, *, local: bool) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    make = dist.ProcessGroupGloo.create_device
+    options._devices = [make(hostname=_LOOPBACK) if local else dist.ProcessGroupGloo.create_default_device()]
+    options._timeout = timeout
+    return options
+
+
+def _nccl_options(timeout: datetime.timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return options
+
+
+def _wait(work: Any, deadline: Deadline, peer: str, device: torch.device) -> None:
+    """Wait for a broadcast.
+
+    Raises:
+        DeadlineExceeded: It took too long.
+        PeerGaveUp: It broke.
+    """
+    try:
+        work.wait(datetime.timedelta(seconds=max(deadline.left, 0.001)))
+    except RuntimeError as error:
+        if deadline.left == 0:
+            raise deadline.passed(peer) from error
+        raise PeerGaveUp(f"the broadcast with {peer} broke: {error}") from error
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Buffers:
+    """Two buffers that grow to the largest chunk."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor | None] = [None] * _NUM_SLOTS
+
+    def slot(self, number: int, num_bytes: int, least: int, device: torch.device) -> Tensor:
+        """The first `num_bytes` of the buffer that chunk `number` goes through."""
+        found = self.tensors[number % _NUM_SLOTS]
+        if found is None or found.numel() < num_bytes or found.device != device:
+            found = torch.empty(max(num_bytes, least), dtype=torch.uint8, device=device)
+            self.tensors[number % _NUM_SLOTS] = found
+        return found[:num_bytes]
+
+
+class _Out:
+    num_bytes_sent = None
+
+    def __init__(self, transfer: Transfer, backend: Any, kind: str, address: str) -> None:
+        self.transfer, self.kind, self.address = transfer, kind, address
+        self.device = torch.device(backend.device if kind == "nccl" else "cpu")
+        self.buffers: _Buffers = keep(transfer.key("out buffers"), _Buffers)
+        self.works: list[Any] = [None] * _NUM_SLOTS
+
+    def begin(self, hub: Hub, num_engines: int) -> None:
+        """Join the engines in a group: the one of the last refit if they are the same."""
+        key = self.transfer.key("out group")
+        members = [wire.hello["process"] for wire in hub.wires]
+        known: _Joined = keep(key, _Joined)
+        if known.group is None or known.members != members or any(w.hello["group"] != known.name for w in hub.wires):
+            forget(key)
+            known = keep(key, _Joined)
+            known.make(self.kind, self.address, hub, self.transfer)
+            known.members = members
+        else:
+            hub.tell(("group", known.name, None))
+        assert known.group is not None
+        self.group = known.group
+
+    def send(self, hub: Hub, number: int, chunk: Chunk) -> None:
+        slot = number % _NUM_SLOTS
+        deadline = hub.wires[0].deadline
+        if self.works[slot] is not None:
+            _wait(self.works[slot], deadline, "the engines", self.device)
+        buffer = self.buffers.slot(number, chunk.num_bytes, self.transfer.chunk_bytes, self.device)
+        pack(chunk, buffer)
+        hub.tell(("chunk", number, chunk.num_bytes, chunk.entries))
+        self.works[slot] = self.group.broadcast(buffer)
+
+    def end(self, digest: str) -> None:
+        pass
+
+
+class _Joined:
+    """A group of this session and, on the trainer's side, who is in it."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.members: list[str] = []
+        self.group: _Group | None = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def make(self, kind: str, address: str, hub: Hub, transfer: Transfer) -> None:
+        """On the trainer's side: make a group together with the engines."""
+        self.name = f"{PROCESS}-{next(_Joined._numbers)}"
+        size = len(hub.wires) + 1
+        where: str | tuple[str, int]
+        if address == _LOOPBACK:
+            self.folder = tempfile.TemporaryDirectory(prefix="nemo-rl-collective-")
+            where = str(Path(self.folder.name) / "store")
+            store: Any = dist.FileStore(where, size)
+        else:
+            store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=_timeout(transfer))
+            where = (address, store.port)
+        for rank, wire in enumerate(hub.wires, start=1):
+            wire.send(("group", self.name, (where, rank, size)))
+        self.group = _Group(kind, store, 0, size, timeout=_timeout(transfer), local=isinstance(where, str))
+
+    def enter(self, kind: str, name: str, where: Any, rank: int, size: int, *, transfer: Transfer) -> None:
+        """On an engine's side: enter the group that the trainer makes."""
+        self.name = name
+        if isinstance(where, str):
+            store: Any = dist.FileStore(where, size)
+        else:
+            store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=_timeout(transfer))
+        self.group = _Group(kind, store, rank, size, timeout=_timeout(transfer), local=isinstance(where, str))
+
+    def close(self) -> None:
+        if self.group is not None:
+            self.group.close()
+        if self.folder is not None:
+            self.folder.cleanup()
+
+
+def _timeout(transfer: Transfer) -> datetime.timedelta:
+    return datetime.timedelta(seconds=max(1.0, transfer.timeout_s))
+
+
+class _In:
+    def __init__(self, transfer: Transfer, engine: Any, kind: str) -> None:
+        self.transfer, self.kind = transfer, kind
+        self.device = torch.device(str(engine.device) if kind == "nccl" else "cpu")
+        self.buffers: _Buffers = keep(transfer.key("in buffers"), _Buffers)
+        self.joined: _Joined = keep(transfer.key("in group"), _Joined)
+        self.posted: dict[int, tuple[Tensor, Any]] = {}
+
+    def hello(self) -> dict[str, Any]:
+        return {"process": PROCESS, "group": self.joined.name}
+
+    def begin(self, wire: Wire) -> None:
+        _, name, fresh = wire.receive()
+        if fresh is not None:
+            key = self.transfer.key("in group")
+            forget(key)
+            self.joined = keep(key, _Joined)
+            self.joined.enter(self.kind, name, *fresh, transfer=self.transfer)
+        assert self.joined.group is not None
+        self.group = self.joined.group
+
+    def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+        number = message[1]
+        buffer, work = self.posted.pop(number, None) or self._post(message)
+        _wait(work, wire.deadline, "the trainer", self.device)
+        for name, tensor in unpack(message[3], buffer):
+            following = wire.peek()  # let the next chunk come while this one is loaded
+            if following is not None and following[0] == "chunk" and following[1] not in self.posted:
+                self.posted[following[1]] = self._post(following)
+            yield name, tensor
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _post(self, message: Sequence[Any]) -> tuple[Tensor, Any]:
+        _, number, num_bytes, _ = message
+        buffer = self.buffers.slot(number, num_bytes, self.transfer.chunk_bytes, self.device)
+        return buffer, self.group.broadcast(buffer)
+
+    def end(self, digest: str) -> None:
+        pass

@@ -1,0 +1,172 @@
+"""The weight sync `disk`: safetensors files in a folder that trainer and engines see.
+
+Rank 0 writes a version into a folder of another name and renames it when all of it is there, so that no engine reads
+half a version. The files stay readable by anything that reads safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from nemo_rl_core.errors import CheckpointError, ConfigError
+from nemo_rl_core.infra.weight_transfer import OutgoingWeights
+from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_core.protocols.launcher import WorkerGroup
+from nemo_rl_core.protocols.weight_sync import SyncReport
+from nemo_rl_plugins_weight_syncs.base import conclude, until_all_alive
+from nemo_rl_plugins_weight_syncs.config import DiskConfig
+from nemo_rl_plugins_weight_syncs.hub import Deadline
+from nemo_rl_plugins_weight_syncs.packing import chunks
+from nemo_rl_plugins_weight_syncs.sides import Sides
+from nemo_rl_plugins_weight_syncs.streaming import Received, Sent, Transfer
+
+__all__ = ["DiskSync"]
+
+_INDEX = "refit.json"
+
+
+class DiskSync:
+    """Weights through files.
+
+    Args:
+        config: Options; None takes the defaults.
+    """
+
+    config_class: ClassVar[type] = DiskConfig
+    placements: ClassVar[frozenset[str]] = frozenset({"driver", "workers"})
+
+    def __init__(self, config: DiskConfig | None = None) -> None:
+        self.config = config or DiskConfig()
+        self._session = uuid.uuid4().hex[:12]
+        self._temporary: Path | None = None
+
+    def sync(
+        self, trainer: WorkerGroup, engine: GenerationBackend, *, version: int, share: bool, timeout_s: float
+    ) -> SyncReport:
+        """Bring the engines to the trainer's weights; `share` is ignored.
+
+        Args:
+            trainer: The policy's workers.
+            engine: An engine of this process, or `EngineWorkers`.
+            version: Stamp for what is sampled from now on.
+            share: Ignored.
+            timeout_s: Deadline of the whole refit.
+
+        Raises:
+            DeadlineExceeded: Names the side that was waited for.
+            InvariantViolation: The fingerprints differ after the sync.
+            CheckpointError: The files cannot be written, or not be read.
+            ConfigError: The engines do not see the folder.
+        """
+        start = time.perf_counter()
+        deadline = Deadline.after(timeout_s, version)
+        return until_all_alive(engine, deadline, lambda: self._attempt(Sides(trainer, engine, deadline), start))
+
+    def _attempt(self, sides: Sides, start: float) -> SyncReport:
+        folder, version = self._folder(sides), sides.deadline.version
+        transfer = Transfer(
+            session=self._session,
+            version=version,
+            timeout_s=sides.deadline.left,
+            chunk_bytes=self.config.shard_bytes,
+            dtype=getattr(sides.engine, "dtype", None),
+            names=tuple(sides.engine_names),
+            fingerprint=self.config.check_fingerprint,
+        )
+        # A name of its own for every attempt: one that was given up may still be writing.
+        target = folder / f"weights-v{version}-{uuid.uuid4().hex[:8]}"
+        sent = sides.trainer(_write, (transfer, target, self.config.keep))[0]
+        received = sides.engines(_read, [(transfer, target)] * len(transfer.names))
+        return conclude(sent, received, transfer, seconds=time.perf_counter() - start)
+
+    def _folder(self, sides: Sides) -> Path:
+        if self.config.folder is not None:
+            return Path(self.config.folder).absolute() / f"refits-{self._session}"
+        here, there = sides.places()
+        elsewhere = sorted({place.host for place in there if place.machine != here.machine})
+        if elsewhere:
+            raise ConfigError(
+                f"weight_sync: disk without a folder uses a temporary one of the trainer's machine {here.host}, which "
+                f"the engines on {', '.join(elsewhere)} do not see. Set weight_sync.options.folder to a shared one."
+            )
+        if self._temporary is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="nemo-rl-refits-"))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self._temporary
+
+
+def _write(backend: Any, rank: int, transfer: Transfer, target: Path, keep: int) -> Sent | None:
+    """On every rank of the trainer: export; on rank 0 write a version and remove old ones."""
+    source = iter(backend.export_weights())
+    if rank != 0:
+        for _ in source:
+            pass
+        return None
+    try:
+        return _write_version(source, transfer, target, keep)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"Cannot write the weights of version {transfer.version} to {target}: {error}. Check free space and rights."
+        ) from error
+    finally:
+        for _ in source:  # the other ranks export on: a collective is never left half way
+            pass
+
+
+def _write_version(source: Iterator[tuple[str, Tensor]], transfer: Transfer, target: Path, keep: int) -> Sent:
+    from safetensors.torch import save_file
+
+    outgoing = OutgoingWeights(source, transfer.dtype)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished.mkdir(parents=True)
+    files = []
+    for number, chunk in enumerate(chunks(outgoing, transfer.chunk_bytes)):
+        tensors = {e.name: t.contiguous() for e, t in zip(chunk.entries, chunk.tensors, strict=True)}
+        files.append(f"weights-{number:05d}.safetensors")
+        save_file(tensors, unfinished / files[-1], metadata={"format": "pt", "version": str(transfer.version)})
+    digest = outgoing.digest.hexdigest()
+    index = {"version": transfer.version, "fingerprint": digest, "files": files}
+    (unfinished / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+    os.rename(unfinished, target)
+    _remove_old(target, keep)
+    return Sent(num_tensors=outgoing.num_tensors, num_bytes=outgoing.num_bytes, num_bytes_sent=None, fingerprint=digest)
+
+
+def _remove_old(newest: Path, keep: int) -> None:
+    found = sorted(newest.parent.glob("weights-v*"), key=lambda path: path.stat().st_mtime)
+    for path in [path for path in found if path != newest][: max(0, len(found) - keep)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(engine: Any, transfer: Transfer, target: Path) -> Received:
+    """In an engine's process: load a version."""
+    engine.update_weights(transfer.version, _tensors(target), share=False)
+    return Received(fingerprint=engine.fingerprint() if transfer.fingerprint else None)
+
+
+def _tensors(target: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        index = json.loads((target / _INDEX).read_text(encoding="utf-8"))
+        for name in index["files"]:
+            with safe_open(target / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    yield key, file.get_tensor(key)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"Cannot read the weights of the refit in {target}: {error}. Is the folder the same for trainer and engine?"
+        ) from error

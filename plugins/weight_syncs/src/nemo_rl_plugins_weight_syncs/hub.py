@@ -1,0 +1,235 @@
+"""The wires between the trainer's rank 0 and the engines: who may send when, who failed, who is waited for.
+
+The trainer listens, every engine connects with the refit's key. What goes over these connections are small messages
+(which chunk lies where, that it was taken, that one side gave up) and the changes of `delta`; the other syncs move the
+tensors themselves beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+from attrs import define, field, frozen
+
+from nemo_rl_core.errors import DeadlineExceeded
+from nemo_rl_core.infra.arrivals import Arrivals
+
+__all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "call_off", "connect"]
+
+PROCESS = uuid.uuid4().hex
+"""Names this process: two of them on two machines may have one process id."""
+
+
+class PeerGaveUp(Exception):
+    """The other side stopped; what it raised itself is the reason."""
+
+
+@frozen
+class Deadline:
+    """A moment, of this process's clock, by which a refit must be through."""
+
+    at: float
+    seconds: float
+    version: int
+
+    @classmethod
+    def after(cls, seconds: float, version: int) -> Deadline:
+        """`seconds` from now."""
+        return cls(time.monotonic() + seconds, seconds, version)
+
+    @property
+    def left(self) -> float:
+        """Seconds left, 0 at least."""
+        return max(0.0, self.at - time.monotonic())
+
+    def passed(self, waiting_for: str) -> DeadlineExceeded:
+        """The error that names who was waited for."""
+        return DeadlineExceeded(
+            f"Refit to weight version {self.version} passed its deadline of {self.seconds:g} s while waiting for "
+            f"{waiting_for}. Raise the refit timeout, or look at that side's log."
+        )
+
+
+@frozen(kw_only=True)
+class Rendezvous:
+    """Where an engine finds the trainer's rank 0 for one refit."""
+
+    address: Any
+    key: bytes
+
+
+@define(eq=False)
+class Wire:
+    """One connection between the trainer and an engine, with a deadline on every wait."""
+
+    connection: Connection
+    deadline: Deadline
+    peer: str
+    """Who is at the other end, for messages."""
+    hello: dict[str, Any] = field(factory=dict)
+    """What the engine said of itself."""
+    num_acked: int = 0
+    loaded: bool = False
+    ahead: deque[Any] = field(factory=deque)
+    """Messages that were read before their turn."""
+
+    def __attrs_post_init__(self) -> None:
+        seconds = max(self.deadline.left, 0.001)
+        wait = struct.pack("@ll", int(seconds), int((seconds % 1) * 1e6))
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as shared:
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+
+    def send(self, message: Any) -> None:
+        """Send a small message."""
+        with self._told():
+            self.connection.send(message)
+
+    def send_bytes(self, data: Any) -> None:
+        """Send a buffer."""
+        with self._told():
+            self.connection.send_bytes(data)
+
+    def receive(self) -> Any:
+        """The next message.
+
+        Raises:
+            PeerGaveUp: The other side said so, or is gone.
+            DeadlineExceeded: Names the other side.
+        """
+        if self.ahead:
+            return self.ahead.popleft()
+        with self._told():
+            if not self.connection.poll(self.deadline.left):
+                raise self.deadline.passed(self.peer)
+            message = self.connection.recv()
+        if message[0] == "gave_up":
+            raise PeerGaveUp(f"{self.peer} gave up: {message[1]}")
+        return message
+
+    def peek(self) -> Any | None:
+        """The message that `receive` will return next, if it is there already."""
+        with self._told():
+            if not self.ahead and self.connection.poll(0):
+                self.ahead.append(self.receive())
+        return self.ahead[0] if self.ahead else None
+
+    def receive_bytes(self) -> bytes:
+        """A buffer; raises as `receive`."""
+        with self._told():
+            if not self.connection.poll(self.deadline.left):
+                raise self.deadline.passed(self.peer)
+            return self.connection.recv_bytes()
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the other side that this one stops."""
+        with contextlib.suppress(OSError, ValueError):
+            self.connection.send(("gave_up", f"{type(error).__name__}: {error}"))
+
+    @contextlib.contextmanager
+    def _told(self) -> Any:
+        try:
+            yield
+        except BlockingIOError as error:  # the socket's own deadline
+            raise self.deadline.passed(self.peer) from error
+        except (EOFError, OSError) as error:
+            if isinstance(error, DeadlineExceeded):
+                raise
+            raise PeerGaveUp(f"{self.peer} closed its connection ({type(error).__name__}).") from error
+
+
+class Hub:
+    """The trainer's end: a listener, and a wire to each engine.
+
+    Args:
+        address: Of this machine, for engines on others; None serves engines on this machine only.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self.key = os.urandom(32)
+        self.wires: list[Wire] = []
+        self._arrivals = Arrivals(self.key, address=address, name="nemo-rl-refit-arrivals")
+
+    @property
+    def rendezvous(self) -> Rendezvous:
+        """What an engine needs to connect."""
+        return Rendezvous(address=self._arrivals.address, key=self.key)
+
+    def gather(self, names: Sequence[str], deadline: Deadline) -> None:
+        """Wait until every engine has connected."""
+        missing = list(names)
+        while missing:
+            try:
+                connection = self._arrivals.next(deadline.left)
+            except TimeoutError:
+                raise deadline.passed(", ".join(missing)) from None
+            if connection is None:
+                raise PeerGaveUp("the refit was given up before every engine had connected.")
+            wire = Wire(connection, deadline, "an engine")
+            _, name, hello = wire.receive()
+            wire.peer, wire.hello = name, hello
+            missing.remove(name)
+            self.wires.append(wire)
+        self.wires.sort(key=lambda wire: names.index(wire.peer))
+
+    def tell(self, message: Any) -> None:
+        """Send a message to every engine."""
+        for wire in self.wires:
+            wire.send(message)
+
+    def wait_acked(self, count: int) -> None:
+        """Wait until every engine has taken the first `count` chunks; raises as `Wire.receive`."""
+        for wire in self.wires:
+            while wire.num_acked < count or wire.connection.poll(0):  # also what tells that one gave up
+                self._take(wire)
+
+    def wait_loaded(self) -> None:
+        """Wait until every engine has loaded all it was sent."""
+        for wire in self.wires:
+            while not wire.loaded:
+                self._take(wire)
+
+    def _take(self, wire: Wire) -> None:
+        kind, *rest = wire.receive()
+        if kind == "ack":
+            wire.num_acked = rest[0] + 1
+        elif kind == "loaded":
+            wire.loaded = True
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell every engine that nothing more comes."""
+        for wire in self.wires:
+            wire.give_up(error)
+
+    def close(self) -> None:
+        """Close every wire; may be called twice."""
+        self._arrivals.close()
+        for wire in self.wires:
+            with contextlib.suppress(OSError):
+                wire.connection.close()
+
+
+def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: Deadline) -> Wire:
+    """The engine's end of a wire to the trainer."""
+    try:
+        connection = Client(rendezvous.address, authkey=rendezvous.key)
+    except (OSError, EOFError) as error:
+        raise PeerGaveUp(f"the trainer does not listen at {rendezvous.address} ({error}).") from error
+    wire = Wire(connection, deadline, "the trainer")
+    wire.send(("hello", name, hello))
+    return wire
+
+
+def call_off(rendezvous: Rendezvous, error: BaseException) -> None:
+    """Tell a trainer that may still wait for engines to connect that one of them will not."""
+    with contextlib.suppress(OSError, EOFError), Client(rendezvous.address, authkey=rendezvous.key) as connection:
+        connection.send(("gave_up", f"{type(error).__name__}: {error}"))

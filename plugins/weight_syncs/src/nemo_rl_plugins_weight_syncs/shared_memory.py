@@ -1,0 +1,179 @@
+"""The weight sync `shared_memory`: two buffers that the trainer fills and the engines read, on one machine.
+
+On a CPU the buffers are memory that both sides map. Where the trainer and every engine use one CUDA device they are
+device memory, opened by the engines through CUDA IPC, and no byte leaves the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.infra.place import Place
+from nemo_rl_plugins_weight_syncs.base import StreamedSync
+from nemo_rl_plugins_weight_syncs.config import SharedMemoryConfig
+from nemo_rl_plugins_weight_syncs.hub import PROCESS, Hub, Wire
+from nemo_rl_plugins_weight_syncs.kept import keep
+from nemo_rl_plugins_weight_syncs.packing import Chunk, pack, unpack
+from nemo_rl_plugins_weight_syncs.streaming import Transfer
+
+__all__ = ["SharedMemorySync"]
+
+_NUM_SLOTS = 2
+_SHARED = Path("/dev/shm")
+
+
+class SharedMemorySync(StreamedSync):
+    """Weights through memory that trainer and engines share (CUDA IPC on one CUDA device)."""
+
+    config_class: ClassVar[type] = SharedMemoryConfig
+
+    def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
+        """Device memory if all are on one CUDA device, else the machine's.
+
+        Raises:
+            ConfigError: An engine is on another machine.
+        """
+        elsewhere = {place.host for place in engines if place.machine != trainer.machine}
+        if elsewhere:
+            raise ConfigError(
+                f"weight_sync: shared_memory needs trainer and engines on one machine; the trainer is on "
+                f"{trainer.host}, engines on {', '.join(sorted(elsewhere))}. Set weight_sync: collective, delta or "
+                "disk."
+            )
+        one_device = bool(trainer.device_id) and all(place.device_id == trainer.device_id for place in engines)
+        return (_Out, trainer.device if one_device else "cpu"), (_In,)
+
+
+class _Slots:
+    """The trainer's buffers, kept from refit to refit as long as the same engines take part."""
+
+    def __init__(self) -> None:
+        self.engines: set[str] = set()
+        self.buffers: list[_Buffer | None] = [None] * _NUM_SLOTS
+
+    def serve(self, engines: set[str]) -> None:
+        """An engine that is new cannot open what was unlinked: it gets fresh buffers."""
+        if not engines <= self.engines:
+            self.close()
+        self.engines = engines
+
+    def buffer(self, slot: int, num_bytes: int, least: int, device: str) -> _Buffer:
+        """A buffer of at least `num_bytes`."""
+        found = self.buffers[slot]
+        if found is None or found.tensor.numel() < num_bytes or found.device != device:
+            if found is not None:
+                found.close()
+            found = self.buffers[slot] = _Buffer(max(num_bytes, least), device)
+        return found
+
+    def close(self) -> None:
+        for buffer in self.buffers:
+            if buffer is not None:
+                buffer.close()
+        self.buffers = [None] * _NUM_SLOTS
+
+
+class _Buffer:
+    """Bytes that other processes can open by a handle."""
+
+    def __init__(self, num_bytes: int, device: str) -> None:
+        self.device = device
+        self.path: str | None = None
+        if device == "cpu":
+            folder = str(_SHARED) if _SHARED.is_dir() else None
+            descriptor, self.path = tempfile.mkstemp(prefix=f"nemo-rl-refit-{os.getpid()}-", dir=folder)
+            os.truncate(descriptor, num_bytes)
+            os.close(descriptor)
+            self.tensor = _map(self.path, num_bytes)
+            self.handle: Any = ("file", self.path, num_bytes)
+        else:
+            from torch.multiprocessing.reductions import reduce_tensor
+
+            self.tensor = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self.handle = ("cuda", pickle.dumps(reduce_tensor(self.tensor)))
+
+    def opened(self) -> None:
+        """Every engine has opened it: its name is not needed any more, and cannot be left behind."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            self.path = None
+
+    def close(self) -> None:
+        self.opened()
+
+
+def _map(path: str, num_bytes: int) -> Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+
+
+def _open(handle: Sequence[Any]) -> Tensor:
+    if handle[0] == "file":
+        return _map(handle[1], handle[2])
+    rebuild, args = pickle.loads(handle[1])
+    opened: Tensor = rebuild(*args)
+    return opened
+
+
+class _Out:
+    num_bytes_sent = None
+
+    def __init__(self, transfer: Transfer, backend: Any, device: str) -> None:
+        self.transfer = transfer
+        self.device = device
+        self.slots: _Slots = keep(transfer.key("slots"), _Slots)
+
+    def begin(self, hub: Hub, num_engines: int) -> None:
+        self.slots.serve({wire.hello["process"] for wire in hub.wires})
+
+    def send(self, hub: Hub, number: int, chunk: Chunk) -> None:
+        slot = number % _NUM_SLOTS
+        if number >= _NUM_SLOTS:  # what lies there was taken, so it was opened as well
+            self._opened(slot)
+        buffer = self.slots.buffer(slot, chunk.num_bytes, self.transfer.chunk_bytes, self.device)
+        pack(chunk, buffer.tensor)
+        if self.device != "cpu":
+            torch.cuda.current_stream(self.device).synchronize()
+        hub.tell(("chunk", number, slot, buffer.handle, chunk.entries))
+
+    def _opened(self, slot: int) -> None:
+        buffer = self.slots.buffers[slot]
+        if buffer is not None:
+            buffer.opened()
+
+    def end(self, digest: str) -> None:
+        for slot in range(_NUM_SLOTS):
+            self._opened(slot)
+
+
+class _In:
+    def __init__(self, transfer: Transfer, engine: Any) -> None:
+        self.opened: dict[int, tuple[Any, Tensor]] = keep(transfer.key("opened"), dict)
+
+    def hello(self) -> dict[str, Any]:
+        return {"process": PROCESS}
+
+    def begin(self, wire: Wire) -> None:
+        pass
+
+    def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+        _, _, slot, handle, entries = message
+        known = self.opened.get(slot)
+        if known is None or known[0] != handle:
+            known = self.opened[slot] = (handle, _open(handle))
+        yield from unpack(entries, known[1])
+        if known[1].is_cuda:
+            torch.cuda.synchronize(known[1].device)
+
+    def end(self, digest: str) -> None:
+        pass

@@ -1,0 +1,102 @@
+"""GRPO with its engine in a process of its own takes the very steps it takes with the engine in this process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+import nemo_rl
+from nemo_rl_core.errors import ConfigError, WorkerDied
+
+pytestmark = pytest.mark.xdist_group("engine_processes")  # one worker makes what they share
+
+ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
+
+
+def reward(response: str) -> float:
+    return float(any(c.isdigit() for c in response))
+
+
+class KillsTheEngine(nemo_rl.Callback):
+    """Ends the engine's process, as the kernel does when memory is short, at one event of the second step."""
+
+    def __init__(self, event):
+        self.event = event
+        self.pids = []
+
+    def on_step_start(self, run):
+        self._kill("on_step_start", run)
+
+    def on_refit(self, run, version):
+        self._kill("on_refit", run)
+
+    def _kill(self, event, run):
+        if event == self.event and run.step == 1:
+            (engine,) = (p for p in multiprocessing.active_children() if p.name.startswith("nemo-rl-generation"))
+            self.pids.append(engine.pid)
+            os.kill(engine.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    def run(weight_sync="in_process", callbacks=(), num_policy_workers=1, **generation):
+        torch.set_num_threads(1)
+        config = {
+            "model": "scratch:qwen2-tiny",
+            "learning_rate": 1e-3,
+            "num_prompts_per_step": 4,
+            "num_generations_per_prompt": 4,
+            "max_steps": 3,
+            "run_dir": str(tmp_path_factory.mktemp("run")),
+            "policy": {"max_sequence_length": 32, "num_workers": num_policy_workers},
+            "generation": {"max_new_tokens": 4, **generation},
+            "weight_sync": weight_sync,
+            "logging": {"progress": "none"},
+            "checkpointing": {"enabled": False},
+            "cluster": {"device": "cpu", "cpus_per_node": 4},
+        }
+        history = nemo_rl.GRPOTrainer(config).fit(ROWS, reward, callbacks=list(callbacks)).history
+        return [(entry["train/loss"], entry["train/grad_norm"], entry["reward/mean"]) for entry in history]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def in_process(train):
+    found = train()
+    assert any(grad_norm > 0 for _, grad_norm, _ in found)
+    return found
+
+
+@pytest.mark.parametrize("weight_sync", ["shared_memory", "collective", "delta", "disk"])
+def test_an_engine_in_its_own_process_trains_alike(train, in_process, weight_sync):
+    assert train(weight_sync, num_workers=1) == in_process
+
+
+@pytest.mark.slow
+def test_two_trainers_refit_two_engines(train, in_process):
+    """Two ranks sum their gradients in another order, and groups are spread over two engines."""
+    together = train("shared_memory", num_policy_workers=2, num_workers=2)
+    for mine, alone in zip(together, in_process, strict=True):
+        assert mine == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+def test_a_killed_engine_is_replaced_and_nothing_is_lost(train, in_process):
+    """The trainer stands still while rollouts wait for the engine, so it is refitted at once."""
+    killer = KillsTheEngine("on_refit")
+    assert train("shared_memory", [killer], num_workers=1) == in_process
+    assert len(killer.pids) == 1
+
+
+def test_a_killed_engine_that_may_not_be_replaced_ends_the_run_by_name(train):
+    with pytest.raises(WorkerDied, match=r"engine generation is gone.*ended by signal 9"):
+        train("shared_memory", [KillsTheEngine("on_step_start")], num_workers=1, max_restarts=0)
+
+
+def test_a_sync_that_does_not_reach_the_engine_is_refused(train):
+    with pytest.raises(ConfigError, match=r"in_process does not reach the engines.*Set weight_sync to one of: .*delta"):
+        train("in_process", num_workers=1)
