@@ -25,6 +25,8 @@ __all__ = ["Connection", "connect"]
 
 _log = logging.getLogger(__name__)
 _ADDRESS = "RAY_ADDRESS"
+_CLIENT_MODE = "RAY_CLIENT_MODE"
+_LONGEST = 30  # characters of the temporary folder's parent: Ray keeps sockets below, whose paths must be short
 
 
 class Connection:
@@ -71,7 +73,8 @@ def connect(config: RayConfig, cluster: ClusterConfig) -> Connection:
     if address is not None:
         _init(f"Cannot reach the Ray cluster at {address!r} (`ray status` shows whether it runs)", config, address)
         return Connection(owned=True)
-    folder = tempfile.mkdtemp(prefix="nemo-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets: short
+    parent = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="nemo-ray-", dir=parent if len(parent) <= _LONGEST else "/tmp")
     try:
         _init("Ray did not start on this machine", config, None, **_own_cluster(config, cluster, folder))
     except BaseException:
@@ -130,6 +133,8 @@ def _unchanged_process() -> Iterator[None]:
     finally:
         for name in set(os.environ) - set(before):
             del os.environ[name]
+        if os.environ.get(_CLIENT_MODE) == "0":  # the default, which `import ray` writes there
+            del os.environ[_CLIENT_MODE]
         for name, value in before.items():
             if os.environ.get(name) != value:
                 os.environ[name] = value

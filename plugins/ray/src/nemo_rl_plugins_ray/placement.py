@@ -152,8 +152,8 @@ class VirtualCluster:
         asked, total = sum(self.cluster.roles.values()), self.capacity * self.cluster.num_nodes
         if asked > total:
             raise ResourceError(
-                f"cluster.roles asks for {asked} devices in all ({dict(self.cluster.roles)}); the cluster has {total}:\n"
-                f"{self._listing()}"
+                f"cluster.roles asks for {asked} devices in all ({dict(self.cluster.roles)}); the cluster has {total} "
+                f"for the run:\n{self._listing()}\nLower a role, or raise cluster.num_nodes."
             )
         return share
 
@@ -186,8 +186,8 @@ class VirtualCluster:
             raise ResourceError(
                 f"No place for role {role!r} in {self.placement_timeout_s:g} s: it needs {num_bundles} x {bundle} "
                 f"(each on one node); free in the whole cluster: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} "
-                f"GPU. Other jobs use the rest (`ray status`), or the machines are too small:\n{self._listing()}\nWait, "
-                "ask for less, or raise cluster.options.placement_timeout_s."
+                f"GPU. Other jobs use the rest (`ray status`), or the machines are too small:\n{self._listing()}\n"
+                "Wait, ask for less, or raise cluster.options.placement_timeout_s."
             )
         nodes = placement_group_table(group)["bundles_to_node_id"]
         for index in range(num_bundles):

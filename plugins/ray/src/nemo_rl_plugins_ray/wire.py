@@ -9,11 +9,11 @@ Tensors arrive on the CPU, whatever device they were on.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import sys
 from collections import ChainMap
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -53,14 +53,8 @@ def encode(value: Any) -> Packet:
         return False
 
     stream = io.BytesIO()
-    pickler: Any = cloudpickle.CloudPickler(stream, protocol=5, buffer_callback=take)
-    reducers: dict[type, Callable[[Any], Any]] = {}
-    if "torch" in sys.modules:
-        import torch
-
-        reducers[torch.Tensor] = _reduce_tensor
-    pickler.dispatch_table = ChainMap(reducers, cloudpickle.CloudPickler.dispatch_table)
-    pickler.dump(value)
+    pickler_class = _pickler_class() if "torch" in sys.modules else cloudpickle.CloudPickler
+    pickler_class(stream, protocol=5, buffer_callback=take).dump(value)
     return Packet(stream.getvalue(), buffers)
 
 
@@ -73,6 +67,15 @@ def decode(packet: Packet, *, copy: bool = True) -> Any:
     """
     buffers = [bytearray(buffer) if copy else memoryview(buffer) for buffer in packet.buffers]
     return pickle.loads(packet.header, buffers=buffers)
+
+
+@functools.cache
+def _pickler_class() -> Any:
+    """With our reduction of tensors. The table must stand on the class: the pickler reads it when it is made."""
+    import torch
+
+    table = ChainMap({torch.Tensor: _reduce_tensor}, cloudpickle.CloudPickler.dispatch_table)
+    return type("_Pickler", (cloudpickle.CloudPickler,), {"dispatch_table": table})
 
 
 def _reduce_tensor(tensor: Tensor) -> Any:
