@@ -105,11 +105,12 @@ class VirtualCluster:
             )
         pool = self._pools.setdefault(role if share is not None else "", _Pool())
         nodes = self._reserve(pool, role, -(-num_workers // workers_per_node), workers_per_node * per_worker)
+        num_threads = self._threads(num_workers, workers_per_node, share)
         seats: list[Seat] = []
         for rank in range(num_workers):
             node_id, local = nodes[rank // workers_per_node], rank % workers_per_node
             taken = pool.slots[node_id][local * per_worker : (local + 1) * per_worker]
-            seats.append(self._seat(node_id, local, taken, min(num_workers, workers_per_node), lone=num_workers == 1))
+            seats.append(self._seat(node_id, local, taken, num_threads))
         return seats
 
     def release(self) -> None:
@@ -194,9 +195,15 @@ class VirtualCluster:
             gpus = _gpus_of(group, index, size) if self.device == "cuda" else [None] * size
             pool.slots.setdefault(nodes[index], []).extend(_Slot(group, index, gpu) for gpu in gpus)
 
-    def _seat(self, node_id: str, local_rank: int, slots: list[_Slot], num_local: int, *, lone: bool) -> Seat:
+    def _threads(self, num_workers: int, workers_per_node: int, share: int | None) -> int | None:
+        """CPU threads of one worker; None leaves the default of a lone process."""
+        if self.device == "cuda" or (num_workers == 1 and share is None):
+            return None
+        in_use = workers_per_node if share is None else min(self.capacity, sum(self.cluster.roles.values()))
+        return max(1, self.capacity // in_use)
+
+    def _seat(self, node_id: str, local_rank: int, slots: list[_Slot], num_threads: int | None) -> Seat:
         gpus = tuple(slot.gpu for slot in slots if slot.gpu is not None)
-        threads = None if lone or gpus else max(1, self.capacity // num_local)
         return Seat(
             strategy=PlacementGroupSchedulingStrategy(
                 slots[0].group, slots[0].bundle, placement_group_capture_child_tasks=False
@@ -205,7 +212,7 @@ class VirtualCluster:
             local_rank=local_rank,
             device="cuda:0" if gpus else "cpu",
             visible_gpus=gpus,
-            num_threads=threads,
+            num_threads=num_threads,
         )
 
 
