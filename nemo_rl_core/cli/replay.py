@@ -23,10 +23,10 @@ app = typer.Typer(
 @app.command("train")
 def train(
     config: ConfigFile,
-    overrides: Overrides = None,
     rollouts: Annotated[
         Path, typer.Option(help="File of rollouts (JSON lines), or the folder of a run that recorded them.")
-    ] = ...,  # type: ignore[assignment]
+    ],
+    overrides: Overrides = None,
     run_dir: Annotated[str | None, typer.Option(help="Folder of this run; by default `<run_dir>-replay`.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -55,8 +55,8 @@ def train(
 @app.command("generate")
 def generate(
     config: ConfigFile,
+    out: Annotated[Path, typer.Option(help="JSON-lines file to write.")],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="JSON-lines file to write.")] = ...,  # type: ignore[assignment]
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="Prompts to sample; by default those of one step.")
     ] = None,

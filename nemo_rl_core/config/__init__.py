@@ -5,8 +5,7 @@ The classes are imported at once; the functions, with YAML and cattrs behind the
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_rl_core.config.schema import (
     CheckpointConfig,
@@ -26,6 +25,7 @@ from nemo_rl_core.config.schema import (
     ValidationConfig,
     component,
 )
+from nemo_rl_core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.components import Resolver, resolve_choice
@@ -71,34 +71,24 @@ __all__ = [
     "to_yaml",
 ]
 
-_LAZY = {
-    "ArithmeticRow": "derived",
-    "Difference": "dump",
-    "FieldRow": "reference",
-    "InvalidConfig": "mistakes",
-    "Mistake": "mistakes",
-    "Position": "mistakes",
-    "Resolver": "components",
-    "arithmetic": "derived",
-    "describe": "reference",
-    "diff": "dump",
-    "finalize": "load",
-    "json_schema": "reference",
-    "load_config": "load",
-    "mistake": "mistakes",
-    "resolve_choice": "components",
-    "to_dict": "dump",
-    "to_yaml": "dump",
+_HOMES = {
+    "ArithmeticRow": ".derived",
+    "Difference": ".dump",
+    "FieldRow": ".reference",
+    "InvalidConfig": ".mistakes",
+    "Mistake": ".mistakes",
+    "Position": ".mistakes",
+    "Resolver": ".components",
+    "arithmetic": ".derived",
+    "describe": ".reference",
+    "diff": ".dump",
+    "finalize": ".load",
+    "json_schema": ".reference",
+    "load_config": ".load",
+    "mistake": ".mistakes",
+    "resolve_choice": ".components",
+    "to_dict": ".dump",
+    "to_yaml": ".dump",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

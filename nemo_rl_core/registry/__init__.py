@@ -5,8 +5,9 @@ Discovery reads metadata only. Nothing of a plugin is imported before it is sele
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nemo_rl_core.exports import lazy_exports
 from nemo_rl_core.registry._kinds import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -91,45 +92,32 @@ __all__ = [
     "worker_rows",
 ]
 
-
 _HOMES = {
-    "ComponentRef": "_reference",
-    "HookFailure": "_hooks",
-    "HookPlugins": "_hooks",
-    "ManifestDifference": "_manifest",
-    "PluginCall": "_trace",
-    "Provider": "_trace",
-    "Registry": "_registry",
-    "RunHooks": "_hooks",
-    "Trace": "_trace",
-    "NodeDifference": "_verification",
-    "active_table": "_manifest",
-    "check_nodes": "_verification",
-    "compare_manifests": "_manifest",
-    "difference_table": "_manifest",
-    "get_registry": "_registry",
-    "is_first_party": "_manifest",
-    "manifest": "_manifest",
-    "origin_of": "_trace",
-    "provider_of": "_trace",
-    "node_differences": "_verification",
-    "node_table": "_verification",
-    "report_changes": "_manifest",
-    "worker_rows": "_verification",
-    **{name: "_decorators" for name in __all__ if name.startswith("register_")},
+    "ComponentRef": "._reference",
+    "HookFailure": "._hooks",
+    "HookPlugins": "._hooks",
+    "ManifestDifference": "._manifest",
+    "PluginCall": "._trace",
+    "Provider": "._trace",
+    "Registry": "._registry",
+    "RunHooks": "._hooks",
+    "Trace": "._trace",
+    "NodeDifference": "._verification",
+    "active_table": "._manifest",
+    "check_nodes": "._verification",
+    "compare_manifests": "._manifest",
+    "difference_table": "._manifest",
+    "get_registry": "._registry",
+    "is_first_party": "._manifest",
+    "manifest": "._manifest",
+    "origin_of": "._trace",
+    "provider_of": "._trace",
+    "node_differences": "._verification",
+    "node_table": "._verification",
+    "report_changes": "._manifest",
+    "worker_rows": "._verification",
+    **{name: "._decorators" for name in __all__ if name.startswith("register_")},
 }
 
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported when first asked for: `nemo-rl --help` needs the index alone."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+# `nemo-rl --help` needs the index alone.
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -6,8 +6,9 @@ The contracts are named `<Kind>Contract` and are imported when first asked for; 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nemo_rl_core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from nemo_rl_core.testing.conformance.advantage import AdvantageContract
@@ -60,43 +61,32 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdvantageContract": "conformance.advantage",
-    "AlgorithmCase": "conformance.algorithm_case",
-    "AlgorithmContract": "conformance.algorithm",
-    "BrokenSource": "conformance.dataset",
-    "CallbackContract": "conformance.callback",
-    "ClauseResult": "conformance.kit",
-    "Configured": "conformance.subject",
-    "Contract": "conformance.kit",
-    "DatasetContract": "conformance.dataset",
-    "EnvironmentCase": "conformance.environment",
-    "EnvironmentContract": "conformance.environment",
-    "ExporterContract": "conformance.exporter",
-    "GenerationBackendContract": "conformance.generation_backend",
-    "KitReport": "conformance.kit",
-    "LauncherContract": "conformance.launcher",
-    "LoggerContract": "conformance.logger",
-    "LossContract": "conformance.loss",
-    "PluginSite": "site",
-    "RewardContract": "conformance.reward",
-    "SandboxContract": "conformance.sandbox",
-    "ScriptedGeneration": "scripted_generation",
-    "ScriptedReply": "scripted_generation",
-    "TrainingBackendContract": "conformance.training_backend",
-    "WeightSyncContract": "conformance.weight_sync",
-    "contract_for": "conformance.kit",
-    "run_kit": "conformance.kit",
+    "AdvantageContract": ".conformance.advantage",
+    "AlgorithmCase": ".conformance.algorithm_case",
+    "AlgorithmContract": ".conformance.algorithm",
+    "BrokenSource": ".conformance.dataset",
+    "CallbackContract": ".conformance.callback",
+    "ClauseResult": ".conformance.kit",
+    "Configured": ".conformance.subject",
+    "Contract": ".conformance.kit",
+    "DatasetContract": ".conformance.dataset",
+    "EnvironmentCase": ".conformance.environment",
+    "EnvironmentContract": ".conformance.environment",
+    "ExporterContract": ".conformance.exporter",
+    "GenerationBackendContract": ".conformance.generation_backend",
+    "KitReport": ".conformance.kit",
+    "LauncherContract": ".conformance.launcher",
+    "LoggerContract": ".conformance.logger",
+    "LossContract": ".conformance.loss",
+    "PluginSite": ".site",
+    "RewardContract": ".conformance.reward",
+    "SandboxContract": ".conformance.sandbox",
+    "ScriptedGeneration": ".scripted_generation",
+    "ScriptedReply": ".scripted_generation",
+    "TrainingBackendContract": ".conformance.training_backend",
+    "WeightSyncContract": ".conformance.weight_sync",
+    "contract_for": ".conformance.kit",
+    "run_kit": ".conformance.kit",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported when first asked for."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

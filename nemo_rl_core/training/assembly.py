@@ -109,9 +109,12 @@ class _Resolver:
 
     def build(self, kind: str, choice: ComponentChoice) -> Any:
         """The component called with its options (the default of its config class if there are none)."""
-        component = self.load(kind, choice.name)
+        return self.make(kind, self.load(kind, choice.name), choice.options)
+
+    def make(self, kind: str, component: Any, options: Any) -> Any:
+        """The component that was loaded last, called with its options if it takes any."""
         with PluginCall(kind, self.used[-1], "__init__", "made"):
-            return component(_options(component, choice.options)) if _takes_options(component) else component()
+            return component(_options(component, options)) if _takes_options(component) else component()
 
 
 def _takes_options(component: Any) -> bool:
@@ -389,8 +392,7 @@ def _reward(choice: ComponentChoice, resolver: _Resolver) -> Reward:
     """The reward of the configuration: a class is made with its options, a function has them as preset arguments."""
     component: Reward = resolver.load("rewards", choice.name)
     if isinstance(component, type):
-        with PluginCall("rewards", resolver.used[-1], "__init__", "made"):
-            made: Reward = component(_options(component, choice.options)) if _takes_options(component) else component()
+        made: Reward = resolver.make("rewards", component, choice.options)
         return made
     return partial(component, **choice.options) if choice.options else component
 

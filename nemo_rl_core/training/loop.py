@@ -7,7 +7,6 @@ import logging
 import pickle
 import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,13 +185,12 @@ class RunLoop:
         return groups
 
     def _update(self, batch: BatchedDataDict) -> dict[str, float]:
-        """Every optimizer step of the batch; metrics are means over the steps of a model."""
-        sums: dict[str, float] = {}
+        """Every optimizer step of the batch; a metric is the mean over the steps that report it."""
+        values: dict[str, list[float]] = {}
         algorithm = self.parts.algorithm
         with PluginCall("algorithms", algorithm, "updates"):
             updates = algorithm.updates(batch)
         _check_trained(updates, self.parts)
-        steps = Counter(update.model for update in updates)
         first_of_policy = True
         with self.timers("train"):
             for update in updates:
@@ -206,9 +204,10 @@ class RunLoop:
                         self.invariants.check_first_update(metrics)
                 for name, value in metrics.items():
                     key = name if is_policy else f"{update.model}/{name}"
-                    sums[key] = sums.get(key, 0.0) + value / steps[update.model]
-        self.invariants.check_mismatch(sums, may_abort=self.parts.recorded is None)
-        return {f"train/{name}": value for name, value in sums.items()}
+                    values.setdefault(key, []).append(value)
+        means = {key: sum(reported) / len(reported) for key, reported in values.items()}
+        self.invariants.check_mismatch(means, may_abort=self.parts.recorded is None)
+        return {f"train/{name}": value for name, value in means.items()}
 
     def _after_step(self, metrics: dict[str, float], guard: InterruptGuard) -> None:
         run, config = self.run_state, self.config

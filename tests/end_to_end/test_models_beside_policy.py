@@ -11,11 +11,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from attrs import evolve
 
 import nemo_rl
 from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.protocols.algorithm import ModelRole, Update
+from nemo_rl_core.protocols.loss import Metric
 from nemo_rl_core.training.record import read_metrics
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_dtensor import checkpoint
@@ -236,6 +238,31 @@ def test_two_processes_for_each_role_take_the_steps_of_one(settings, tmp_path):
     for mine, other in zip(history(2), history(1), strict=True):
         for name in ("train/loss", "train/critic/loss", "train/critic/grad_norm", "reward/mean", "train/reward_kl"):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+# -- several updates of one model --------------------------------------------------------------------------
+
+
+class OneMoreMetric:
+    """The loss of the policy with a metric of its own."""
+
+    def __init__(self, loss):
+        self.loss, self.denominator, self.needs = loss, loss.denominator, loss.needs
+
+    def __call__(self, outputs, batch):
+        sums = self.loss(outputs, batch)
+        return evolve(sums, metrics={**sums.metrics, "only_here": Metric(6.0, 2.0)})
+
+
+class SecondUpdateSaysMore(PPO):
+    def updates(self, batch):
+        first, *_, last = [update for update in super().updates(batch) if update.model == "policy"]
+        return [first, evolve(last, loss=OneMoreMetric(last.loss))]
+
+
+def test_a_metric_that_one_of_two_updates_reports_is_not_halved(settings):
+    trainer = Trainer(settings(algorithm=SecondUpdateSaysMore, updates_per_step=2, max_steps=1))
+    assert trainer.fit(ROWS, reward).metrics["train/only_here"] == 3.0
 
 
 # -- what a role lacks -------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def test_it_imports_nothing_heavy():
     assert ours == {
         "nemo_rl_core",
         "nemo_rl_core._version",
+        "nemo_rl_core.exports",
         "nemo_rl_core.testing",
         "nemo_rl_core.testing.pytest_plugin",
     }

@@ -10,10 +10,10 @@ Names are imported when they are first used, so that `import nemo_rl` is cheap.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_rl_core import __version__
+from nemo_rl_core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from nemo_rl.callbacks import CheckpointCallback, WandbCallback
@@ -183,17 +183,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562)."""
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'nemo_rl' has no attribute {name!r}")
-    value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
