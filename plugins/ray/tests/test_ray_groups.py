@@ -15,16 +15,26 @@ import pytest
 import ray
 import torch
 
-from nemo_rl_core._errors import GenerationError, PluginIncompatible, ResourceError, WorkerDied
+from nemo_rl_core._errors import (
+    DeadlineExceeded,
+    GenerationError,
+    InvariantViolation,
+    PluginIncompatible,
+    ResourceError,
+    WorkerDied,
+)
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.registry import get_registry, worker_rows
 from nemo_rl_core.registry._diagnosis import compare_nodes
+from nemo_rl_core.testing import WeightSyncContract
 from nemo_rl_core.testing.site import PluginSite
-from nemo_rl_plugins_ray.config import RayConfig
+from nemo_rl_plugins_ray.config import ObjectStoreSyncConfig, RayConfig
 from nemo_rl_plugins_ray.launcher import RayLauncher
 from nemo_rl_plugins_ray.nodes import nemo_rl_node_manifests
+from nemo_rl_plugins_ray.weight_sync import ObjectStoreSync
 from nemo_rl_plugins_ray.wire import decode, encode
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
@@ -293,6 +303,88 @@ def test_engines_in_actors_stand_behind_one_backend(make_launcher):
             await engine.generate(request(1, [7]))
 
     asyncio.run(lose())
+
+
+# -- weight sync -----------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Exports weights, of which every rank must take part; fails or hangs on demand."""
+
+    def setup(self, config, context):
+        self.context = context
+        self.mode = "fine"
+
+    def be(self, mode):
+        self.mode = mode
+
+    def export_weights(self):
+        for i in range(4):
+            if i == 2 and self.context.rank == 0 and self.mode == "fail":
+                raise ArithmeticError("lost in the middle")
+            if i == 2 and self.context.rank == 1 and self.mode == "die":
+                os._exit(5)
+            if i == 2 and self.mode == "hang":
+                time.sleep(60)
+            yield f"w{i}", torch.full((70_000,), float(i + 1), dtype=torch.float64)
+
+    def shutdown(self):
+        pass
+
+
+class Keeper(Engine):
+    """An engine that digests as the core does; "wrong" loses a bit."""
+
+    dtype = torch.float32
+
+    def fingerprint(self):
+        if "w3" in self.weights and os.environ.get("KEEPER") == "wrong":
+            self.weights["w3"][5] += 1
+        return fingerprint(self.weights.items())
+
+
+def test_weights_go_from_actor_to_actor(make_launcher):
+    launcher = make_launcher({"num_engines": 2}, cpus_per_node=4)
+    trainer = launcher.launch(spec(factory=Trainer))
+    engine = launcher.launch(spec("generation", Keeper, num_workers=1)).local
+    sync = ObjectStoreSync(ObjectStoreSyncConfig(chunk_mib=1))  # two tensors of float32 make a chunk... and a bit
+
+    def go(**changes):
+        return sync.sync(trainer, engine, **{"version": 7, "share": True, "timeout_s": 60.0, **changes})
+
+    report = go()
+    expected = fingerprint((f"w{i}", torch.full((70_000,), float(i + 1))) for i in range(4))
+    assert report.fingerprint == expected == engine.fingerprint()
+    assert (report.version, report.num_tensors, report.num_bytes) == (7, 4, 4 * 70_000 * 4)
+
+    trainer.call("be", "fail")
+    with pytest.raises(ArithmeticError, match=r"\[policy rank 0\] lost in the middle"):
+        go()
+    trainer.call("be", "fine")
+    assert go(version=8).fingerprint == expected  # both sides go on
+
+    wrong = launcher.launch(spec("generation", Keeper, num_workers=1, env={"KEEPER": "wrong"})).local
+    with pytest.raises(InvariantViolation, match="weight version 7 the engines' weights differ"):
+        sync.sync(trainer, wrong, version=7, share=False, timeout_s=60.0)
+
+    trainer.call("be", "die")
+    with pytest.raises(WorkerDied, match=r"policy worker of rank 1 on .* exited with status 5 during export_weights"):
+        go()
+
+    slow = launcher.launch(spec(factory=Trainer, num_workers=1))
+    slow.call("be", "hang")
+    with pytest.raises(
+        DeadlineExceeded, match=r"export_weights on the policy workers passed its deadline.*rank\(s\) 0"
+    ):
+        sync.sync(slow, engine, version=9, share=False, timeout_s=1.5)
+
+
+class TestObjectStoreSyncElsewhere(WeightSyncContract):
+    """Between a trainer and an engine that are not in actors: the same configuration on another launcher."""
+
+    @pytest.fixture
+    def weight_sync(self):
+        return ObjectStoreSync()
 
 
 # -- the wire --------------------------------------------------------------------------------------------------
