@@ -141,7 +141,8 @@ class Counted:
         return int, ()
 
 
-def test_two_nodes_colocated_roles_and_shards(make_launcher):
+def test_two_nodes_colocated_roles_and_shards(make_launcher, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launcher = make_launcher({"role_runtime_env": {"policy": {"env_vars": {"OF_ROLE": "p"}}}}, num_nodes=2)
     before = dict(os.environ)
     policy = launcher.launch(spec(env={"OF_SPEC": "s"}))
@@ -151,11 +152,11 @@ def test_two_nodes_colocated_roles_and_shards(make_launcher):
     nodes, local_ranks = zip(*policy.call("place", timeout_s=60), strict=True)
     assert len(set(nodes)) == 2 and local_ranks == (0, 0)
     assert critic.call("place", timeout_s=60) == [(nodes[0], 0)]  # colocated: the pool's first device
-    assert policy.call("variables", "OF_ROLE", "OF_SPEC", "RANK", "WORLD_SIZE") == [
-        ["p", "s", "0", "2"],
-        ["p", "s", "1", "2"],
+    assert policy.call("variables", "OF_ROLE", "OF_SPEC", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS") == [
+        ["p", "s", "0", "2", "2"],
+        ["p", "s", "1", "2", "2"],
     ]
-    assert critic.call("variables", "OF_ROLE", "OF_SPEC") == [[None, None]]
+    assert critic.call("variables", "OF_ROLE", "OF_SPEC", "OMP_NUM_THREADS") == [[None, None, None]]
 
     big = torch.zeros(50_000)  # stands in the object store, which is read-only: a worker has a copy of its own
     found = policy.call("add_in_place", big, timeout_s=60)

@@ -18,8 +18,9 @@ from typing import Any
 from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
-__all__ = ["ITEM_BYTES", "WorkerHost", "exit_record", "free_port"]
+__all__ = ["ITEM_BYTES", "THREADS", "WorkerHost", "exit_record", "free_port"]
 
+THREADS = "OMP_NUM_THREADS"
 ITEM_BYTES = 16 * 2**20
 """Items of an iteration travel together up to this size."""
 _MAX_ITEMS = 64
@@ -44,6 +45,8 @@ class WorkerHost:
             log = _writable(log_path)
             redirect_output(str(log))
             _record_exits(exit_record(log))
+            if THREADS not in environment:
+                os.environ.pop(THREADS, None)  # Ray sets it to 1 where it counts no CPU for an actor
             adopt_environment(environment)
             return {
                 "differences": node_differences(json.loads(manifest), get_registry()),

@@ -20,7 +20,7 @@ from nemo_rl_plugins_ray.config import RayConfig
 from nemo_rl_plugins_ray.engine import EngineGroup
 from nemo_rl_plugins_ray.engine_host import EngineHost
 from nemo_rl_plugins_ray.group import RayWorkerGroup
-from nemo_rl_plugins_ray.host import WorkerHost
+from nemo_rl_plugins_ray.host import THREADS, WorkerHost
 from nemo_rl_plugins_ray.members import Member
 from nemo_rl_plugins_ray.placement import Seat, VirtualCluster
 
@@ -31,7 +31,6 @@ __all__ = ["RayLauncher"]
 
 _log = logging.getLogger(__name__)
 _ENGINES = "generation_backends"
-_THREADS = "OMP_NUM_THREADS"
 
 
 class RayLauncher:
@@ -138,9 +137,10 @@ class RayLauncher:
         limit = self.config.start_timeout_s
         folder, expected = log_folder(spec).absolute(), expected_plugins(spec)
         contexts = [_context(spec, rank, seat) for rank, seat in enumerate(seats)]
+        variables = self.config.environment_of(spec.role, spec.env).get("env_vars", {})
         starts = {}
         for member, context, seat in zip(group.members, contexts, seats, strict=True):
-            environment = _environment(spec, context, seat)
+            environment = _environment(spec, context, seat, variables)
             log_path = str(folder / f"{spec.role}-rank{member.rank}.log")
             starts[member.rank] = member.actor.start.remote(environment, log_path, expected)
         try:
@@ -178,11 +178,11 @@ def _context(spec: WorkerSpec, rank: int, seat: Seat) -> WorkerContext:
     )
 
 
-def _environment(spec: WorkerSpec, context: WorkerContext, seat: Seat) -> dict[str, str]:
-    """As for a process on this machine; Ray's own idea of a thread count goes."""
-    found = worker_environment(spec, context)
-    if _THREADS not in found and _THREADS in os.environ:
-        found[_THREADS] = os.environ[_THREADS]
+def _environment(spec: WorkerSpec, context: WorkerContext, seat: Seat, variables: dict[str, str]) -> dict[str, str]:
+    """As for a process on this machine, also in its number of threads; `variables` are the runtime environment's."""
+    found = {**worker_environment(spec, context), **variables}
+    if THREADS not in found and THREADS in os.environ:
+        found[THREADS] = os.environ[THREADS]
     if seat.visible_gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(seat.visible_gpus)
     return found
