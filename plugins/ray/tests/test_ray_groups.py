@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from importlib.metadata import version
 
 import cloudpickle
 import numpy as np
@@ -31,6 +32,7 @@ from nemo_rl_core.registry import get_registry, worker_rows
 from nemo_rl_core.registry._diagnosis import compare_nodes
 from nemo_rl_core.testing import WeightSyncContract
 from nemo_rl_core.testing.site import PluginSite
+from nemo_rl_plugins_ray.cluster import _check_address
 from nemo_rl_plugins_ray.config import ObjectStoreSyncConfig, RayConfig
 from nemo_rl_plugins_ray.launcher import RayLauncher
 from nemo_rl_plugins_ray.nodes import nemo_rl_node_manifests
@@ -233,6 +235,31 @@ def test_a_plugin_that_a_worker_lacks_or_has_in_another_version_is_named(make_la
     assert [row[0] for row in found] == [f"{host} rank 0"] * 2 + [f"{host} rank 1"] * 2
     assert found[0][1].startswith("nemo-rl-ray") and found[0][2] == "0.0.9" and found[0][3] == rows[0]["version"]
     assert found[1][1:] == ["acme-loss (losses x)", "not installed", "2.0"]
+
+
+def test_a_node_without_this_package_is_named(make_launcher, tmp_path):
+    """Its Python has Ray, and neither the launcher's package nor the core."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'nemo_rl_plugins_ray':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    options = {"role_runtime_env": {"policy": {"env_vars": {"PYTHONPATH": str(tmp_path)}}}}
+    with pytest.raises(PluginIncompatible, match="2 worker processes have other plugins") as error:
+        make_launcher(options).launch(spec())
+    assert [row[1:] for row in cells(error)] == [["nemo-rl-ray", "not installed", version("nemo-rl-ray")]] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("127.0.0.1:1", "Cannot reach the Ray cluster at '127.0.0.1:1'"), ("http://head:8265", "ray job submit")],
+)
+def test_addresses_where_no_ray_answers_are_refused_at_once(address, message):
+    with pytest.raises(ResourceError, match=message):
+        _check_address(address)
 
 
 def test_the_doctor_sees_the_plugins_of_other_nodes(connected, monkeypatch):

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ __all__ = ["Connection", "connect"]
 _log = logging.getLogger(__name__)
 _ADDRESS = "RAY_ADDRESS"
 _CLIENT_MODE = "RAY_CLIENT_MODE"
+_REACH_S = 10.0
 _LONGEST = 30  # characters of the temporary folder's parent: Ray keeps sockets below, whose paths must be short
 
 
@@ -69,6 +71,8 @@ def connect(config: RayConfig, cluster: ClusterConfig) -> Connection:
             f"cluster.num_nodes is {cluster.num_nodes}, but no Ray cluster is given. Start Ray on the machines (`ray "
             f"start`), then set {_ADDRESS} or cluster.options.address to the head's host:port (auto on the head)."
         )
+    if address is not None:
+        _check_address(address)
     _be_quiet()
     if address is not None:
         _init(f"Cannot reach the Ray cluster at {address!r} (`ray status` shows whether it runs)", config, address)
@@ -81,6 +85,29 @@ def connect(config: RayConfig, cluster: ClusterConfig) -> Connection:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Connection(owned=True, folder=folder)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries an address where nobody listens for minutes.
+
+    Raises:
+        ResourceError: It is of another kind, or nobody listens there.
+    """
+    if "://" in address:
+        raise ResourceError(
+            f"The Ray address {address!r} is one of a dashboard or of a Ray client. Run on the cluster itself (`ray "
+            "job submit -- nemo-rl train ...`), or give the host:port of its head (`ray start` prints it)."
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # auto, local: Ray finds out at once
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_S).close()
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot reach the Ray cluster at {address!r}: {error}. `ray status` on its head shows whether it runs; "
+            "the address comes from cluster.options.address or RAY_ADDRESS."
+        ) from None
 
 
 def _own_cluster(config: RayConfig, cluster: ClusterConfig, folder: str) -> dict[str, Any]:

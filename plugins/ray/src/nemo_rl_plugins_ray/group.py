@@ -217,6 +217,8 @@ class RayWorkerGroup:
         except RayError as error:
             if method == "shutdown":
                 return "result", None
+            if method == "start":
+                return "result", error  # the launcher knows better what it means
             raise self.died(rank, method, error) from None
         kind, value = decode(packet)
         return kind, value

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 from attrs import evolve
-from ray.exceptions import RayError
 
 from nemo_rl_core._errors import ResourceError
 from nemo_rl_core.infra.local import kind_of
@@ -21,7 +20,7 @@ from nemo_rl_plugins_ray.engine import EngineGroup
 from nemo_rl_plugins_ray.engine_host import EngineHost
 from nemo_rl_plugins_ray.group import RayWorkerGroup
 from nemo_rl_plugins_ray.host import THREADS, WorkerHost
-from nemo_rl_plugins_ray.members import Member
+from nemo_rl_plugins_ray.members import Member, check_started
 from nemo_rl_plugins_ray.placement import Seat, VirtualCluster
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class RayLauncher:
             name=f"nemo-rl/{os.getpid()}/{id(self):x}/{spec.role}/{rank}/{len(self._groups)}",
             **({"runtime_env": runtime_env} if runtime_env else {}),
         ).remote()
-        return Member(rank=rank, actor=actor, node_id=seat.node_id)
+        return Member(rank=rank, actor=actor, node_id=seat.node_id, host=seat.host)
 
     def _start(self, group: RayWorkerGroup, spec: WorkerSpec, seats: list[Seat], *, alone: bool) -> None:
         """Compare plugins everywhere, agree on a rendezvous, and run `setup`."""
@@ -143,10 +142,8 @@ class RayLauncher:
             environment = _environment(spec, context, seat, variables)
             log_path = str(folder / f"{spec.role}-rank{member.rank}.log")
             starts[member.rank] = member.actor.start.remote(environment, log_path, expected)
-        try:
-            answers = group.collect("start", starts, limit)
-        except RayError as error:
-            raise ResourceError(f"The {spec.role} actors did not start: {error}") from None
+        answers = group.collect("start", starts, limit)
+        check_started(spec.role, group.members, answers)
         for member, answer in zip(group.members, answers, strict=True):
             member.located(host=answer["host"], pid=answer["pid"], log=answer["log"])
         check_nodes([difference for answer in answers for difference in answer["differences"]])

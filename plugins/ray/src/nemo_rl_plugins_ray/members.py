@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import ray
 from attrs import define, field
+from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nemo_rl_core._errors import ResourceError, WorkerDied
 from nemo_rl_core.infra.remote import log_tail, status_text
+from nemo_rl_core.registry import NodeDifference, check_nodes
 from nemo_rl_plugins_ray.host import exit_record
 
-__all__ = ["Member", "kill"]
+__all__ = ["Member", "check_started", "kill"]
 
 _LOOK_S = 5.0
 
@@ -67,6 +71,35 @@ class Member:
             return ray.get(_read_there.options(scheduling_strategy=where).remote(str(self.log)), timeout=_LOOK_S)
         except Exception:  # the machine is gone, or too busy to tell
             return "(its machine does not answer)", None
+
+
+def check_started(role: str, members: list[Member], answers: list[Any]) -> None:
+    """Of actors that did not begin, Ray's error stands in place of the answer.
+
+    Raises:
+        PluginIncompatible: The core or this package is not installed where an actor was to run; with a table.
+        ResourceError: The runtime environment of the role cannot be made.
+        WorkerDied: Anything else, in Ray's words.
+    """
+    failed = [(m, answer) for m, answer in zip(members, answers, strict=True) if isinstance(answer, RayError)]
+    missing = []
+    for member, error in failed:
+        lacks = re.search(r"No module named '(\w+)", str(error))
+        if lacks is None:
+            words = " ".join(str(error).split())
+            if isinstance(error, RuntimeEnvSetupError):
+                raise ResourceError(
+                    f"The runtime environment of the {role} workers cannot be made on {member.host}: {words} Look at "
+                    f"cluster.options.runtime_env and role_runtime_env.{role}."
+                )
+            raise WorkerDied(f"The {role} worker of {member.place} did not start: {words}")
+        name = lacks[1].replace("nemo_rl_plugins_", "nemo_rl_").replace("_", "-")
+        try:
+            expected = version(name)
+        except PackageNotFoundError:
+            expected = "any"
+        missing.append(NodeDifference(f"{member.host} rank {member.rank}", name, "not installed", expected))
+    check_nodes(missing)
 
 
 def _read(log: str) -> tuple[str, int | None]:

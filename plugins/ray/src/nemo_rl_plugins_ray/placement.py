@@ -29,6 +29,7 @@ class Seat:
     strategy: Any
     """For `options(scheduling_strategy=...)`: its bundle."""
     node_id: str
+    host: str
     local_rank: int
     device: str
     visible_gpus: tuple[str, ...]
@@ -96,10 +97,10 @@ class VirtualCluster:
             num_nodes = min(num_nodes, -(-share // self.capacity))
         workers_per_node = -(-num_workers // num_nodes)
         if workers_per_node * per_worker > self.capacity:
-            what = "GPUs" if self.device == "cuda" else "CPU cores"
+            what = "GPU" if self.device == "cuda" else "CPU core"
             raise ResourceError(
-                f"Role {role!r} asks for {num_workers} workers of {per_worker} {what} on {num_nodes} node(s), which is "
-                f"{workers_per_node * per_worker} for each; a node has {self.capacity} for the run. The cluster:\n"
+                f"Role {role!r} asks for {num_workers} workers of {per_worker} {what}(s) on {num_nodes} node(s), which "
+                f"is {workers_per_node * per_worker} for each; a node has {self.capacity} for the run. The cluster:\n"
                 f"{self._listing()}\nLower {role}.num_workers, raise cluster.num_nodes, or set cluster."
                 f"{'gpus' if self.device == 'cuda' else 'cpus'}_per_node if a node has more."
             )
@@ -209,6 +210,7 @@ class VirtualCluster:
                 slots[0].group, slots[0].bundle, placement_group_capture_child_tasks=False
             ),
             node_id=node_id,
+            host=next(str(n["NodeManagerHostname"]) for n in self.nodes if n["NodeID"] == node_id),
             local_rank=local_rank,
             device="cuda:0" if gpus else "cpu",
             visible_gpus=gpus,
