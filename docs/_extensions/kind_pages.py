@@ -12,10 +12,7 @@ from nemo_rl_core.registry import KINDS, Kind
 
 __all__ = ["write_kind_pages"]
 
-_WITHOUT_PROTOCOL = {
-    "rewards": "nemo_rl_core.protocols.environment:Reward",
-    "callbacks": "nemo_rl_core.training.callbacks:Callback",
-}
+_WITHOUT_PROTOCOL = {"callbacks": "nemo_rl_core.training.callbacks:Callback"}
 _CHOSEN_BY = {
     "algorithms": "`algorithm: <name>`",
     "losses": "`loss: <name>` of an algorithm's configuration",

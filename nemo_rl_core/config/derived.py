@@ -70,7 +70,8 @@ def _workers(config: RunConfig) -> list[ArithmeticRow]:
     per_update = -(-rollouts // config.num_updates_per_step)
     per_replica = -(-per_update // replicas)
     # A sequence never straddles two micro-batches; one longer than the budget goes alone.
-    per_microbatch = max(policy.max_tokens_per_microbatch // policy.max_sequence_length, 1)
+    budget = policy.token_budget(config.cluster.device_type())
+    per_microbatch = max(budget // policy.max_sequence_length, 1)
     microbatches = -(-per_replica // per_microbatch)
     return [
         ArithmeticRow(
@@ -89,12 +90,11 @@ def _workers(config: RunConfig) -> list[ArithmeticRow]:
             quantity="micro-batches per optimizer step, at most",
             value=microbatches,
             unit="micro-batches",
-            why=f"{per_replica} rollouts, {per_microbatch} of full length in"
-            f" policy.max_tokens_per_microbatch {policy.max_tokens_per_microbatch}",
+            why=f"{per_replica} rollouts, {per_microbatch} of full length in policy.max_tokens_per_microbatch {budget}",
         ),
         ArithmeticRow(
             quantity="tokens per micro-batch, at most",
-            value=max(policy.max_tokens_per_microbatch, policy.max_sequence_length),
+            value=max(budget, policy.max_sequence_length),
             unit="tokens",
             why="policy.max_tokens_per_microbatch; a longer sequence goes alone",
         ),

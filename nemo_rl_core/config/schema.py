@@ -109,8 +109,9 @@ class PolicyConfig:
     """Workers that share each layer of one replica of the model; divides `num_workers`."""
     max_sequence_length: int = field(default=2048, validator=ge(2))
     """Tokens of prompt and completions together; a longer prompt is a recorded failure."""
-    max_tokens_per_microbatch: int = field(default=16384, validator=ge(1))
-    """Token budget of one forward-backward; a longer sequence goes alone."""
+    max_tokens_per_microbatch: int | None = field(default=None, validator=optional(ge(1)))
+    """Token budget of one forward-backward; a longer sequence goes alone. None is 16384 on an accelerator, and on a
+    CPU 2048: activations of about that many stay in its caches."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: float | None = field(default=1.0, validator=optional(gt(0)))
@@ -123,6 +124,10 @@ class PolicyConfig:
     """The learning rate over optimizer steps."""
     trained: bool = True
     """Filled from the model's role; do not set it. One that is not trained holds no optimizer and no gradients."""
+
+    def token_budget(self, device: str) -> int:
+        """Tokens of one micro-batch on a type of device ("cpu", "cuda")."""
+        return self.max_tokens_per_microbatch or (2048 if device == "cpu" else 16384)
 
 
 @frozen(kw_only=True)
@@ -340,6 +345,12 @@ class ClusterConfig:
 
         device, gpus = detect_devices()
         return cls(device=device, gpus_per_node=gpus, cpus_per_node=os.cpu_count())
+
+    def device_type(self) -> str:
+        """`device`, or what "auto" is on this machine."""
+        from nemo_rl_core.infra.resources import detect_devices
+
+        return detect_devices()[0] if self.device == "auto" else self.device
 
 
 @frozen(kw_only=True)

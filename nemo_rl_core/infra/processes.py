@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import evolve
 
-from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra import _worker
 from nemo_rl_core.infra._wire import receive, send
 from nemo_rl_core.infra.remote import (
@@ -33,6 +33,8 @@ __all__ = ["ProcessGroup"]
 
 _log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
+_VERIFY_GRACE_S = 5.0
+"""Once a worker has told that its plugins differ, how long the others may take to tell whether theirs do."""
 
 
 class ProcessGroup:
@@ -74,8 +76,7 @@ class ProcessGroup:
         try:
             for context in contexts:
                 group._spawn(spec, evolve(context, master_port=port), folder)
-            answers = group._collect("start", start_timeout_s)
-            check_nodes([difference for answer in answers for difference in answer])
+            group._verify(start_timeout_s)
             group._collect("setup", start_timeout_s)
         except BaseException:
             group._end("its start failed")
@@ -176,6 +177,27 @@ class ProcessGroup:
         self._processes.append(process)
         self._connections.append(here)
         self._logs.append(log_path)
+
+    def _verify(self, timeout_s: float) -> None:
+        """Compare every worker's plugins with those of this process; one that is stuck does not hold back the table."""
+        left = dict(enumerate(self._connections))
+        answered: dict[int, tuple[str, Any]] = {}
+        deadline = time.monotonic() + timeout_s
+        while left:
+            ready = wait(list(left.values()), max(0.0, deadline - time.monotonic()))
+            for rank in [rank for rank, connection in left.items() if connection in ready]:
+                answered |= self._gather("start", {rank: left.pop(rank)}, timeout_s)
+                kind, value = answered[rank]
+                if kind == "error":
+                    raise _rebuild(self.role, rank, value)
+            differ = any(differences for _, differences in answered.values())
+            if not ready and differ:
+                break
+            if not ready:
+                raise self._overdue("start", sorted(left), answered, timeout_s)
+            if differ:
+                deadline = _sooner(deadline, _VERIFY_GRACE_S)
+        check_nodes([difference for rank in sorted(answered) for difference in answered[rank][1]])
 
     def _end(self, reason: str) -> None:
         """End every process, at once for those that hang."""

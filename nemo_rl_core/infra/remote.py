@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
 from nemo_rl_core.registry import ComponentRef, manifest, origin_of, worker_rows
 

@@ -12,7 +12,6 @@ __all__ = [
     "EnvironmentContext",
     "EnvironmentStep",
     "Message",
-    "Reward",
     "SingleTurnEnvironment",
     "Task",
 ]
@@ -95,18 +94,6 @@ class Environment(Protocol):
     def close(self) -> Awaitable[None] | None:
         """Release what the episode holds; called exactly once, also after an error. May be called again."""
         return None
-
-
-Reward = Callable[..., float | Mapping[str, float] | Awaitable[float | Mapping[str, float]]]
-"""A plain function, a component of group `nemo_rl.rewards`. Its arguments are matched by name among
-`prompt` (str), `response` (str), `messages` (the whole conversation), `task` (the row), `completion_ids`
-and every column of the row (`answer`, ...); `**kwargs` takes all. It returns a finite float or a mapping
-of named rewards. An exception is an error on that rollout, never a silent zero. Sync functions run in a
-process pool with a deadline; async ones on the event loop.
-
-A reward that holds something (a model) is a class: it is made once per run as `RewardClass(options)`, the options
-structured by its `config_class`, and the object is then called as a function is. A plain function gets the options of
-the configuration as preset arguments."""
 
 
 class SingleTurnEnvironment:

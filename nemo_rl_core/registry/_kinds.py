@@ -45,7 +45,7 @@ KINDS: dict[str, Kind] = {
         Kind("training_backends", "training backend", f"{_P}.training_backend:TrainingBackend"),
         Kind("generation_backends", "generation backend", f"{_P}.generation_backend:GenerationBackend"),
         Kind("environments", "environment", f"{_P}.environment:Environment", package_hint="nemo-rl-env-<name>"),
-        Kind("rewards", "reward", package_hint="nemo-rl-env-<name>"),
+        Kind("rewards", "reward", f"{_P}.reward:Reward", package_hint="nemo-rl-env-<name>"),
         Kind("datasets", "dataset source", f"{_P}.dataset:DatasetSource"),
         Kind("launchers", "launcher", f"{_P}.launcher:Launcher"),
         Kind("weight_syncs", "weight sync", f"{_P}.weight_sync:WeightSync"),

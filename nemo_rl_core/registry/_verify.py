@@ -56,6 +56,8 @@ class Contract:
             if own is promised or not (inspect.isfunction(promised) and inspect.isfunction(own)):
                 continue
             parameters = list(inspect.signature(promised).parameters.values())
+            if {p.kind for p in parameters} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+                continue  # called with whatever arguments the component names
             arguments = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
             keywords = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
             problem = _binding(name, own, arguments, keywords)

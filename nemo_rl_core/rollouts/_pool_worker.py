@@ -5,17 +5,20 @@ package. Frames in both directions are an 8-byte length and a body; the first by
 
     to the worker    S  pickled list: sys.path of the parent
                      F  forget all functions
-                     C  16-byte digest of a function, then pickled (pickled function or None, pickled (args, kwargs))
+                     C  16-byte digest of a function, then pickled (function or None, pickled (args, kwargs)); a
+                        function is pickled (home, pickled function), its home (module, source hash) or None
     from the worker  R  ready
                      L  the function that came with the call is loaded: the clock of the call starts
                      V  pickled result
                      E  pickled (type name, message, traceback text, pickled exception or None)
                      M  text: the function could not be loaded because a module is missing
+                     D  pickled (module, source hash here, that of the parent): it is not the same code
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 import signal
@@ -78,11 +81,17 @@ def _call(sock: socket.socket, body: bytes, functions: dict[bytes, Any]) -> None
     try:
         pickled_function, pickled_arguments = pickle.loads(body[17:])
         if pickled_function is not None:
+            home, data = pickle.loads(pickled_function)
             try:
-                function = pickle.loads(pickled_function)
+                function = pickle.loads(data)
             except ModuleNotFoundError as error:
                 _send(sock, b"M", str(error).encode())
                 return
+            if home is not None and home[0] in sys.modules:  # else it came by value
+                found = _source_hash(home[0])
+                if found != home[1]:
+                    _send(sock, b"D", pickle.dumps((home[0], found, home[1])))
+                    return
             functions[digest] = function
             _send(sock, b"L")
         args, kwargs = pickle.loads(pickled_arguments)
@@ -92,6 +101,15 @@ def _call(sock: socket.socket, body: bytes, functions: dict[bytes, Any]) -> None
     except BaseException as error:  # SystemExit too: a reward must not end its worker unseen
         answer = b"E" + _describe(error)
     _send(sock, answer[:1], answer[1:])
+
+
+def _source_hash(module: str) -> str | None:
+    """Of the file that was imported here under this name."""
+    try:
+        with open(str(sys.modules[module].__file__), "rb") as source:
+            return hashlib.blake2b(source.read(), digest_size=8).hexdigest()
+    except (KeyError, AttributeError, OSError):
+        return None
 
 
 def _die_with_parent(parent: int) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import functools
-import hashlib
 import logging
-import pickle
 import selectors
 import socket
-import sys
 import threading
 import time
 import types
@@ -20,10 +16,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
-import cloudpickle
 from attrs import define
 
-from nemo_rl_core._errors import DeadlineExceeded, NemoRLError, RewardError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, NemoRLError, WorkerDied
+from nemo_rl_core.rollouts._pool_pickling import cannot_send, dump, name_of, pickle_by_value, pickle_function, unpack
 from nemo_rl_core.rollouts._pool_process import WorkerProcess
 
 __all__ = ["ProcessPool"]
@@ -116,16 +112,16 @@ class ProcessPool:
             RewardError: Function or arguments cannot be sent to another process.
             Exception: Whatever the function raised, with the worker's traceback as a note.
         """
-        name = _name_of(function)
+        name = name_of(function)
         digest, pickled = self._pickled(function)
         try:
-            arguments = _dump((args, kwargs))
+            arguments = dump((args, kwargs))
         except Exception as error:
-            raise _cannot_send(name, "its arguments", error) from error
+            raise cannot_send(name, "its arguments", error) from error
         budget = self.default_timeout_s if timeout_s is None else timeout_s
         for by_value in (False, True):
             if by_value:
-                digest, pickled = _pickle_by_value(function)
+                digest, pickled = pickle_by_value(function)
             await self._enter()
             loop = asyncio.get_running_loop()
             call = _Call(name, digest, pickled, arguments, budget, loop, loop.create_future())
@@ -134,8 +130,8 @@ class ProcessPool:
             if answer[:1] != b"M":
                 break
             if by_value:
-                raise _cannot_send(name, "the function", ModuleNotFoundError(answer[1:].decode()))
-        return _unpack(name, answer)
+                raise cannot_send(name, "the function", ModuleNotFoundError(answer[1:].decode()))
+        return unpack(name, answer)
 
     def can_ship(self, function: Callable[..., Any]) -> bool:
         """Whether the function can be sent to a worker at all."""
@@ -367,11 +363,11 @@ class ProcessPool:
     def _pickled(self, function: Callable[..., Any]) -> tuple[bytes, bytes]:
         """Digest and pickle of a function; of plain functions the first pickle is kept."""
         if not isinstance(function, (types.FunctionType, types.BuiltinFunctionType, type)):
-            return _pickle_function(function)
+            return pickle_function(function)
         with self._lock:
             found = self._functions.get(function)
             if found is None:
-                found = self._functions[function] = _pickle_function(function)
+                found = self._functions[function] = pickle_function(function)
                 if len(self._functions) > 256:
                     self._functions.popitem(last=False)
         return found
@@ -409,67 +405,3 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *
 def _open(turn: asyncio.Future[None]) -> None:
     if not turn.done():
         turn.set_result(None)
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    inner = function.func if isinstance(function, functools.partial) else function
-    return str(getattr(inner, "__qualname__", None) or type(inner).__name__)
-
-
-def _dump(value: Any) -> bytes:
-    """Pickle; what belongs to `__main__`, and lambdas, by value."""
-    try:
-        data = pickle.dumps(value, protocol=5)
-    except Exception:
-        data = b"__main__"
-    return bytes(cloudpickle.dumps(value, protocol=5)) if b"__main__" in data else data
-
-
-def _pickle_function(function: Callable[..., Any]) -> tuple[bytes, bytes]:
-    try:
-        data = _dump(function)
-    except Exception as error:
-        raise _cannot_send(_name_of(function), "the function", error) from error
-    return hashlib.blake2b(data, digest_size=16).digest(), data
-
-
-_by_value_lock = threading.Lock()
-
-
-def _pickle_by_value(function: Callable[..., Any]) -> tuple[bytes, bytes]:
-    """Pickle a function whose module a worker cannot import (loaded from a file, say)."""
-    name = getattr(function, "__module__", None) or type(function).__module__
-    module = sys.modules.get(name)
-    if module is None:
-        return _pickle_function(function)
-    with _by_value_lock:
-        cloudpickle.register_pickle_by_value(module)
-        try:
-            data = bytes(cloudpickle.dumps(function, protocol=5))
-        except Exception as error:
-            raise _cannot_send(_name_of(function), "the function", error) from error
-        finally:
-            cloudpickle.unregister_pickle_by_value(module)
-    return hashlib.blake2b(data, digest_size=16).digest(), data
-
-
-def _cannot_send(name: str, what: str, error: Exception) -> RewardError:
-    return RewardError(
-        f"{name}: {what} cannot be sent to a worker process ({type(error).__name__}: {error}). "
-        "Use a function of a module with plain data as arguments, or run it in a thread."
-    )
-
-
-def _unpack(name: str, answer: bytes) -> Any:
-    if answer[:1] == b"V":
-        return pickle.loads(answer[1:])
-    type_name, message, trace, pickled = pickle.loads(answer[1:])
-    error: BaseException
-    try:
-        error = pickle.loads(pickled) if pickled is not None else RewardError(f"{type_name}: {message}")
-    except Exception:
-        error = RewardError(f"{type_name}: {message}")
-    if not isinstance(error, Exception):  # SystemExit and the like must not end the caller
-        error = RewardError(f"{name} raised {type_name}: {message}")
-    error.add_note(f"Raised by {name} in a worker process:\n{trace}")
-    raise error

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from nemo_rl_core._errors import ConfigError, RewardError
+from nemo_rl_core.errors import ConfigError, RewardError
 from nemo_rl_core.protocols.environment import EnvironmentContext, EnvironmentStep, Message, Task
 from nemo_rl_core.registry import PluginCall
 from nemo_rl_core.rollouts._threads import ThreadCalls
@@ -29,7 +29,7 @@ def reward_environment(reward_fn: Callable[..., Any], *, isolation: Isolation = 
 
     Args:
         reward_fn: Its arguments are matched by name among `prompt`, `response`, `messages`, `task`,
-            `completion_ids` and the columns of the row; see `nemo_rl_core.protocols.environment.Reward`.
+            `completion_ids` and the columns of the row; see `nemo_rl_core.protocols.reward.Reward`.
         isolation: Where a sync function runs: "process" (killed at the deadline; what cannot be pickled
             falls back to a thread), "thread" (abandoned at the deadline) or "inline" (in the rollout
             loop, for functions of microseconds). An async function runs on the loop, with a deadline.

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from nemo_rl_core.testing.conformance.environment import EnvironmentCase, EnvironmentContract
     from nemo_rl_core.testing.conformance.exporter import ExporterContract
     from nemo_rl_core.testing.conformance.generation_backend import GenerationBackendContract
-    from nemo_rl_core.testing.conformance.kit import ClauseResult, Contract, KitReport, contract_for, run_kit
+    from nemo_rl_core.testing.conformance.kit import (
+        ClauseResult,
+        Contract,
+        KitReport,
+        check_component,
+        contract_for,
+        run_kit,
+    )
     from nemo_rl_core.testing.conformance.launcher import LauncherContract
     from nemo_rl_core.testing.conformance.logger import LoggerContract
     from nemo_rl_core.testing.conformance.loss import LossContract
@@ -56,6 +63,7 @@ __all__ = [
     "ScriptedReply",
     "TrainingBackendContract",
     "WeightSyncContract",
+    "check_component",
     "contract_for",
     "run_kit",
 ]
@@ -85,6 +93,7 @@ _HOMES = {
     "ScriptedReply": ".scripted_generation",
     "TrainingBackendContract": ".conformance.training_backend",
     "WeightSyncContract": ".conformance.weight_sync",
+    "check_component": ".conformance.kit",
     "contract_for": ".conformance.kit",
     "run_kit": ".conformance.kit",
 }

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from nemo_rl_core.rollouts.process_pool import ProcessPool
     from nemo_rl_core.testing.site import PluginSite
 
-__all__ = ["plugin_registry", "plugin_site", "process_pool", "pytest_pycollect_makeitem", "scratch_tokenizer"]
+__all__ = [
+    "is_fixture",
+    "plugin_registry",
+    "plugin_site",
+    "process_pool",
+    "pytest_pycollect_makeitem",
+    "scratch_tokenizer",
+]
 
 _KITS = "nemo_rl_core.testing.conformance"
 _SETTINGS = ("NEMO_RL_PLUGINS", "NEMO_RL_DISABLE_PLUGINS", "NEMO_RL_STRICT_PLUGINS")
@@ -101,7 +108,7 @@ def _mistake(tested: type, contract: type) -> str | None:
             f"`{subject}` and set options as class attributes."
         )
     found = getattr(tested, subject, None)
-    if found is not None and not _is_fixture(found):
+    if found is not None and not is_fixture(found):
         what = "a method" if callable(found) else f"a {type(found).__name__}"
         return f"`{subject}` is {what}, not a fixture. Write @pytest.fixture above def {subject}(self): return ..."
     own = {name for base in tested.__mro__ if base.__module__.startswith(_KITS) for name in vars(base)}
@@ -114,6 +121,6 @@ def _mistake(tested: type, contract: type) -> str | None:
     return None
 
 
-def _is_fixture(value: Any) -> bool:
+def is_fixture(value: Any) -> bool:
     """Whether `@pytest.fixture` made it; before pytest 8.4 that is a marked function, since then an object."""
     return hasattr(value, "_pytestfixturefunction") or type(value).__name__ == "FixtureFunctionDefinition"

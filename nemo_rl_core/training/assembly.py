@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import ComponentChoice, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
@@ -29,7 +29,7 @@ from nemo_rl_core.training.replay import RecordedRollouts, check_recorded
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.tokenizer import Tokenizer
-    from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.protocols.reward import Reward
 
 __all__ = ["RunInputs", "RunParts", "assemble", "sampling_params"]
 
@@ -331,7 +331,8 @@ def _model(
             manifest=manifest,
         )
     )
-    return Policy(group, token_budget=made.max_tokens_per_microbatch, temperature=config.generation.temperature)
+    budget = made.token_budget(config.cluster.device_type())
+    return Policy(group, token_budget=budget, temperature=config.generation.temperature)
 
 
 def _runner(
@@ -390,11 +391,12 @@ def _environment(config: RunConfig, inputs: RunInputs, resolver: _Resolver) -> E
 
 def _reward(choice: ComponentChoice, resolver: _Resolver) -> Reward:
     """The reward of the configuration: a class is made with its options, a function has them as preset arguments."""
-    component: Reward = resolver.load("rewards", choice.name)
+    component: Any = resolver.load("rewards", choice.name)
     if isinstance(component, type):
         made: Reward = resolver.make("rewards", component, choice.options)
         return made
-    return partial(component, **choice.options) if choice.options else component
+    found: Reward = partial(component, **choice.options) if choice.options else component
+    return found
 
 
 def _factory(component: Any, options: Any) -> EnvironmentFactory:

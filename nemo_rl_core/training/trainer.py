@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.training.state import RunResult, RunState
 from nemo_rl_core.training.tracing import traced
 
 if TYPE_CHECKING:
-    from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.protocols.reward import Reward
     from nemo_rl_core.registry import ComponentRef
     from nemo_rl_core.training.assembly import RunInputs
     from nemo_rl_core.training.evaluation import EvaluationResult

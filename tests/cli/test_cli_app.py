@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from nemo_rl_core import __version__, _errors
+from nemo_rl_core import __version__, errors
 from nemo_rl_core import cli as cli_package
 from nemo_rl_core.cli import main
 
@@ -26,7 +26,7 @@ def plain(count: int = 2):
 """
 
 FAILS = """
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 
 def known():
     raise CheckpointError("the disk is full; free 3 GB")
@@ -199,8 +199,8 @@ def test_main_returns_the_status(capsys):
 
 def test_every_exit_status_is_documented():
     documented = {int(n) for n in re.findall(r"^(\d+) ", cli_package.__doc__, re.M)}
-    errors = [e for e in vars(_errors).values() if isinstance(e, type) and issubclass(e, _errors.NemoRLError)]
-    assert {e.exit_code for e in errors} | {0, 70} == documented
+    classes = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.NemoRLError)]
+    assert {e.exit_code for e in classes} | {0, 70} == documented
 
 
 def test_strict_and_no_plugins_reach_child_processes(cli):

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from nemo_rl_core.cli import main
+
 LOSS = """
 from attrs import frozen
 from nemo_rl_core.protocols.loss import LossSums
@@ -28,40 +30,85 @@ class Loss:
 
 
 @pytest.fixture
-def checked(cli):
-    cli.site.install("kit-dist", "1.0", entry_points={"losses": {"kept": "kit_pkg:Loss"}}, modules={"kit_pkg": LOSS})
-    return cli
+def checked(plugin_site, capsys):
+    """`checked("kept", ...)` is the exit status, output and error output of `nemo-rl plugins check kept ...`."""
+    plugin_site.install("kit-dist", "1.0", entry_points={"losses": {"kept": "kit_pkg:Loss"}}, modules={"kit_pkg": LOSS})
+
+    def check(*arguments):
+        status = main(["plugins", "check", *arguments])
+        return status, *capsys.readouterr()
+
+    return check
 
 
 def test_a_sound_component_passes(checked):
-    done = checked("plugins", "check", "kept")
-    assert done.returncode == 0, done.stdout + done.stderr
-    header = next(line for line in done.stdout.splitlines() if line.startswith("clause"))
+    status, out, err = checked("kept")
+    assert status == 0, out + err
+    header = next(line for line in out.splitlines() if line.startswith("clause"))
     assert header.split() == ["clause", "outcome", "seconds"]
-    assert "0 failed" in done.stdout
+    assert "0 failed" in out
 
 
 def test_one_that_breaks_a_clause_fails_with_its_name(checked):
-    done = checked("plugins", "check", "kept", "--option", "sign=-1", "--only", "sign", "--only", "packing")
-    assert done.returncode == 1
-    outcomes = {
-        line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith(("sign", "pack"))
-    }
+    status, out, _ = checked("kept", "--option", "sign=-1", "--only", "sign", "--only", "packing")
+    assert status == 1
+    outcomes = {line.split()[0]: line.split()[1] for line in out.splitlines() if line.startswith(("sign", "pack"))}
     assert outcomes == {"sign": "failed", "packing": "passed"}
-    assert "failed: sign" in done.stdout
+    assert "failed: sign" in out
 
 
 def test_json_has_every_clause(checked):
-    found = json.loads(checked("plugins", "check", "kept", "--only", "sign", "--json").stdout)
+    found = json.loads(checked("kept", "--only", "sign", "--json")[1])
     assert (found["component"], found["passed"]) == ("kit-dist:kept", True)
     assert [(c["clause"], c["outcome"]) for c in found["clauses"]] == [("sign", "passed")]
 
 
 def test_wrong_use_is_told_once(checked):
-    done = checked("plugins", "check", "kept", "--option", "sgn=1")
-    assert done.returncode != 0 and "sgn" in done.stderr and "sign" in done.stderr
-    assert checked("plugins", "check", "kept", "--option", "nonsense").returncode == 2
-    done = checked("plugins", "check", "kep", "--kind", "losses")
-    assert done.returncode == 3 and "Did you mean 'kept'?" in done.stderr
-    done = checked("plugins", "check", "local", "--kind", "commands")
-    assert done.returncode == 3
+    status, _, err = checked("kept", "--option", "sgn=1")
+    assert status != 0 and "did you mean `sign`" in err and err.count("error: ") == 1
+    assert checked("kept", "--option", "nonsense")[0] == 2
+    status, _, err = checked("kep", "--kind", "losses")
+    assert status == 3 and "Did you mean 'kept'?" in err
+    assert checked("local", "--kind", "commands")[0] == 3
+
+
+SOURCE = """
+from attrs import frozen
+
+@frozen(kw_only=True)
+class Options:
+    path: str
+
+class Lines:
+    config_class = Options
+    def __init__(self, config):
+        self.path = config.path
+    def load(self):
+        return [{"prompt": line} for line in open(self.path, encoding="utf-8").read().split()]
+"""
+
+
+def test_what_a_component_needs_is_asked_for_and_taken(checked, plugin_site, tmp_path):
+    plugin_site.install(
+        "rows-dist", "1.0", entry_points={"datasets": {"words": "words_pkg:Lines"}}, modules={"words_pkg": SOURCE}
+    )
+    status, out, err = checked("words")
+    assert status == 2 and out == "" and err.count("error: ") == 1
+    assert "Give them as --option key=value" in err and "path\n" in err and "this setting is missing" in err
+    (tmp_path / "words.txt").write_text("a b c d e f g h i j")
+    status, out, err = checked("words", "--option", f"path={tmp_path / 'words.txt'}")
+    assert status == 0, out + err
+
+
+def test_an_example_serves_in_place_of_options(checked, plugin_site):
+    example = """
+    @staticmethod
+    def example(folder):
+        (folder / "words.txt").write_text("a b c d e f g h i j")
+        return {"path": str(folder / "words.txt")}
+"""
+    plugin_site.install(
+        "rows-dist", "1.0", entry_points={"datasets": {"words": "ex_pkg:Lines"}}, modules={"ex_pkg": SOURCE + example}
+    )
+    status, out, err = checked("words")
+    assert status == 0, out + err

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import PluginIncompatible
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.errors import PluginIncompatible
+from nemo_rl_core.infra import processes
 from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.registry import Registry, _registry, node_differences, worker_rows
@@ -92,6 +93,38 @@ def test_a_plugin_that_is_not_there_is_named(site, launcher, tmp_path):
     with pytest.raises(PluginIncompatible) as error:
         launcher.launch(wanted)
     assert cells(error)[1] == [f"{HOST} rank 0", "acme-w (training_backends w)", "not installed", "1.0"]
+
+
+HANGS_ONCE = """
+import os, time
+try:
+    os.close(os.open({path!r}, os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    pass
+else:
+    time.sleep(600)
+"""
+
+
+def test_a_worker_that_is_stuck_does_not_hold_back_the_table(site, tmp_path, monkeypatch):
+    """One of two never answers and may take the whole `start_timeout_s`; the other's difference is told soon."""
+    wanted = spec()
+    (site.path / "acme_w-1.0.dist-info").rename(site.path / "acme_w-1.1.dist-info")
+    (site.path / "sitecustomize.py").write_text(HANGS_ONCE.format(path=str(tmp_path / "taken")))
+    monkeypatch.setenv("PYTHONPATH", str(site.path))
+    monkeypatch.setattr(processes, "_VERIFY_GRACE_S", 0.2)
+    made = LocalLauncher(LocalConfig(start_timeout_s=3600.0))
+    made.setup(ClusterConfig(device="cpu", cpus_per_node=2))
+    with pytest.raises(PluginIncompatible) as error:
+        made.launch(wanted)
+    made.shutdown()
+    (row,) = cells(error)[1:]
+    assert row[1:] == ["acme-w (training_backends w)", "1.1", "1.0"]
+
+
+def test_the_table_comes_within_ten_seconds():
+    """The longest wait after a first difference, and the time in which the processes are ended."""
+    assert processes._VERIFY_GRACE_S <= 5.0
 
 
 def test_a_worker_whose_pythonpath_has_another_version_is_refused(site, launcher, tmp_path):

@@ -61,7 +61,16 @@ def python(tmp_path_factory) -> Path:
     venv.create(base / "env", with_pip=False)
     python = base / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
     names = [wheel.name.partition("-")[0] for wheel in wheels.glob("*.whl")]
-    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--find-links", wheels]
+    install = [
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--find-links",
+        wheels,
+    ]
     checked(*pip, "--python", python, *install, *names, cwd=base)
     folder = base / "env"
     installed = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))

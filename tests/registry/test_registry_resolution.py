@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nemo_rl_core._errors import PluginBroken, PluginConflict, PluginError, PluginIncompatible, PluginNotFound
+from nemo_rl_core.errors import PluginBroken, PluginConflict, PluginError, PluginIncompatible, PluginNotFound
 from nemo_rl_core.registry import KINDS, ComponentRef, Registry, register_loss
 from nemo_rl_core.testing.site import PluginSite
 
@@ -278,6 +278,7 @@ class L(Logger):
         ("loggers", INHERITS_STUBS, "it lacks log, finish"),
         ("loggers", "class L:\n  def start(s): 0\n  def log(s): 0\n  def finish(s): 0", "it lacks config_class"),
         ("rewards", "L = 'text'", "not a class or a function"),
+        ("rewards", "class L:\n  def score(self, response): 0", "L is not a reward: it lacks __call__"),
     ],
 )
 def test_not_what_the_kind_requires(site, registry, kind, source, message):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import signal
@@ -13,12 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import DeadlineExceeded, RewardError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, PluginIncompatible, RewardError, WorkerDied
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 
 
 def add(a, b=0):
     return a + b
+
+
+@contextlib.contextmanager
+def closed_pool():
+    """A pool of one worker that is shut down afterwards."""
+    made = ProcessPool(1, default_timeout_s=20.0)
+    yield made
+    made.shutdown()
 
 
 def where():
@@ -72,9 +81,10 @@ def pool():
 def is_alive(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/stat").read_text() if Path("/proc").exists() else ") R"
+    except (ProcessLookupError, FileNotFoundError):  # the latter: it went between the two
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z" if Path("/proc").exists() else True
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def wait_until(condition, timeout_s=10.0):
@@ -267,6 +277,36 @@ def test_what_cannot_be_sent_is_a_clear_error(pool):
         asyncio.run(pool.run(add, threading.Lock()))
     assert not pool.can_ship(threading.Lock().acquire)
     assert pool.can_ship(add)
+
+
+def search_path():
+    return sys.executable, sys.path
+
+
+def test_workers_look_for_plugins_where_this_process_does(pool, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert asyncio.run(pool.run(search_path)) == (sys.executable, sys.path)
+
+
+def test_a_plugin_that_changed_since_the_run_began_is_refused(monkeypatch, tmp_path):
+    """As a package upgraded, or a working tree edited, under a run whose worker is started anew."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "scoring_plugin.py").write_text("def score(response):\n    return 1.0\n")
+    score = importlib.import_module("scoring_plugin").score
+    try:
+        with closed_pool() as pool:
+            assert asyncio.run(pool.run(score, "x")) == 1.0
+            (tmp_path / "scoring_plugin.py").write_text("def score(response):\n    return 22.0\n")
+            assert asyncio.run(pool.run(score, "x")) == 1.0  # this worker has it from before
+        with closed_pool() as pool:
+            for _ in range(2):  # it is not kept as if it had been loaded
+                with pytest.raises(PluginIncompatible) as error:
+                    asyncio.run(pool.run(score, "x"))
+        head, row = str(error.value).splitlines()[1:3]
+        assert head.split() == ["node", "plugin", "found", "expected"]
+        assert "scoring_plugin (score)" in row and row.count("source ") == 2
+    finally:
+        del sys.modules["scoring_plugin"]
 
 
 def test_a_module_that_workers_cannot_import_goes_by_value(pool, tmp_path):

@@ -55,7 +55,7 @@ class Fresh:
         run([*pip, "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", wheels, *projects])
         found = sorted(wheels.glob("*.whl"))
         assert len(found) == len(projects)
-        run([*pip, "--python", self.python, "install", "-q", "--no-deps", "--no-index", *found])
+        run([*pip, "--python", self.python, "install", "-q", "--no-compile", "--no-deps", "--no-index", *found])
 
     def run(self, *arguments: object, cwd: Path | None = None) -> str:
         """Standard output of a command of the fresh interpreter; it must succeed."""

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import NemoRLError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
 from nemo_rl_core.testing.conformance.kit import Contract
 
@@ -35,9 +35,6 @@ _LENGTHS = (5, 3, 7, 4, 6, 5, 3, 8, 4, 6, 5)
 
 class AdvantageContract(Contract):
     """What every advantage estimator must be. Define the fixture `advantage`.
-
-    What the attributes say the estimator may also say itself, by an attribute `conformance` that maps their names, as
-    `{"baseline": "batch"}`; that goes before.
 
     Attributes:
         baseline: What a reward is compared with. "group": the rollouts of its prompt, so that a group of one and
@@ -104,7 +101,7 @@ class AdvantageContract(Contract):
 
     def test_group_sizes_may_differ(self, advantage: AdvantageEstimator) -> None:
         """A group gets the same among groups of other sizes as alone."""
-        if self._said(advantage, "baseline") == "batch":
+        if self.baseline == "batch":
             pytest.skip('declared to compare with the whole batch (baseline = "batch")')
         batch = self._case()
         whole = _by_sequence(advantage, batch)
@@ -115,7 +112,7 @@ class AdvantageContract(Contract):
 
     def test_other_groups_do_not_matter(self, advantage: AdvantageEstimator) -> None:
         """The rewards of a group move no other group."""
-        if self._said(advantage, "baseline") == "batch":
+        if self.baseline == "batch":
             pytest.skip('declared to compare with the whole batch (baseline = "batch")')
         batch = self._case()
         before = _by_sequence(advantage, batch)
@@ -133,7 +130,7 @@ class AdvantageContract(Contract):
             rewards[lone] = reward
             found = _by_sequence(advantage, self._with_rewards(batch, rewards))[lone]
             assert bool(torch.isfinite(found).all()), f"a lone rollout with reward {reward} has {_first(found)}"
-            assert self._said(advantage, "baseline") != "group" or not found.any(), (
+            assert self.baseline != "group" or not found.any(), (
                 f"a lone rollout with reward {reward} has advantage {_first(found):.4g}; nothing to compare with is 0"
             )
 
@@ -146,16 +143,16 @@ class AdvantageContract(Contract):
             answers = _by_sequence(advantage, self._with_rewards(batch, rewards))
             found = torch.cat([answer for answer, group in zip(answers, _GROUPS, strict=True) if group in (12, 7)])
             assert bool(torch.isfinite(found).all()), f"a group whose rewards are all {value} has nan or inf"
-            assert self._said(advantage, "baseline") != "group" or float(found.abs().max()) < 1e-6, (
+            assert self.baseline != "group" or float(found.abs().max()) < 1e-6, (
                 f"a group whose rewards are all {value} has advantages up to {float(found.abs().max()):.4g}"
             )
 
     def test_better_is_higher(self, advantage: AdvantageEstimator) -> None:
         """In a group a higher reward has a higher advantage, the best above 0 and the worst below."""
-        if self._said(advantage, "per_token"):
+        if self.per_token:
             pytest.skip("declared to differ between tokens (per_token = True)")
         batch = self._case()
-        strict = self._said(advantage, "strict")
+        strict = self.strict
         found = [_first(a) for a in _by_sequence(advantage, batch)]
         for group in dict.fromkeys(_GROUPS):
             members = sorted((i for i, g in enumerate(_GROUPS) if g == group), key=lambda i: _REWARDS[i])
@@ -166,7 +163,7 @@ class AdvantageContract(Contract):
                     f"rewards {_REWARDS[low]} and {_REWARDS[high]} of one group have advantages "
                     f"{found[low]:.4g} and {found[high]:.4g}"
                 )
-            if self._said(advantage, "baseline") == "group" and len(members) > 1:
+            if self.baseline == "group" and len(members) > 1:
                 worst, best = found[members[0]], found[members[-1]]
                 assert worst < 0 < best, f"worst and best of a group have advantages {worst:.4g} and {best:.4g}"
 
@@ -186,22 +183,20 @@ class AdvantageContract(Contract):
                 raise AssertionError(
                     f"a reward of {bad} raised {type(error).__name__} ({error}); raise a NemoRLError that says which"
                 ) from error
-            assert self._said(advantage, "baseline") != "batch", (
-                f"a reward of {bad} was not refused, and every group is compared with it"
-            )
+            assert self.baseline != "batch", f"a reward of {bad} was not refused, and every group is compared with it"
             others = [i for i, group in enumerate(_GROUPS) if group != 12]
             _same([after[i] for i in others], [before[i] for i in others], f"when another group has a reward of {bad}")
 
     def test_constant_over_a_sequence(self, advantage: AdvantageEstimator) -> None:
         """All trained tokens of a sequence have one advantage, unless it is declared to differ by token."""
-        if self._said(advantage, "per_token"):
+        if self.per_token:
             pytest.skip("declared to differ between tokens (per_token = True)")
         for i, found in enumerate(_by_sequence(advantage, self._case())):
             assert bool((found == found[:1]).all()), f"sequence {i} has advantages {found.tolist()}"
 
     def test_forks_count_once(self, advantage: AdvantageEstimator) -> None:
         """A rollout that was forked into several sequences counts once in its group."""
-        if not self._said(advantage, "counts_forks_once"):
+        if not self.counts_forks_once:
             pytest.skip("not declared to read `rollout_index` (counts_forks_once = False)")
         batch = self._case()
         before = _by_sequence(advantage, batch)
@@ -245,10 +240,6 @@ class AdvantageContract(Contract):
         assert torch.equal(copy(self._case()), advantage(self._case())), "the copy gives other advantages"
 
     # -- cases ---------------------------------------------------------------------------------
-
-    def _said(self, advantage: AdvantageEstimator, name: str) -> Any:
-        """What the estimator says of itself, or the contract of it."""
-        return getattr(advantage, "conformance", {}).get(name, getattr(self, name))
 
     def _case(self) -> BatchedDataDict:
         generator = torch.Generator().manual_seed(5)

@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, Update
 from nemo_rl_core.testing.conformance.algorithm_case import AlgorithmCase, StandIn, handmade_groups, is_sampled
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 
 if TYPE_CHECKING:
@@ -59,9 +60,17 @@ class AlgorithmContract(Contract):
     tolerance: ClassVar[float] = 1e-3
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
-        """The algorithm with these fields of its configuration."""
-        return AlgorithmCase(component=ref.load(), config=dict(options))
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
+        """The algorithm with these fields of its configuration; its `example` has keywords of `AlgorithmCase`."""
+        config = overlaid(example.get("config") or {}, options)
+        case = AlgorithmCase(**{"component": ref.load(), **example, "config": config})
+        cls().config(case)  # wrong or missing fields are one error
+        return case
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The class of the algorithm."""
+        return getattr(subject, "component", subject)
 
     @pytest.fixture
     def algorithm(self) -> type:
@@ -300,7 +309,7 @@ class AlgorithmContract(Contract):
             **small,
         }
         for layer in (case.config, changes):
-            settings = _merged(settings, layer)
+            settings = overlaid(settings, layer)
         return settings
 
     def config(self, case: AlgorithmCase, **changes: Any) -> Any:
@@ -343,14 +352,6 @@ class AlgorithmContract(Contract):
             return trainer.fit(list(case.rows))
         scored = {"environment": case.environment} if case.environment is not None else {"reward_fn": case.reward}
         return trainer.fit(list(case.rows), **scored)
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged
 
 
 def _model_bytes(run: RunResult) -> bytes:

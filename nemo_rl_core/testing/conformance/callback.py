@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import attrs
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core._errors import PluginError
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.data.from_rollouts import batch_from_groups
+from nemo_rl_core.errors import PluginError
 from nemo_rl_core.registry import ComponentRef, RunHooks
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.training.state import RunState
 
@@ -46,10 +47,10 @@ class CallbackContract(Contract):
     metrics: ClassVar[Mapping[str, float]] = {}
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
         """A class is made with the options as arguments; an object is itself."""
         component = ref.load()
-        return component(**options) if isinstance(component, type) else component
+        return component(**overlaid(example, options)) if isinstance(component, type) else component
 
     @classmethod
     def mistake_in(cls, subject: Any) -> str | None:

@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.dataset import DatasetSource
 from nemo_rl_core.registry import ComponentRef
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 
 __all__ = ["BrokenSource", "DatasetContract"]
@@ -55,12 +56,17 @@ class DatasetContract(Contract):
     refused: ClassVar[Sequence[str]] = ("", "neither a file\nnor a name", "\0")
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
         """The source made with its options; a function gets them as arguments when it is asked to load."""
         component = ref.load()
         if isinstance(component, type):
-            return super().from_component(ref, options)
-        return _FunctionSource(component, dict(options))
+            return super().from_component(ref, options, example)
+        return _FunctionSource(component, overlaid(example, options))
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The source, or the function that is one."""
+        return subject.function if isinstance(subject, _FunctionSource) else subject
 
     @classmethod
     def mistake_in(cls, subject: Any) -> str | None:

@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import pytest
 from attrs import define, evolve, field, frozen
 
-from nemo_rl_core._errors import NemoRLError, RewardError
 from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.errors import NemoRLError, RewardError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.environment import Environment, EnvironmentContext, EnvironmentStep, Message, Task
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest, SamplingParams
@@ -36,8 +36,10 @@ from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
 from nemo_rl_core.testing.conformance._blocking import longest_block
 from nemo_rl_core.testing.conformance._pool import shared_pool
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.reward import ODD_RESPONSES
+from nemo_rl_core.testing.conformance.subject import structured
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration
 
 __all__ = ["EnvironmentCase", "EnvironmentContract"]
@@ -130,21 +132,28 @@ class EnvironmentContract(Contract):
     max_block_s: ClassVar[float] = 2.0
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> EnvironmentCase:
-        """The case that the component gives as its class attribute `example`: keywords of `EnvironmentCase`.
+    def from_component(
+        cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]
+    ) -> EnvironmentCase:
+        """The case that the component gives as its `example`: keywords of `EnvironmentCase`.
 
         Raises:
             NemoRLError: It gives none, so there is nothing to play.
         """
-        component = ref.load()
-        example = getattr(component, "example", None)
-        if not isinstance(example, Mapping):
+        if "task" not in example:
             raise NemoRLError(
                 f"The environment {ref.name!r} cannot be checked by its name alone: it does not say what to play. Give "
                 'its class an attribute such as example = {"task": {"prompt": "2 + 2?"}, "response": "4"}, or '
                 "sub-class EnvironmentContract in a test."
             )
-        return EnvironmentCase(**{"environment": component, "config": dict(options), **example})
+        config = overlaid(example.get("config") or {}, options)
+        structured(cls.kind, ref, config)  # its mistakes in words
+        return EnvironmentCase(**{"environment": ref.load(), **example, "config": config})
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The environment of the case."""
+        return subject.environment
 
     @classmethod
     def mistake_in(cls, subject: Any) -> str | None:

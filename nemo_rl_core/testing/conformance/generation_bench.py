@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.config.schema import GenerationConfig
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.reference import (
     TINY_SHAPE,
@@ -23,7 +24,7 @@ from nemo_rl_core.testing.conformance.reference import (
     sampling_distribution,
     tiny_model,
 )
-from nemo_rl_core.testing.conformance.subject import Expecting, configured, from_reference
+from nemo_rl_core.testing.conformance.subject import Configured, Expecting, configured, from_reference
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry import ComponentRef
@@ -69,9 +70,14 @@ class GenerationBench(Contract):
     wait_s: ClassVar[float] = 20.0
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
         """The component with these options, not made yet."""
-        return from_reference(cls.kind, ref, options)
+        return from_reference(cls.kind, ref, overlaid(example, options))
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The class of the engine."""
+        return subject.loaded if isinstance(subject, Configured) else subject
 
     @pytest.fixture
     def engine(self) -> type:

@@ -30,12 +30,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
+from nemo_rl_core.testing.conformance.declared import example_of, overlaid, take_declarations
+from nemo_rl_core.testing.conformance.subject import structured
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry import ComponentRef
 
-__all__ = ["ClauseResult", "Contract", "KitReport", "clauses", "contract_for", "contracts", "run_kit"]
+__all__ = [
+    "ClauseResult",
+    "Contract",
+    "KitReport",
+    "check_component",
+    "clauses",
+    "contract_for",
+    "contracts",
+    "run_kit",
+]
 
 CLAUSE_TIMEOUT_S = 60.0
 """Deadline of one clause, unless the contract says otherwise."""
@@ -67,6 +78,10 @@ Outcome = Literal["passed", "failed", "skipped"]
 class Contract:
     """Base of every contract.
 
+    What a sub-class says by its attributes and methods, the component may say itself by an attribute `conformance`, a
+    mapping of their names: `{"differentiable": False, "add_fields": add_labels}`. `nemo-rl plugins check` has nothing
+    else to go by. Where both speak the sub-class is heard.
+
     Attributes:
         kind: Kind of component that the contract is for, such as "losses".
         subject: Name of the fixture that a sub-class defines.
@@ -78,19 +93,18 @@ class Contract:
     timeout_s: ClassVar[float] = CLAUSE_TIMEOUT_S
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
         """What the fixture would return for an installed component with these options.
 
         The component is called with its structured options. Contracts whose subject is something else
         (a factory, a component that is made without arguments) override this.
-        """
-        from nemo_rl_core.config.components import resolve_choice
-        from nemo_rl_core.config.schema import ComponentChoice
 
-        choice, mistakes = resolve_choice(ComponentChoice(name=ref, options=dict(options)), cls.kind)
-        if mistakes:
-            raise NemoRLError("\n".join(str(mistake) for mistake in mistakes))
-        return ref.load()(choice.options)
+        Args:
+            ref: The component.
+            options: As given on the command line.
+            example: What the component says it can be checked with; here options, over which those given go.
+        """
+        return ref.load()(structured(cls.kind, ref, overlaid(example, options)))
 
     @classmethod
     def mistake_in(cls, subject: Any) -> str | None:
@@ -103,6 +117,11 @@ class Contract:
         if isinstance(subject, type) and cls._makes_the_component():
             return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}(...)"
         return None
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The object whose attribute `conformance` is heard: the subject, or what it is a case of."""
+        return subject
 
     @classmethod
     def _makes_the_component(cls) -> bool:
@@ -131,6 +150,9 @@ class Contract:
         mistake = self.mistake_in(subject)
         if mistake is not None:
             pytest.fail(f"The fixture `{self.subject}` of {name} cannot be tested: {mistake}.", pytrace=False)
+        mistake = take_declarations(self, self.declared_by(subject))
+        if mistake is not None:
+            pytest.fail(f"{mistake}.", pytrace=False)
 
 
 @frozen(kw_only=True)
@@ -236,6 +258,33 @@ def run_kit(
         raise NemoRLError(f"pytest {pytest.__version__} cannot run the kit {contract.__name__}; see its message above.")
     asked = [name for name in known if not only or name in only]
     return KitReport(contract=contract.__name__, results=tuple(collector.result(name, status) for name in asked))
+
+
+def check_component(
+    ref: ComponentRef,
+    options: Mapping[str, Any] | None = None,
+    *,
+    only: Sequence[str] = (),
+    timeout_s: float | None = None,
+) -> KitReport:
+    """Run the kit of an installed component's kind, as `nemo-rl plugins check` does.
+
+    Args:
+        ref: The component; it is imported.
+        options: Its settings, nested; they go over those of its attribute `example`.
+        only: See `run_kit`.
+        timeout_s: See `run_kit`.
+
+    Raises:
+        NemoRLError: The kind has no kit, the component cannot be made, or a name in `only` is no clause.
+    """
+    contract = contract_for(ref.kind)
+    with tempfile.TemporaryDirectory() as folder:
+        example = example_of(ref.load(), Path(folder))
+        contract.from_component(ref, options or {}, example)  # wrong options are one error, not one for each clause
+        return run_kit(
+            contract, lambda: contract.from_component(ref, options or {}, example), only=only, timeout_s=timeout_s
+        )
 
 
 def _tested_class(contract: type[Contract], make: Callable[[], Any], timeout_s: float | None) -> type[Contract]:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 import pytest
 
-from nemo_rl_core._errors import DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.errors import DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.protocols.launcher import Launcher, WorkerGroup, WorkerSpec
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.launched import LaunchedWorker
-from nemo_rl_core.testing.conformance.subject import Expecting, configured, from_reference
+from nemo_rl_core.testing.conformance.subject import Configured, Expecting, configured, from_reference
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry import ComponentRef
@@ -63,9 +64,14 @@ class LauncherContract(Contract):
     wait_s: ClassVar[float] = 60.0
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
         """The component with these options, not made yet."""
-        return from_reference(cls.kind, ref, options)
+        return from_reference(cls.kind, ref, overlaid(example, options))
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The class of the launcher."""
+        return subject.loaded if isinstance(subject, Configured) else subject
 
     @pytest.fixture
     def launcher(self) -> type:

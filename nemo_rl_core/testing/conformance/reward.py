@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import ConfigError, NemoRLError, RewardError
+from nemo_rl_core.errors import ConfigError, NemoRLError, RewardError
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.registry import ComponentRef
 from nemo_rl_core.rollouts.context import EpisodeContext
@@ -25,6 +26,7 @@ from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import Isolation, reward_environment
 from nemo_rl_core.testing.conformance._blocking import longest_block
 from nemo_rl_core.testing.conformance._pool import shared_pool
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 
 __all__ = ["RewardContract"]
@@ -76,14 +78,18 @@ class RewardContract(Contract):
     max_block_s: ClassVar[float] = 2.0
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
         """The function itself, with the options as preset arguments; a class is made with its options."""
-        import functools
-
         component = ref.load()
         if isinstance(component, type):
-            return super().from_component(ref, options)
-        return functools.partial(component, **options) if options else component
+            return super().from_component(ref, options, example)
+        preset = overlaid(example, options)
+        return functools.partial(component, **preset) if preset else component
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The function, whose attribute it is, without the arguments that are preset."""
+        return subject.func if isinstance(subject, functools.partial) else subject
 
     @classmethod
     def mistake_in(cls, subject: Any) -> str | None:

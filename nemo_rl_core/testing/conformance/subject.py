@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry import ComponentRef
 
-__all__ = ["Configured", "Expecting", "configured", "from_reference"]
+__all__ = ["Configured", "Expecting", "configured", "from_reference", "structured"]
 
 
 @frozen(kw_only=True)
@@ -46,15 +47,33 @@ def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> 
     """An installed component with options structured by its `config_class`.
 
     Raises:
-        NemoRLError: The options do not fit; the message lists every mistake.
+        ConfigError: See `structured`.
+    """
+    return Configured(component=ref, options=structured(kind, ref, options))
+
+
+def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    """Options by the component's `config_class`.
+
+    Raises:
+        ConfigError: They do not fit, or some are missing; the message lists every mistake.
     """
     from nemo_rl_core.config.components import resolve_choice
     from nemo_rl_core.config.schema import ComponentChoice
 
     choice, mistakes = resolve_choice(ComponentChoice(name=ref, options=dict(options)), kind)
-    if mistakes:
-        raise NemoRLError("\n".join(str(mistake) for mistake in mistakes))
-    return Configured(component=ref, options=choice.options)
+    if not mistakes:
+        return choice.options
+    told = (attrs.evolve(m, keys=m.keys[m.keys[:1] == ("options",) :]).render() for m in mistakes)
+    raise ConfigError(
+        "\n\n".join(
+            [
+                f"The {ref.description} cannot be made with these options. Give them as --option key=value, or "
+                "give the component an attribute `example`, the options to check it with:",
+                *told,
+            ]
+        )
+    )
 
 
 class Expecting:

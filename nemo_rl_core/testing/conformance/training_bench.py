@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import CheckpointError
 from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import Loss
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult, TrainingBackend
+from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.reference import (
     TINY_SHAPE,
@@ -27,7 +28,7 @@ from nemo_rl_core.testing.conformance.reference import (
     ragged_batch,
     tiny_model,
 )
-from nemo_rl_core.testing.conformance.subject import configured, from_reference
+from nemo_rl_core.testing.conformance.subject import Configured, configured, from_reference
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 
 if TYPE_CHECKING:
@@ -71,9 +72,14 @@ class TrainingBench(Contract):
     num_processes: ClassVar[int] = 2
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
         """The component with these options, not made yet."""
-        return from_reference(cls.kind, ref, options)
+        return from_reference(cls.kind, ref, overlaid(example, options))
+
+    @classmethod
+    def declared_by(cls, subject: Any) -> Any:
+        """The class of the backend."""
+        return subject.loaded if isinstance(subject, Configured) else subject
 
     @pytest.fixture
     def backend(self) -> type:

@@ -35,23 +35,13 @@ LOSSES = {
 }
 
 
-class _PreferenceContract(LossContract):
-    def add_fields(self, batch, generator):
-        batch.set_sequences("is_chosen", torch.tensor([True, False] * 3))
-        batch.set_sequences("kl_estimate", torch.full((6,), 0.2, dtype=torch.float64))
-
-    def wanted(self, batch, reads):
-        sign = batch.expand_to_tokens(batch["is_chosen"].double() * 2 - 1)
-        return sign * batch["loss_mask"]
-
-
-class TestPairLosses(_PreferenceContract):
+class TestPairLosses(LossContract):
     @pytest.fixture(params=LOSSES.values(), ids=list(LOSSES))
     def loss(self, request):
         return request.param
 
 
-class TestKTOLoss(_PreferenceContract):
+class TestKTOLoss(LossContract):
     @pytest.fixture
     def loss(self):
         return KTOLoss()

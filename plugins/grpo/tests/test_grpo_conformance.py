@@ -61,24 +61,13 @@ class TestClippedPolicyGradientLoss(LossContract):
             kl_k3={"reference_kl_beta": 0.1, "reference_kl_type": "k3", "reference_kl_gradient": "direct"},
             on_policy={"force_on_policy_ratio": True},
             kl_unbiased={"reference_kl_beta": 0.1},
+            positive_nll={"positive_nll_weight": 0.1},
+            positive_nll_sequence={"positive_nll_weight": 0.1, "aggregation": "sequence"},
             kl_importance={"reference_kl_beta": 0.1, "reference_kl_gradient": "importance"},
         )
     )
     def loss(self, request):
         return ClippedPolicyGradientLoss(ClippedPGConfig(**request.param))
-
-
-class TestPositiveNLL(LossContract):
-    """It raises what was rewarded whatever its advantage is, so that the kit's signs do not apply."""
-
-    @pytest.fixture(**variants(token={}, sequence={"aggregation": "sequence"}))
-    def loss(self, request):
-        return ClippedPolicyGradientLoss(ClippedPGConfig(positive_nll_weight=0.1, **request.param))
-
-    def test_ratio_one_step_is_reinforce(self, loss):
-        pytest.skip("a further term raises what was rewarded")
-
-    test_sign = test_ratio_one_step_is_reinforce
 
 
 class TestDrGRPOLoss(LossContract):

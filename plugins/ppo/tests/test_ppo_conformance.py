@@ -19,8 +19,8 @@ SURROGATES = {
     "clip-higher": {"ratio_clip_max": 0.28, "ratio_clip_c": 3.0},
     "against-rollout": {"ratio_against": "rollout"},
     "entropy": {"entropy_coef": 0.01},
+    **{kind: {"reference_kl_beta": 0.1, "reference_kl_type": kind} for kind in ("k1", "k2", "k3")},
 }
-STRAIGHT_THROUGH = {kind: {"reference_kl_beta": 0.1, "reference_kl_type": kind} for kind in ("k1", "k2", "k3")}
 VALUES = {
     "default": {},
     "no-clip": {"clip_range": None},
@@ -31,21 +31,6 @@ VALUES = {
 
 class TestClippedSurrogateLoss(LossContract):
     @pytest.fixture(params=SURROGATES.values(), ids=list(SURROGATES))
-    def loss(self, request):
-        return ClippedSurrogateLoss(ClippedSurrogateConfig(**request.param))
-
-    def test_ratio_one_step_is_reinforce(self, loss):
-        if loss.config.entropy_coef > 0:
-            pytest.skip("the entropy is raised beside the surrogate")
-        super().test_ratio_one_step_is_reinforce(loss)
-
-
-class TestSurrogateThatStopsGradients(LossContract):
-    """The gradient of its KL is that of the expectation, not of the value."""
-
-    differentiable = False
-
-    @pytest.fixture(params=STRAIGHT_THROUGH.values(), ids=list(STRAIGHT_THROUGH))
     def loss(self, request):
         return ClippedSurrogateLoss(ClippedSurrogateConfig(**request.param))
 
@@ -60,34 +45,18 @@ class TestClippedValueLoss(LossContract):
             batch.set_tokens(name, torch.randn(batch.num_tokens, generator=generator, dtype=torch.float64))
 
 
-class _WithCritic(AdvantageContract):
-    per_token = True
-
-    def add_fields(self, batch, generator):
-        batch.set_tokens("values", torch.rand(batch.num_tokens, generator=generator))
-        batch.set_tokens("token_rewards", -0.1 * torch.rand(batch.num_tokens, generator=generator))
-        batch.set_sequences("final_values", torch.rand(len(batch), generator=generator))
-
-
-class TestGeneralizedAdvantages(_WithCritic):
-    baseline = "none"
-
+class TestGeneralizedAdvantages(AdvantageContract):
     @pytest.fixture(
         params=[
             {},
-            {"gamma": 0.9, "policy_lambda": 0.5},
-            {"length_adaptive_alpha": 0.5},
-            {"bootstrap_truncated": True},
+            {"whiten_rewards": True},
+            {"whiten": False, "whiten_rewards": True},
+            {"whiten": False},
+            {"whiten": False, "gamma": 0.9, "policy_lambda": 0.5},
+            {"whiten": False, "length_adaptive_alpha": 0.5},
+            {"whiten": False, "bootstrap_truncated": True},
         ],
         ids=str,
     )
-    def advantage(self, request):
-        return GeneralizedAdvantages(GAEConfig(whiten=False, **request.param))
-
-
-class TestWhitenedAdvantages(_WithCritic):
-    baseline = "batch"
-
-    @pytest.fixture(params=[{}, {"whiten_rewards": True}, {"whiten": False, "whiten_rewards": True}], ids=str)
     def advantage(self, request):
         return GeneralizedAdvantages(GAEConfig(**request.param))

@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 
-from nemo_rl_core._errors import (
+from nemo_rl_core.errors import (
     DeadlineExceeded,
     GenerationError,
     InvariantViolation,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core._errors import ShapeMismatch
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_core.testing import LossContract
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
@@ -80,8 +80,3 @@ class TestBradleyTerryLoss(LossContract):
     @pytest.fixture(params=OPTIONS.values(), ids=list(OPTIONS))
     def loss(self, request):
         return BradleyTerryLoss(BradleyTerryConfig(**request.param))
-
-    def add_fields(self, batch, generator):
-        batch.set_sequences("is_chosen", torch.tensor([True, False] * 3))
-        margins = torch.rand(3, generator=generator, dtype=torch.float64)
-        batch.set_sequences("margins", margins.repeat_interleave(2))

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
+from nemo_rl_plugins_datasets.examples import Example, csv_file, jsonl_file, parquet_file
 from nemo_rl_plugins_datasets.lines import IndexedLines
 
 __all__ = ["CsvOptions", "CsvSource", "FileOptions", "JsonlSource", "ParquetSource"]
@@ -73,6 +74,7 @@ class JsonlSource(_FileSource):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json")
+    example: ClassVar[Example] = staticmethod(jsonl_file)
 
     def load(self) -> Sequence[Mapping[str, Any]]:
         """The rows. The first and the last line are parsed at once, so that a truncated file is told now.
@@ -88,6 +90,7 @@ class CsvSource(_FileSource):
 
     config_class: ClassVar[type] = CsvOptions
     suffixes: ClassVar[tuple[str, ...]] = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+    example: ClassVar[Example] = staticmethod(csv_file)
 
     def load(self) -> Sequence[Mapping[str, Any]]:
         """The rows, held in memory.
@@ -133,6 +136,7 @@ class ParquetSource(_FileSource):
     """Apache Parquet files, mapped into memory rather than read."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
+    example: ClassVar[Example] = staticmethod(parquet_file)
 
     def load(self) -> Sequence[Mapping[str, Any]]:
         """The rows.

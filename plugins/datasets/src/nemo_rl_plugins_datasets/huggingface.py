@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
+from nemo_rl_plugins_datasets.examples import Example, huggingface_folder
 
 __all__ = ["HuggingFaceOptions", "HuggingFaceSource"]
 
@@ -43,6 +44,7 @@ class HuggingFaceSource:
     """Loads through the `datasets` library. No code of a repository is ever run."""
 
     config_class: ClassVar[type] = HuggingFaceOptions
+    example: ClassVar[Example] = staticmethod(huggingface_folder)
 
     def __init__(self, config: HuggingFaceOptions | Mapping[str, Any]) -> None:
         self.config = HuggingFaceOptions(**config) if isinstance(config, Mapping) else config

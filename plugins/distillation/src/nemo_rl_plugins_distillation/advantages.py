@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field, frozen
 from torch import Tensor
 
 from nemo_rl_core.config.validators import gt, optional
+from nemo_rl_plugins_distillation.conformance import add_teacher_logprobs
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
@@ -33,6 +35,11 @@ class OnPolicyDistillationAdvantages:
 
     config_class: ClassVar[type] = OnPolicyDistillationConfig
     required_fields: frozenset[str] = frozenset({"teacher_logprobs"})
+    conformance: ClassVar[Mapping[str, Any]] = {
+        "baseline": "none",
+        "per_token": True,
+        "add_fields": add_teacher_logprobs,
+    }
 
     def __init__(self, config: Any = None) -> None:
         self.config = config if config is not None else OnPolicyDistillationConfig()

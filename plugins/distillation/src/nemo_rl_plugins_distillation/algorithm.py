@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.prompts import sft_messages
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, ModelRole
 from nemo_rl_plugins_distillation.config import DistillationConfig, OffPolicyDistillationConfig
+from nemo_rl_plugins_distillation.example import example_off_policy, example_on_policy
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
@@ -78,6 +80,7 @@ class Distillation(_Taught):
 
     config_class: ClassVar[type] = DistillationConfig
     feed: ClassVar[Literal["rollouts", "examples"]] = "rollouts"
+    example: ClassVar[Callable[[Path], Mapping[str, Any]]] = staticmethod(example_on_policy)
     learns_from_rewards: ClassVar[bool] = False
 
     def __init__(self, config: DistillationConfig, context: AlgorithmContext) -> None:
@@ -116,6 +119,7 @@ class OffPolicyDistillation(_Taught):
 
     config_class: ClassVar[type] = OffPolicyDistillationConfig
     feed: ClassVar[Literal["rollouts", "examples"]] = "examples"
+    example: ClassVar[Callable[[Path], Mapping[str, Any]]] = staticmethod(example_off_policy)
 
     def __init__(self, config: OffPolicyDistillationConfig, context: AlgorithmContext) -> None:
         from nemo_rl_core.data.encoding import ConversationEncoder

@@ -6,13 +6,15 @@ Legend: N tokens of a micro-batch, M of them trained, T teachers, K ids, B seque
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
+from nemo_rl_plugins_distillation.conformance import add_teachers
 from nemo_rl_plugins_distillation.loss_config import DivergenceConfig
 from nemo_rl_plugins_distillation.support import Pair, on_support
 
@@ -32,6 +34,7 @@ class TeacherLoss(ABC):
     config_class: ClassVar[type] = DivergenceConfig
     denominator: Denominator = "tokens"
     required_fields: frozenset[str] = frozenset({"teacher_top_logprobs"})
+    conformance: ClassVar[Mapping[str, Any]] = {"add_fields": add_teachers}
     reads_entropy: ClassVar[bool] = False
     """Whether `divergence` needs the student's entropy when the tail is "zero"."""
 

@@ -5,15 +5,17 @@ Legend: N tokens, M trained ones that belong to a chunk, C chunks, K teacher's i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_distillation.base import nll_sum
 from nemo_rl_plugins_distillation.chunks import NEVER, Chunks
+from nemo_rl_plugins_distillation.conformance import add_projected_teacher
 from nemo_rl_plugins_distillation.forward_kl import forward_kl
 from nemo_rl_plugins_distillation.loss_config import ProjectedKLConfig
 from nemo_rl_plugins_distillation.reverse_kl import reverse_kl
@@ -37,6 +39,7 @@ class ProjectedKLLoss:
     config_class: ClassVar[type] = ProjectedKLConfig
     denominator: Denominator = "tokens"
     required_fields: frozenset[str] = frozenset({"projected_teacher"})
+    conformance: ClassVar[Mapping[str, Any]] = {"add_fields": add_projected_teacher}
 
     def __init__(self, config: Any = None) -> None:
         self.config: ProjectedKLConfig = config if config is not None else ProjectedKLConfig()

@@ -5,15 +5,17 @@ Legend: N tokens, M trained ones that belong to a chunk, C chunks, K ids.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_distillation.base import nll_sum
 from nemo_rl_plugins_distillation.chunks import NEVER, Chunks
+from nemo_rl_plugins_distillation.conformance import add_sorted_teacher
 from nemo_rl_plugins_distillation.forward_kl import forward_kl
 from nemo_rl_plugins_distillation.loss_config import SortedProbabilitiesConfig
 from nemo_rl_plugins_distillation.support import on_support
@@ -39,6 +41,7 @@ class SortedProbabilitiesLoss:
 
     config_class: ClassVar[type] = SortedProbabilitiesConfig
     denominator: Denominator = "tokens"
+    conformance: ClassVar[Mapping[str, Any]] = {"add_fields": add_sorted_teacher}
 
     def __init__(self, config: Any = None) -> None:
         self.config: SortedProbabilitiesConfig = config if config is not None else SortedProbabilitiesConfig()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.preferences import labelled_answers, preference_pair
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, ModelRole
 from nemo_rl_plugins_dpo.config import DPOConfig
 
@@ -28,6 +28,11 @@ class DPO(BaseAlgorithm):
 
     config_class: ClassVar[type] = DPOConfig
     feed: ClassVar[Literal["rollouts", "examples"]] = "examples"
+    example: ClassVar[Mapping[str, Any]] = {
+        "rows": [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "no"} for a in range(5) for b in range(5)],
+        "target": None,
+    }
+    """For its kit: pairs that a tiny model learns to tell apart."""
 
     def __init__(self, config: DPOConfig, context: AlgorithmContext) -> None:
         from nemo_rl_core.data.encoding import ConversationEncoder

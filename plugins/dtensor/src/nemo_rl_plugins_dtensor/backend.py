@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
+from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
 from nemo_rl_plugins_dtensor import checkpoint
@@ -94,6 +95,7 @@ class DTensorBackend(TrainingBackend):
         self.network.train().to(self.device)
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.ranks.shard(self.network, bfloat16=keeps_masters)
+        use_fast_linear(model)
         # FSDP keeps float32 shards and computes in bfloat16 by itself; these names outlive its gathering of weights.
         self.weights = dict(self.network.model.named_parameters())
         self.parameters = [p for p in self.weights.values() if p.requires_grad]
@@ -281,7 +283,11 @@ class DTensorBackend(TrainingBackend):
 
         If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0.
         """
-        parts = micro_batches if micro_batches is not None else _by_budget(batch, self.config.max_tokens_per_microbatch)
+        parts = (
+            micro_batches
+            if micro_batches is not None
+            else _by_budget(batch, self.config.token_budget(self.device.type))
+        )
         offsets = batch.offsets
         out: dict[str, Tensor] = {}
         for indices in parts or [[]]:

@@ -17,6 +17,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from nemo_rl_core.models.products import fast_linear, product
+
 __all__ = ["LogitTransform", "likeliest", "linear_logprobs"]
 
 
@@ -107,7 +109,7 @@ def likeliest(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    return transform(torch.nn.functional.linear(hidden, weight, bias).float())
+    return transform(fast_linear(hidden, weight, bias).float())
 
 
 def _entropy(logits: Tensor, lse: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 d_bias += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if d_hidden is not None:
-                torch.mm(grad, weight, out=d_hidden[rows])
+                d_hidden[rows] = product(grad, weight.T)
             if d_weight is not None:
                 _add_outer(d_weight, grad, chunk)
         return (

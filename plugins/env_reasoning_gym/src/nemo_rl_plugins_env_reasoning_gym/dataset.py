@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from attrs import Factory, evolve, field, frozen, validators
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_env_reasoning_gym.seeded import SeededGenerator, needs_fixed_hashes
 
 __all__ = ["CurriculumStage", "ReasoningGymData", "ReasoningGymRows", "ReasoningGymSource"]
@@ -56,6 +56,7 @@ class ReasoningGymSource:
     """A dataset component: `reasoning_gym` with the option `task`, or `reasoning_gym/<task>`."""
 
     config_class: ClassVar[type] = ReasoningGymData
+    example: ClassVar[Mapping[str, Any]] = {"task": "chain_sum", "size": 20}
     task_name: ClassVar[str | None] = None
     """Set in the classes of single tasks."""
 

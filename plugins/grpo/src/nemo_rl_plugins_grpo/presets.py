@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from attrs import Factory, field, frozen
@@ -63,6 +64,9 @@ class DAPO(GRPO):
     """Decoupled clip and dynamic sampling policy optimisation (arXiv:2503.14476)."""
 
     config_class: ClassVar[type] = DAPOConfig
+    example: ClassVar[Mapping[str, Any]] = {"config": {"dynamic_sampling": {"max_batches": 30}}}
+    conformance: ClassVar[Mapping[str, Any]] = {"learning_steps": 5, "reward_margin": 0.1}
+    """For its kit: later on all groups are right, and none can be trained on."""
 
 
 @frozen(kw_only=True)

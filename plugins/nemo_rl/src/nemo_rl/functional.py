@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl_core.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from nemo_rl_core.protocols.environment import Reward
+    from nemo_rl_core.protocols.reward import Reward
     from nemo_rl_core.training.state import RunResult
 
 __all__ = ["evaluate", "train"]

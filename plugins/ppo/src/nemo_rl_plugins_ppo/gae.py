@@ -5,12 +5,13 @@ Legend: B sequences, N tokens in all, M trained tokens of the sequence that has 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError, DataError
+from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_plugins_ppo.config import GAEConfig
 from nemo_rl_plugins_ppo.whitening import whiten
 
@@ -35,6 +36,12 @@ class GeneralizedAdvantages:
 
     def __init__(self, config: GAEConfig | None = None) -> None:
         self.config = config or GAEConfig()
+
+    @property
+    def conformance(self) -> Mapping[str, Any]:
+        """For its kit: what a critic gives, and that whitening compares with the whole batch."""
+        whitened = self.config.whiten or self.config.whiten_rewards
+        return {"baseline": "batch" if whitened else "none", "per_token": True, "add_fields": _add_critic}
 
     def __call__(self, batch: BatchedDataDict) -> Tensor:
         """The advantages, with the policy's lambda.
@@ -159,3 +166,10 @@ def _require_finite(name: str, values: Tensor, sequences: Tensor) -> None:
             f"A {name} is not finite ({float(values[bad][0])}) in sequences {sorted(set(sequences[bad].tolist()))[:8]} "
             "of the batch. Look at the reward of these rollouts, or for a critic that diverges (critic.optimizer.lr)."
         )
+
+
+def _add_critic(batch: BatchedDataDict, generator: torch.Generator) -> None:
+    """Values as a critic gives them, and a penalty of each token."""
+    batch.set_tokens("values", torch.rand(batch.num_tokens, generator=generator))
+    batch.set_tokens("token_rewards", -0.1 * torch.rand(batch.num_tokens, generator=generator))
+    batch.set_sequences("final_values", torch.rand(len(batch), generator=generator))

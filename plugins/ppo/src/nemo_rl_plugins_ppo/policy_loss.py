@@ -5,6 +5,7 @@ Legend: B sequences, N tokens of one micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -40,6 +41,14 @@ class ClippedSurrogateLoss:
         self.config = config or ClippedSurrogateConfig()
         self.denominator: Denominator = "tokens" if self.config.aggregation == "token" else "sequences"
         self.needs = frozenset({"logprobs", "entropy"} if self.config.entropy_coef > 0 else {"logprobs"})
+
+    @property
+    def conformance(self) -> Mapping[str, bool]:
+        """For its kit: the gradient of the KL is that of its expectation; an entropy is raised beside the surrogate."""
+        return {
+            "differentiable": self.config.reference_kl_beta == 0,
+            "only_advantages": self.config.entropy_coef == 0,
+        }
 
     @property
     def required_fields(self) -> frozenset[str]:

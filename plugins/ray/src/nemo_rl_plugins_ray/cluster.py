@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from nemo_rl_core._errors import ResourceError
+from nemo_rl_core.errors import ResourceError
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import ClusterConfig

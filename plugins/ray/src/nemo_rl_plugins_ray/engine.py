@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
-from nemo_rl_core._errors import InvariantViolation, WorkerDied
+from nemo_rl_core.errors import InvariantViolation, WorkerDied
 from nemo_rl_core.infra.remote import raised_by
 from nemo_rl_plugins_ray.group import RayWorkerGroup
 from nemo_rl_plugins_ray.members import Member

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.remote import report_error
 from nemo_rl_plugins_ray.host import WorkerHost, _answer
 from nemo_rl_plugins_ray.wire import Packet, decode

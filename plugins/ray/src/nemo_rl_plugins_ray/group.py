@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, TaskCancelledError
 
-from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra.remote import raised_by
 from nemo_rl_plugins_ray.members import Member, kill
 from nemo_rl_plugins_ray.wire import Packet, decode, encode

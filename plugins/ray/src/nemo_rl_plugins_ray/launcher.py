@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ray
 from attrs import evolve
 
-from nemo_rl_core._errors import ResourceError
+from nemo_rl_core.errors import ResourceError
 from nemo_rl_core.infra.local import kind_of
 from nemo_rl_core.infra.remote import expected_plugins, log_folder, worker_environment
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec

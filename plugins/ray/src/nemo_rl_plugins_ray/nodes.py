@@ -38,7 +38,7 @@ def _ask_nodes() -> dict[str, list[dict[str, Any]]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from nemo_rl_core._errors import DeadlineExceeded
+    from nemo_rl_core.errors import DeadlineExceeded
 
     here = ray.get_runtime_context().get_node_id()
     names: dict[Any, str] = {}

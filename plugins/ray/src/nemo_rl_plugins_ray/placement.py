@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from nemo_rl_core._errors import ResourceError
+from nemo_rl_core.errors import ResourceError
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import ClusterConfig

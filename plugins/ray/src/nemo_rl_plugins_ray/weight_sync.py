@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_rl_core._errors import DeadlineExceeded, InvariantViolation
+from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation
 from nemo_rl_core.infra.weight_sync import InProcessSync, InProcessSyncConfig
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_plugins_ray.config import ObjectStoreSyncConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.preferences import preference_pair
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm
 from nemo_rl_plugins_reward_model.config import RewardModelConfig
 
@@ -22,6 +22,11 @@ class RewardModel(BaseAlgorithm):
 
     config_class: ClassVar[type] = RewardModelConfig
     feed: ClassVar[Literal["rollouts", "examples"]] = "examples"
+    example: ClassVar[Mapping[str, Any]] = {
+        "rows": [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "no"} for a in range(5) for b in range(5)],
+        "target": None,
+    }
+    """For its kit: pairs that a tiny model learns to tell apart."""
 
     def __init__(self, config: RewardModelConfig, context: AlgorithmContext) -> None:
         from nemo_rl_core.data.encoding import ConversationEncoder

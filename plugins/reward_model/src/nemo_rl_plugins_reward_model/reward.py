@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_rl_plugins_reward_model.config import RewardModelRewardConfig
@@ -25,6 +26,17 @@ class RewardModelReward:
     """
 
     config_class: ClassVar[type] = RewardModelRewardConfig
+
+    @staticmethod
+    def example(folder: Path) -> Mapping[str, Any]:
+        """What it can be checked with: a tiny model that was not trained."""
+        import torch
+
+        from nemo_rl_core.models import load_model, load_tokenizer
+
+        load_model("scratch:qwen2-tiny", dtype=torch.float32, seed=3, head="scalar").save_pretrained(folder)
+        load_tokenizer("scratch:qwen2-tiny").save_pretrained(folder)
+        return {"model": str(folder), "max_sequence_length": 256}
 
     def __init__(self, config: RewardModelRewardConfig) -> None:
         self.config = config

@@ -16,6 +16,8 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import linear
 
+from nemo_rl_core.models.products import fast_linear
+
 __all__ = ["Linear", "Packing"]
 
 logger = logging.getLogger(__name__)
@@ -63,14 +65,14 @@ class Linear:
         """[N, O] outputs side by side, of x [N, I]."""
         if self._copy is not None and x.shape[0] <= self._max_rows:
             return self._copy(x)
-        outputs = [linear(x, *part) for part in self._parts]
+        outputs = [fast_linear(x, *part) for part in self._parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """[N, O_i] outputs of each layer, perhaps views of one tensor."""
         if self._copy is not None and x.shape[0] <= self._max_rows:
             return self._copy(x).split_with_sizes(self._sizes, dim=-1)
-        return tuple(linear(x, *part) for part in self._parts)
+        return tuple(fast_linear(x, *part) for part in self._parts)
 
 
 class Packing:

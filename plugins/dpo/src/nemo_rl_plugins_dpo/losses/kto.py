@@ -8,7 +8,10 @@ Legend: B sequences, N tokens of one micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_dpo.config import KTOConfig
@@ -30,6 +33,9 @@ class KTOLoss:
     denominator: Denominator = "sequences"
     needs: frozenset[str] = frozenset({"logprobs"})
     required_fields: frozenset[str] = frozenset({"ref_logprobs"})
+    conformance: ClassVar[Mapping[str, Any]] = {
+        "add_fields": lambda batch, generator: batch.set_sequences("kl_estimate", torch.full((len(batch),), 0.2))
+    }
 
     def __init__(self, config: KTOConfig | None = None) -> None:
         self.config = config or KTOConfig()

@@ -6,6 +6,7 @@ reference policy and by the negative log-likelihood of rewarded responses.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_grpo.losses.correction import correct, importance_weights
 from nemo_rl_plugins_grpo.losses.kl import kl_estimate, reference_kl
-from nemo_rl_plugins_grpo.losses.positive import positive_nll
+from nemo_rl_plugins_grpo.losses.positive import positive_nll, unopposed_direction
 from nemo_rl_plugins_grpo.losses.ratio import log_ratio, ratio_metrics, ratio_of
 from nemo_rl_plugins_grpo.losses.tokens import Tokens, mean_over_tokens, read_tokens, token_scale
 
@@ -49,9 +50,13 @@ class PolicyGradientLoss(ABC):
         return bool(self.config.correction != "none")
 
     @property
-    def conformance(self) -> dict[str, bool]:
-        """What the conformance kit must know: whether the gradient is that of the value."""
-        return {"differentiable": not self._stops_gradients}
+    def conformance(self) -> dict[str, Any]:
+        """For its kit: whether the gradient is that of the value, and what else than the advantages moves a token."""
+        said: dict[str, Any] = {"differentiable": not self._stops_gradients}
+        if self.config.positive_nll_weight > 0:
+            unopposed = functools.partial(unopposed_direction, threshold=self.config.positive_nll_threshold)
+            said |= {"only_advantages": False, "wanted": unopposed}
+        return said
 
     @property
     def _stops_gradients(self) -> bool:

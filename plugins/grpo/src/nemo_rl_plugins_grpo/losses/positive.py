@@ -12,7 +12,7 @@ from nemo_rl_plugins_grpo.losses.tokens import Tokens
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
 
-__all__ = ["positive_nll"]
+__all__ = ["positive_nll", "unopposed_direction"]
 
 
 def positive_nll(tokens: Tokens, batch: BatchedDataDict, *, threshold: float) -> tuple[Tensor, Metric]:
@@ -34,3 +34,14 @@ def positive_nll(tokens: Tokens, batch: BatchedDataDict, *, threshold: float) ->
     rewarded = batch.expand_to_tokens(rewards > threshold) & tokens.mask
     nll = (-tokens.logprobs).masked_fill(~rewarded, 0.0)
     return nll, Metric(nll.detach().sum(), rewarded.sum())
+
+
+def unopposed_direction(batch: BatchedDataDict, reads: frozenset[str], *, threshold: float) -> Tensor:
+    """[N] where a loss with this term must raise (+1) or lower (-1) a logprob; 0 where its two terms disagree.
+
+    For the conformance kit, whose advantages and rewards are drawn apart from each other.
+    """
+    rewarded = batch.expand_to_tokens(batch["rewards"] > threshold)
+    direction = batch["advantages"].sign() * batch["loss_mask"]
+    unopposed: Tensor = direction.masked_fill(rewarded & (direction < 0), 0.0).double()
+    return unopposed
