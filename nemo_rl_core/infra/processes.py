@@ -189,7 +189,7 @@ class ProcessGroup:
                 answered |= self._gather("start", {rank: left.pop(rank)}, timeout_s)
                 kind, value = answered[rank]
                 if kind == "error":
-                    raise _rebuild(self.role, rank, value)
+                    raise raised_by(self.role, rank, value)
             differ = any(differences for _, differences in answered.values())
             if not ready and differ:
                 break

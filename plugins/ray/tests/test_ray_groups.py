@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 
+from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import (
     DeadlineExceeded,
     GenerationError,
@@ -24,7 +25,6 @@ from nemo_rl_core.errors import (
     ResourceError,
     WorkerDied,
 )
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
 from nemo_rl_core.protocols.launcher import WorkerSpec

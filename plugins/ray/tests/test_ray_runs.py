@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.training.assembly import RunInputs
 from nemo_rl_core.training.trainer import run as run_config
