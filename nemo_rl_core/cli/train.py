@@ -27,6 +27,10 @@ Debug = Annotated[
         help="Write which plugin's code ran when to debug.jsonl in the run folder and to the log; show tracebacks.",
     ),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option("--cluster", metavar="LAUNCHER", help="Where it runs: the launcher to use (cluster.launcher)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, for programs.")]
 
 
@@ -34,6 +38,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     run_dir: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    cluster: Cluster = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the resolved run, start nothing.")
     ] = False,
@@ -50,6 +55,8 @@ def train(
     changes = list(overrides or [])
     if run_dir is not None:
         changes.append(f"run_dir={json.dumps(run_dir)}")
+    if cluster is not None:
+        changes.append(_on(cluster))
     if as_json:
         changes.append("logging.progress=json")
     loaded = finalize(load_config(config, overrides=changes))
@@ -77,6 +84,7 @@ def evaluate(
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="Model to evaluate instead of the configured one.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON-lines file for every rollout.")] = None,
+    cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Sample the validation data of a configuration with its model and score the responses.
@@ -91,11 +99,18 @@ def evaluate(
     changes = list(overrides or [])
     if model is not None:
         changes.append(f"model={json.dumps(model)}")
+    if cluster is not None:
+        changes.append(_on(cluster))
     result = run_evaluation(finalize(load_config(config, overrides=changes)), RunInputs(), output=output)
     if as_json:
         typer.echo(json.dumps(_result_as_dict(result)))
         return
     _print_result(result)
+
+
+def _on(launcher: str) -> str:
+    """The override for `--cluster`."""
+    return f"cluster.launcher={json.dumps(launcher)}"
 
 
 def _result_as_dict(result: EvaluationResult) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import sys
 import threading
-import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
+
+from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 
 __all__ = ["run"]
 
@@ -28,8 +27,8 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
         log_path: File that receives standard output and error.
         manifest: Rows of the plugins that this process must have, as JSON; compared before all else.
     """
-    _redirect(log_path)
-    _adopt(environment)
+    redirect_output(log_path)
+    adopt_environment(environment)
     _die_with_parent()
     if not verify(connection, manifest):
         return
@@ -42,7 +41,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
     worker: Any = None
     try:
         factory, config, context = cloudpickle.loads(payload)
-        _trace(context)
+        trace_calls(context)
         component_kind = kind_of(factory)
         if context.num_threads is not None:
             import torch
@@ -52,7 +51,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
         with PluginCall(component_kind, worker, "setup"):
             worker.setup(config, context)
     except BaseException as error:  # reported to the driver, which raises it
-        send(connection, ("error", describe(error)))
+        send(connection, ("error", report_error(error)))
         return
     send(connection, ("result", None))
     while True:
@@ -76,16 +75,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
         except (BrokenPipeError, ConnectionError):
             return
         except BaseException as error:  # reported to the driver, which raises it
-            send(connection, ("error", describe(error)))
-
-
-def _trace(context: Any) -> None:
-    """Under NEMO_RL_DEBUG write this process's calls into the run's trace as well."""
-    from nemo_rl_core.registry import Trace
-    from nemo_rl_core.registry._index import DEBUG_VARIABLE
-
-    if os.environ.get(DEBUG_VARIABLE) and context.run_dir is not None:
-        Trace(Path(context.run_dir) / "debug.jsonl", f"{context.role} rank {context.rank}").__enter__()
+            send(connection, ("error", report_error(error)))
 
 
 def verify(connection: Connection, manifest: str) -> bool:
@@ -98,7 +88,7 @@ def verify(connection: Connection, manifest: str) -> bool:
     try:
         answer: tuple[str, Any] = ("result", node_differences(json.loads(manifest), get_registry()))
     except BaseException as error:  # reported to the driver, which raises it
-        answer = ("error", describe(error))
+        answer = ("error", report_error(error))
     connection.send_bytes(pickle.dumps(answer))  # as `_wire.send` would, which imports torch
     return answer[0] == "result"
 
@@ -121,50 +111,7 @@ def _stop(connection: Connection, worker: Any) -> None:
         worker.shutdown()
         send(connection, ("result", None))
     except BaseException as error:  # reported to the driver, which logs it
-        send(connection, ("error", describe(error)))
-
-
-def describe(error: BaseException) -> tuple[BaseException, str, str]:
-    """The exception, or one that stands for it if it cannot be pickled, its one-line summary, and its traceback."""
-    import cloudpickle
-
-    summary = f"{type(error).__name__}: {error}"
-    trace = "".join(traceback.format_exception(error))
-    try:
-        bare = error.with_traceback(None)
-        bare.__cause__ = bare.__context__ = None
-        cloudpickle.loads(cloudpickle.dumps(bare))
-    except Exception:  # any object may refuse to be pickled
-        return _stand_in(error), summary, trace
-    return bare, summary, trace
-
-
-def _stand_in(error: BaseException) -> RuntimeError:
-    """For an exception that cannot be sent: its type and text, and who raised it."""
-    from nemo_rl_core.registry._trace import blamed, mark
-
-    origin, distribution = blamed(error) or (None, None)
-    found = RuntimeError(f"{type(error).__name__}: {str(error).removeprefix(f'{origin}: ')}")
-    if origin is not None:
-        mark(found, origin, distribution)
-    return found
-
-
-def _redirect(log_path: str) -> None:
-    """Send file descriptors 1 and 2 to the log, so that also what C libraries write is kept."""
-    file = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-
-
-def _adopt(environment: dict[str, str]) -> None:
-    """Set the worker's environment; `PYTHONPATH` goes before the driver's own path, which this process has."""
-    os.environ.update(environment)
-    added = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    sys.path[:0] = [entry for entry in added if entry not in sys.path]
+        send(connection, ("error", report_error(error)))
 
 
 def _die_with_parent() -> None:

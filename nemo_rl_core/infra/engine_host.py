@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra._worker import describe
 from nemo_rl_core.infra.arrivals import Arrivals
 from nemo_rl_core.infra.local import make_worker
 from nemo_rl_core.infra.place import Place, find_place
+from nemo_rl_core.infra.remote import report_error
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
@@ -198,9 +198,9 @@ class _Server:
         except asyncio.CancelledError:
             if number not in self._tasks:  # the driver has given it up
                 return
-            error = describe(GenerationError(f"Request {request.request_id!r}: the engine cancelled it."))
+            error = report_error(GenerationError(f"Request {request.request_id!r}: the engine cancelled it."))
         except BaseException as raised:  # reported to the driver, which raises it
-            error = describe(raised)
+            error = report_error(raised)
         self._tasks.pop(number, None)
         self._out.put(("done", (number, completion, error)))
 
@@ -231,6 +231,6 @@ class _Server:
             function, args = pickle.loads(payload)
             answer = cloudpickle.dumps(function(self.engine, *args))
         except BaseException as error:  # reported to the driver, which raises it
-            self._out.put(("answer", number, False, cloudpickle.dumps(describe(error))))
+            self._out.put(("answer", number, False, cloudpickle.dumps(report_error(error))))
         else:
             self._out.put(("answer", number, True, answer))

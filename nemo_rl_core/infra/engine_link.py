@@ -20,7 +20,7 @@ from attrs import define
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra.engine_host import Served
 from nemo_rl_core.infra.place import find_place
-from nemo_rl_core.infra.processes import rebuild_error
+from nemo_rl_core.infra.remote import raised_by
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
@@ -190,7 +190,7 @@ class EngineLink:
         for number, completion, described in done:
             pending = self.pending.pop(number, None)
             if pending is not None:
-                error = None if described is None else rebuild_error(self.name, 0, described)
+                error = None if described is None else raised_by(self.name, 0, described)
                 by_loop.setdefault(pending.loop, []).append((pending, completion, error))
         for loop, settled in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
@@ -208,7 +208,7 @@ class EngineLink:
         if ok:
             future.set_result(value)
         else:
-            future.set_exception(rebuild_error(self.name, 0, value))
+            future.set_exception(raised_by(self.name, 0, value))
 
     def _lose(self) -> None:
         reason = self._reason()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import multiprocessing
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,16 +16,23 @@ from typing import Any
 
 from attrs import evolve
 
-from nemo_rl_core.errors import DeadlineExceeded, NemoRLError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra import _worker
 from nemo_rl_core.infra._wire import receive, send
+from nemo_rl_core.infra.remote import (
+    expected_plugins,
+    log_folder,
+    log_tail,
+    raised_by,
+    status_text,
+    worker_environment,
+)
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
-from nemo_rl_core.registry import ComponentRef, check_nodes, manifest, origin_of, worker_rows
+from nemo_rl_core.registry import check_nodes
 
-__all__ = ["ProcessGroup", "rebuild_error"]
+__all__ = ["ProcessGroup"]
 
 _log = logging.getLogger(__name__)
-_TAIL_LINES = 20
 _SHUTDOWN_S = 10.0
 _VERIFY_GRACE_S = 5.0
 """Once a worker has told that its plugins differ, how long the others may take to tell whether theirs do."""
@@ -71,7 +76,7 @@ class ProcessGroup:
         """
         group = cls(spec.label, size=len(contexts), failure_grace_s=failure_grace_s)
         port = _free_port()
-        folder = _log_folder(spec)
+        folder = log_folder(spec)
         try:
             for context in contexts:
                 group._spawn(spec, evolve(context, master_port=port), folder)
@@ -168,7 +173,7 @@ class ProcessGroup:
         payload = cloudpickle.dumps((spec.factory, spec.config, context))
         process = spawn.Process(
             target=_worker.run,
-            args=(there, payload, _environment(spec, context), str(log_path), _expected(spec)),
+            args=(there, payload, worker_environment(spec, context), str(log_path), expected_plugins(spec)),
             name=f"nemo-rl-{spec.label}-{context.rank}",
             daemon=True,
         )
@@ -190,7 +195,7 @@ class ProcessGroup:
                 answered |= self._gather("start", {rank: left.pop(rank)}, timeout_s)
                 kind, value = answered[rank]
                 if kind == "error":
-                    raise rebuild_error(self.role, rank, value)
+                    raise raised_by(self.role, rank, value)
             differ = any(differences for _, differences in answered.values())
             if not ready and differ:
                 break
@@ -242,7 +247,7 @@ class ProcessGroup:
         for rank in range(self.size):
             kind, value = known[rank]
             if kind == "error":
-                raise rebuild_error(self.role, rank, value)
+                raise raised_by(self.role, rank, value)
         return [known[rank][1] for rank in range(self.size)]
 
     def _gather(
@@ -294,12 +299,10 @@ class ProcessGroup:
     def _died(self, rank: int, method: str) -> WorkerDied:
         process = self._processes[rank]
         process.join(5.0)
-        code = process.exitcode
-        status = f"was ended by signal {-code}" if code is not None and code < 0 else f"exited with status {code}"
-        hint = " (out of memory?)" if code == -9 else ""
+        status = status_text(process.exitcode)
         message = (
-            f"The {self.role} worker of rank {rank} {status}{hint} during {method}. Its log is {self._logs[rank]}; "
-            f"the end of it:\n{self._tail(rank)}"
+            f"The {self.role} worker of rank {rank} {status} during {method}. Its log is {self._logs[rank]}; "
+            f"the end of it:\n{log_tail(self._logs[rank])}"
         )
         self._end(f"rank {rank} {status} during {method}")
         return WorkerDied(message)
@@ -312,70 +315,18 @@ class ProcessGroup:
         for rank, (kind, value) in sorted(found.items()):
             if kind == "error":
                 self._end(f"rank {rank} raised in {method} while ranks {names} waited for it")
-                return rebuild_error(self.role, rank, value)
-        tails = "\n".join(f"rank {rank} ({self._logs[rank]}):\n{self._tail(rank)}" for rank in ranks[:4])
+                return raised_by(self.role, rank, value)
+        tails = "\n".join(f"rank {rank} ({self._logs[rank]}):\n{log_tail(self._logs[rank])}" for rank in ranks[:4])
         self._end(f"ranks {names} did not answer {method}")
         return DeadlineExceeded(
             f"{method} on the {self.role} workers passed its deadline of {timeout_s:g} s; no answer from rank(s) "
             f"{names} of {self.size}. The group was ended. The end of their logs:\n{tails}"
         )
 
-    def _tail(self, rank: int) -> str:
-        try:
-            lines = self._logs[rank].read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return "(no log)"
-        return "\n".join(lines[-_TAIL_LINES:]) or "(empty)"
-
 
 def _sooner(deadline: float | None, grace_s: float) -> float:
     limit = time.monotonic() + grace_s
     return limit if deadline is None else min(deadline, limit)
-
-
-def rebuild_error(role: str, rank: int, described: tuple[BaseException, str, str]) -> BaseException:
-    """What a worker raised, of the same type, with its rank in the message and its traceback as a note."""
-    error, summary, trace = described
-    place = f"[{role} rank {rank}] "
-    origin = origin_of(error)
-    if error.args and isinstance(error.args[0], str):
-        text = error.args[0]
-        if origin is not None and text.startswith(f"{origin}: "):  # who raised it comes first
-            place, text = f"{origin}: {place}", text.removeprefix(f"{origin}: ")
-        error.args = (place + text, *error.args[1:])
-    elif isinstance(error, NemoRLError) or not error.args:
-        error.args = (place + summary, *error.args)
-    if not isinstance(error, Exception):  # SystemExit or KeyboardInterrupt of a worker is not ours
-        error = RuntimeError(place + summary)
-    error.add_note(f"Traceback in {role} rank {rank}:\n{trace}")
-    return error
-
-
-def _environment(spec: WorkerSpec, context: WorkerContext) -> dict[str, str]:
-    found = {
-        "RANK": str(context.rank),
-        "LOCAL_RANK": str(context.local_rank),
-        "WORLD_SIZE": str(context.world_size),
-        "MASTER_ADDR": context.master_addr,
-        "MASTER_PORT": str(context.master_port),
-    }
-    if context.num_threads is not None:
-        found["OMP_NUM_THREADS"] = found["MKL_NUM_THREADS"] = str(context.num_threads)
-    return {**found, **spec.env}
-
-
-def _expected(spec: WorkerSpec) -> str:
-    """What every worker must have installed, as JSON: plain text, so that reading it imports nothing."""
-    factory = [spec.factory] if isinstance(spec.factory, ComponentRef) else []
-    return json.dumps(worker_rows(spec.manifest or manifest(factory)))
-
-
-def _log_folder(spec: WorkerSpec) -> Path:
-    if spec.run_dir is None:
-        return Path(tempfile.mkdtemp(prefix="nemo-rl-logs-"))
-    folder = Path(spec.run_dir) / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _free_port() -> int:

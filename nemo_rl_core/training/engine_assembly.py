@@ -49,6 +49,9 @@ def engine_placement(config: RunConfig, engine_class: Any, launcher: Launcher) -
     devices = 1 if counted is None else int(counted(config.generation))
     if asked is not None:
         return EnginePlacement(num_workers=asked, devices_per_worker=devices, why=f"generation.num_workers is {asked}")
+    if getattr(launcher, "drives_engines", False):
+        why = f"the launcher {cluster.launcher!r} starts them itself, and stands for them there"
+        return EnginePlacement(num_workers=0, devices_per_worker=devices, why=why)
     share = None if cluster.colocated else cluster.roles.get(_ROLE)
     if share is not None:
         if share < devices:

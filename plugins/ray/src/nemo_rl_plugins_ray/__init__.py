@@ -1,0 +1,1 @@
+"""Ray clusters for NeMo RL: a launcher, generation engines in actors, weight sync through the object store."""

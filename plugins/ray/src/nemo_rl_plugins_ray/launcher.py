@@ -1,0 +1,193 @@
+"""The Ray launcher: every worker in an actor, seats by placement groups, engines driven from here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import ray
+from attrs import evolve
+
+from nemo_rl_core.errors import ResourceError
+from nemo_rl_core.infra.local import kind_of
+from nemo_rl_core.infra.remote import expected_plugins, log_folder, worker_environment
+from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
+from nemo_rl_core.registry import check_nodes
+from nemo_rl_plugins_ray.cluster import Connection, connect
+from nemo_rl_plugins_ray.config import RayConfig
+from nemo_rl_plugins_ray.engine import EngineGroup
+from nemo_rl_plugins_ray.engine_host import EngineHost
+from nemo_rl_plugins_ray.group import RayWorkerGroup
+from nemo_rl_plugins_ray.host import THREADS, WorkerHost
+from nemo_rl_plugins_ray.members import Member, check_started
+from nemo_rl_plugins_ray.placement import Seat, VirtualCluster
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import ClusterConfig
+
+__all__ = ["RayLauncher"]
+
+_log = logging.getLogger(__name__)
+_ENGINES = "generation_backends"
+
+
+class RayLauncher:
+    """Starts worker groups on a Ray cluster.
+
+    Args:
+        config: Options; None takes the defaults.
+    """
+
+    config_class: ClassVar[type] = RayConfig
+    drives_engines: ClassVar[bool] = True
+
+    def __init__(self, config: RayConfig | None = None) -> None:
+        self.config = config or RayConfig()
+        self._connection: Connection | None = None
+        self._cluster: VirtualCluster | None = None
+        self._groups: list[RayWorkerGroup] = []
+
+    def setup(self, cluster: ClusterConfig) -> None:
+        """Connect to the cluster, or start one on this machine, and look at what it has.
+
+        Raises:
+            ResourceError: It does not answer, or does not have what `cluster` asks for.
+        """
+        self._connection = connect(self.config, cluster)
+        try:
+            self._cluster = VirtualCluster(cluster, placement_timeout_s=self.config.placement_timeout_s)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def launch(self, spec: WorkerSpec) -> WorkerGroup:
+        """Start the workers of `spec` and run their `setup`.
+
+        A generation backend becomes `num_engines` engines, and the group's `local` a `RemoteEngine` that stands for
+        them.
+
+        Raises:
+            ResourceError: More devices are asked for than there are, or than are free in `placement_timeout_s`.
+            PluginIncompatible: Workers lack a plugin or have another version; the message holds a table.
+            WorkerDied: An actor ended during its start.
+            DeadlineExceeded: A worker was not ready in `start_timeout_s`.
+        """
+        if self._cluster is None:
+            raise RuntimeError("RayLauncher.setup(cluster) must come before launch().")
+        engines = kind_of(spec.factory) == _ENGINES and not spec.own_process
+        if engines:
+            spec = self._engine_spec(spec, self._cluster.cluster)
+        seats = self._cluster.place(spec.role, num_workers=spec.num_workers, devices_per_worker=spec.devices_per_worker)
+        group_class = EngineGroup if engines else RayWorkerGroup
+        group = group_class(
+            spec.label,
+            [self._actor(spec, rank, seat, EngineHost if engines else WorkerHost) for rank, seat in enumerate(seats)],
+            failure_grace_s=self.config.failure_grace_s,
+            call_timeout_s=self.config.call_timeout_s,
+        )
+        try:
+            self._start(group, spec, seats, alone=engines)
+        except BaseException:
+            group.end("its start failed")
+            raise
+        self._groups.append(group)
+        return group
+
+    def shutdown(self) -> None:
+        """End every group, give their places back and leave the cluster; does nothing the second time."""
+        groups, self._groups = self._groups, []
+        for group in reversed(groups):
+            group.shutdown()
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None and ray.is_initialized():
+            cluster.release()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    # -- starting -------------------------------------------------------------------------------
+
+    def _engine_spec(self, spec: WorkerSpec, cluster: ClusterConfig) -> WorkerSpec:
+        """As many workers as there are engines; with devices of their own, these are divided among them."""
+        number = self.config.num_engines
+        devices = spec.devices_per_worker
+        if not cluster.colocated and spec.role in cluster.roles:
+            devices, rest = divmod(cluster.roles[spec.role], number)
+            if rest or not devices:
+                raise ResourceError(
+                    f"cluster.roles.{spec.role} is {cluster.roles[spec.role]}, which {number} engines "
+                    "(cluster.options.num_engines) cannot share evenly. Change one of them."
+                )
+        return evolve(spec, num_workers=number, devices_per_worker=devices)
+
+    def _actor(self, spec: WorkerSpec, rank: int, seat: Seat, host_class: type) -> Member:
+        runtime_env = self.config.environment_of(spec.role, spec.env)
+        groups = {"concurrency_groups": {"mail": 1}} if host_class is EngineHost else {}
+        actor_class: Any = ray.remote(num_cpus=0, max_restarts=0, **groups)(host_class)
+        actor = actor_class.options(
+            scheduling_strategy=seat.strategy,
+            name=f"nemo-rl/{os.getpid()}/{id(self):x}/{spec.label}/{rank}/{len(self._groups)}",
+            **({"runtime_env": runtime_env} if runtime_env else {}),
+        ).remote()
+        return Member(rank=rank, actor=actor, node_id=seat.node_id, host=seat.host)
+
+    def _start(self, group: RayWorkerGroup, spec: WorkerSpec, seats: list[Seat], *, alone: bool) -> None:
+        """Compare plugins everywhere, agree on a rendezvous, and run `setup`."""
+        limit = self.config.start_timeout_s
+        folder, expected = log_folder(spec).absolute(), expected_plugins(spec)
+        contexts = [_context(spec, rank, seat) for rank, seat in enumerate(seats)]
+        variables = self.config.environment_of(spec.role, spec.env).get("env_vars", {})
+        starts = {}
+        for member, context, seat in zip(group.members, contexts, seats, strict=True):
+            environment = _environment(spec, context, seat, variables)
+            log_path = str(folder / f"{spec.label}-rank{member.rank}.log")
+            starts[member.rank] = member.actor.start.remote(environment, log_path, expected)
+        answers = group.collect("start", starts, limit)
+        check_started(spec.label, group.members, answers)
+        for member, answer in zip(group.members, answers, strict=True):
+            member.located(host=answer["host"], pid=answer["pid"], log=answer["log"])
+        check_nodes([difference for answer in answers for difference in answer["differences"]])
+        address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}[seats[0].node_id]
+        setups = {}
+        for member, context, answer in zip(group.members, contexts, answers, strict=True):
+            place = (
+                evolve(context, rank=0, world_size=1, local_rank=0, master_port=answer["port"])
+                if alone
+                else evolve(context, master_addr=address, master_port=answers[0]["port"])
+            )
+            setups[member.rank] = member.actor.setup.remote(_payload(spec, place))
+        facts = group.collect("setup", setups, limit)
+        if isinstance(group, EngineGroup):
+            group.connect(facts[0])
+
+
+def _context(spec: WorkerSpec, rank: int, seat: Seat) -> WorkerContext:
+    return WorkerContext(
+        role=spec.role,
+        rank=rank,
+        world_size=spec.num_workers,
+        local_rank=seat.local_rank,
+        device=seat.device,
+        seed=spec.seed,
+        run_dir=None if spec.run_dir is None else os.path.abspath(spec.run_dir),
+        timeout_s=spec.timeout_s,
+        num_threads=seat.num_threads,
+    )
+
+
+def _environment(spec: WorkerSpec, context: WorkerContext, seat: Seat, variables: dict[str, str]) -> dict[str, str]:
+    """As for a process on this machine, also in its number of threads; `variables` are the runtime environment's."""
+    found = {**worker_environment(spec, context), **variables}
+    if THREADS not in found and THREADS in os.environ:
+        found[THREADS] = os.environ[THREADS]
+    if seat.visible_gpus:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(seat.visible_gpus)
+    return found
+
+
+def _payload(spec: WorkerSpec, context: WorkerContext) -> bytes:
+    import cloudpickle
+
+    payload: bytes = cloudpickle.dumps((spec.factory, spec.config, context))
+    return payload

@@ -1,0 +1,43 @@
+"""One Ray cluster for all tests of the package: two nodes of four CPUs each, both on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """Address of the cluster; this process is not connected to it."""
+    from ray.cluster_utils import Cluster
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    before = dict(os.environ)
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0")
+    settings = {"num_cpus": 4, "num_gpus": 0, "object_store_memory": 200 * 2**20, "include_dashboard": False}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        cluster = Cluster(initialize_head=True, head_node_args=settings)
+        cluster.add_node(**settings)
+    os.environ.clear()
+    os.environ.update(before)
+    yield cluster.address
+    folder = cluster.head_node.get_session_dir_path()
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def connected(ray_cluster):
+    """This process is connected, as a script that called `ray.init`; launchers use that connection."""
+    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_plugins_ray.cluster import connect
+    from nemo_rl_plugins_ray.config import RayConfig
+
+    connection = connect(RayConfig(address=ray_cluster), ClusterConfig())
+    yield ray_cluster
+    connection.close()
