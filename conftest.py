@@ -1,0 +1,11 @@
+"""Packages at the top level stand in folders of their own names, which pytest would take for the packages."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import suppress
+from pathlib import Path
+
+for _file in Path(__file__).parent.glob("nemo_rl_plugins_*/pyproject.toml"):
+    with suppress(ModuleNotFoundError):
+        importlib.import_module(_file.parent.name)
