@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "nemo_rl_core"
-PLUGIN_SOURCES = sorted(ROOT.glob("plugins/*/src"))
+PLUGIN_SOURCES = sorted([*ROOT.glob("plugins/*/src"), *ROOT.glob("nemo_rl_plugins_*/src")])
 SOURCE_FOLDERS = [CORE, *PLUGIN_SOURCES]
 ENGINES = {"deepspeed", "flash_attn", "megatron", "ray", "sglang", "trl", "verl", "vllm"}
 """Libraries of which each belongs to one plugin, never to the core."""
@@ -41,7 +41,7 @@ def over(files: list[Path], rule: Callable[[str], list[str]]) -> list[str]:
 def component_names() -> set[str]:
     """Names under which the shipped plugins register components."""
     names: set[str] = set()
-    for file in ROOT.glob("plugins/*/pyproject.toml"):
+    for file in (source.with_name("pyproject.toml") for source in PLUGIN_SOURCES):
         groups = tomllib.loads(file.read_text())["project"].get("entry-points", {})
         names |= {
             name

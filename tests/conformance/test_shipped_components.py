@@ -34,7 +34,11 @@ NEEDS_MORE_THAN_DEFAULTS = {
 
 def shipped(kinds):
     """(kind, name, import path, package) of each component in a pyproject of ours."""
-    for file in [ROOT / "pyproject.toml", *sorted(ROOT.glob("plugins/*/pyproject.toml"))]:
+    for file in [
+        ROOT / "pyproject.toml",
+        *sorted(ROOT.glob("plugins/*/pyproject.toml")),
+        *sorted(ROOT.glob("nemo_rl_plugins_*/pyproject.toml")),
+    ]:
         groups = tomllib.loads(file.read_text())["project"].get("entry-points", {})
         for kind in kinds:
             for name, value in groups.get(f"nemo_rl.{kind}", {}).items():

@@ -62,7 +62,13 @@ def read_blocks(text: str) -> list[Block]:
 
 def pages() -> list[Path]:
     docs = (p for p in (ROOT / "docs").rglob("*.md") if not {"_build", "_generated", "modules"} & set(p.parts))
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(docs), *sorted(ROOT.glob("plugins/*/README.md"))]
+    return [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted(docs),
+        *sorted(ROOT.glob("plugins/*/README.md")),
+        *sorted(ROOT.glob("nemo_rl_plugins_*/README.md")),
+    ]
 
 
 def blocks_of(page: Path, *languages: str) -> list[Block]:
@@ -164,7 +170,11 @@ def test_few_blocks_are_skipped_and_each_says_why() -> None:
 
 @cache
 def distributions() -> frozenset[str]:
-    files = [ROOT / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml")]
+    files = [
+        ROOT / "pyproject.toml",
+        *ROOT.glob("plugins/*/pyproject.toml"),
+        *ROOT.glob("nemo_rl_plugins_*/pyproject.toml"),
+    ]
     return frozenset(tomllib.loads(f.read_text())["project"]["name"] for f in files)
 
 

@@ -41,7 +41,7 @@ class VLLMConfig:
     enforce_eager: bool | None = None
     """Run without compiling and without CUDA graphs; slower, and starts faster. None is true without a GPU."""
     load_format: str = "auto"
-    """How the first weights are read; `dummy` makes random ones, for a run whose first refit comes before it samples."""
+    """How the first weights are read; `dummy` makes random ones, for a run that refits before it samples."""
     sleep_level: int = field(default=1, validator=in_((0, 1, 2)))
     """What `sleep` gives back: 1 the KV cache, with the weights moved to the host; 2 the weights too, which the next
     refit must bring again; 0 nothing. Without a GPU the KV cache is given back at 1 and 2."""

