@@ -49,7 +49,7 @@ class VLLMConfig:
     """At a weight update with requests in flight: go on with their KV cache as old weights filled it, or compute it
     again with the new ones."""
     weight_transport: Literal["auto", "shared_memory", "cuda_ipc"] = "auto"
-    """How new weights reach vLLM's processes. auto is CUDA IPC for tensors on a GPU and shared memory for others."""
+    """How new weights reach vLLM's processes. auto is CUDA IPC from a GPU to a lone worker, else shared memory."""
     refit_chunk_mib: int = field(default=256, validator=ge(1))
     """MiB of weights handed over at a time; two such pieces are held at once."""
     num_threads: int | None = field(default=None, validator=optional(ge(1)))
