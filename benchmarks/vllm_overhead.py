@@ -1,8 +1,8 @@
 """Generation through the `vllm` backend against bare `vllm.LLM`: tokens per second, many requests at a time.
 
-Both sides run the same weights, prompts, sampling and lengths, ask for the logprob of each sampled token, and decode with
-as many threads. Each side runs in a process of its own, one after the other, and they take turns; the ratio is of the
-medians. The bare engine gets all prompts in one call, which is its fastest way.
+Both sides run the same weights, prompts, sampling and lengths, ask for the logprob of each sampled token, and decode
+with as many threads. Each side runs in a process of its own, one after the other, and they take turns; the ratio is of
+the medians. The bare engine gets all prompts in one call, which is its fastest way.
 
     python benchmarks/vllm_overhead.py                        # 10 M parameters, 256 requests at a time
     python benchmarks/vllm_overhead.py --requests 64 --repeats 5

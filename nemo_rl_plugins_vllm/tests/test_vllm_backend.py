@@ -232,5 +232,5 @@ def test_engine_arguments_are_checked_by_name():
 
 
 def test_what_vllm_refuses_is_an_error_in_its_words():
-    with pytest.raises(GenerationError, match=r"vLLM did not start.*divisible by tensor parallel size"):
+    with pytest.raises(GenerationError, match=r"(?s)vLLM did not start.*divisible by tensor parallel size"):
         set_up(tensor_parallel_size=3)

@@ -23,7 +23,7 @@ from nemo_rl_core.infra.fingerprint import Fingerprint, fingerprint
 from nemo_rl_plugins_vllm.cpu import repack_tied_heads
 from nemo_rl_plugins_vllm.pieces import open_piece
 
-__all__ = ["WeightReceiver"]
+__all__ = ["ReceivedPiece", "ReceiverInit", "WeightReceiver"]
 
 # At every update it warns of each layer that has no weights of its own (rotary embeddings, a tied head). That all
 # weights come is checked by name before they are sent.
