@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.registry._index import DEBUG_VARIABLE, DENY_VARIABLE
 
 __all__ = ["run", "switch_on_debug"]

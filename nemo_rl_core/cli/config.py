@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_rl_core.config import RunConfig

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nemo_rl_core._errors import PluginError
 from nemo_rl_core.cli._lazy import CoreCommand, LazyCommand, load_core
+from nemo_rl_core.errors import PluginError
 from nemo_rl_core.registry import KINDS, ComponentRef, Registry, get_registry
 from nemo_rl_core.registry._distributions import normalize
 from nemo_rl_core.registry._index import Entry, Selection
@@ -164,7 +164,7 @@ def _named(registry: Registry, name: str, kind: str | None) -> list[ComponentRef
 
 
 def _raise_not_found(registry: Registry, name: str, kind: str | None) -> None:
-    from nemo_rl_core._errors import PluginNotFound
+    from nemo_rl_core.errors import PluginNotFound
     from nemo_rl_core.registry._messages import known_package
 
     for each in [kind] if kind is not None else KINDS:

@@ -44,8 +44,8 @@ def check(
 
 
 def _component(registry: Any, name: str, kind: str | None) -> ComponentRef:
-    from nemo_rl_core._errors import PluginConflict
     from nemo_rl_core.cli.plugins_why import any_kind
+    from nemo_rl_core.errors import PluginConflict
     from nemo_rl_core.registry._why import kinds_with
 
     kinds = [kind] if kind is not None else kinds_with(registry, name) or any_kind(registry, name)
@@ -59,7 +59,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     """`a.b=1` as nested mappings, values read as YAML."""
     import yaml
 
-    from nemo_rl_core._errors import ConfigError
+    from nemo_rl_core.errors import ConfigError
 
     tree: dict[str, Any] = {}
     for pair in pairs:
@@ -75,7 +75,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _run(ref: ComponentRef, options: dict[str, Any], only: list[str], timeout_s: float | None) -> KitReport:
-    from nemo_rl_core._errors import PluginNotFound
+    from nemo_rl_core.errors import PluginNotFound
 
     try:
         from nemo_rl_core.testing.conformance.kit import contract_for, run_kit

@@ -21,7 +21,7 @@ def new(
     ] = None,
 ) -> None:
     """Make a plugin package: a working component, its conformance test, pyproject, README and CI file."""
-    from nemo_rl_core._errors import ConfigError
+    from nemo_rl_core.errors import ConfigError
     from nemo_rl_core.templates import kind_named, new_plugin, update_plugin
 
     if update is not None:

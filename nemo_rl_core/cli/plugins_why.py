@@ -48,7 +48,7 @@ def any_kind(registry: Registry, name: str) -> list[str]:
     """Where the closest name is; for a name like no other, an error that says what to do."""
     from difflib import get_close_matches
 
-    from nemo_rl_core._errors import PluginNotFound
+    from nemo_rl_core.errors import PluginNotFound
 
     names = {ref.name: ref.kind for ref in registry.entries(full=True)}
     close = get_close_matches(name, names, n=1)
@@ -61,7 +61,7 @@ def any_kind(registry: Registry, name: str) -> list[str]:
 
 
 def _override_lines(config: Path | None, prefer: list[str]) -> dict[str, str]:
-    from nemo_rl_core._errors import ConfigError
+    from nemo_rl_core.errors import ConfigError
 
     lines: dict[str, str] = {}
     if config is not None:

@@ -67,8 +67,8 @@ def generate(
 
     The rollouts are those that the first steps of a run would sample with these weights.
     """
-    from nemo_rl_core._errors import DataError
     from nemo_rl_core.config import finalize, load_config
+    from nemo_rl_core.errors import DataError
     from nemo_rl_core.training.assembly import RunInputs
     from nemo_rl_core.training.replay import generate_rollouts
 

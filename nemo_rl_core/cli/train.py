@@ -44,8 +44,8 @@ def train(
 
     Ctrl-C saves the state and ends with exit code 130; the same command then continues.
     """
-    from nemo_rl_core._errors import RunInterrupted
     from nemo_rl_core.config import finalize, load_config
+    from nemo_rl_core.errors import RunInterrupted
 
     changes = list(overrides or [])
     if run_dir is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["alternatives", "config_class_of", "default_of", "fields_of", "same", "shorthands", "type_name"]
 

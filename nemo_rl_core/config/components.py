@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import attrs
 
-from nemo_rl_core._errors import PluginError, PluginNotFound
 from nemo_rl_core.config._types import fields_of
 from nemo_rl_core.config.mistakes import Key, Mistake, suggest
 from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig
 from nemo_rl_core.config.structure import structure
+from nemo_rl_core.errors import PluginError, PluginNotFound
 
 __all__ = ["Reference", "Resolver", "default_resolver", "find", "resolve_choice", "resolve_tree"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["InvalidConfig", "Key", "Mistake", "Position", "locate", "mistake", "path_of", "suggest"]
 

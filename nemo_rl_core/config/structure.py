@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import attrs
 
-from nemo_rl_core._errors import NemoRLError
 from nemo_rl_core.config._types import alternatives, default_of, fields_of, type_name
 from nemo_rl_core.config.mistakes import Key, Mistake, suggest
 from nemo_rl_core.config.schema import ComponentChoice
 from nemo_rl_core.config.validators import choices, limits
+from nemo_rl_core.errors import NemoRLError
 
 if TYPE_CHECKING:
     from cattrs import Converter

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import Attribute, frozen
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["choices", "ge", "gt", "le", "limits", "lt", "one_of", "optional"]
 

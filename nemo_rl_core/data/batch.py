@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 
 __all__ = ["BatchedDataDict"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import DataError
 
 if TYPE_CHECKING:
     from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn

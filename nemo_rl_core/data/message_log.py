@@ -14,8 +14,8 @@ from typing import Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.tokenizer import Tokenizer
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.environment import Message
 
 __all__ = ["ChatFormatter", "Extension", "apply_template"]

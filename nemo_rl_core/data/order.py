@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from attrs import frozen
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.prompts import RowFormat
 from nemo_rl_core.data.sources import LoadedRows, RowStream, TableRows
+from nemo_rl_core.errors import DataError
 
 __all__ = ["FormattedRows", "StreamOrder", "TableOrder", "TaskItem"]
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from attrs import Factory, field, frozen
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.schema import DatasetConfig
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.environment import Message
 
 __all__ = ["RowFormat", "gym_messages", "sft_messages"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import field, frozen
 from attrs.validators import gt
 
-from nemo_rl_core._errors import ResourceError
+from nemo_rl_core.errors import ResourceError
 from nemo_rl_core.infra.resources import ResourceManager
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
 from nemo_rl_core.registry import PluginCall

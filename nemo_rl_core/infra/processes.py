@@ -17,7 +17,7 @@ from typing import Any
 
 from attrs import evolve
 
-from nemo_rl_core._errors import DeadlineExceeded, NemoRLError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, NemoRLError, WorkerDied
 from nemo_rl_core.infra import _worker
 from nemo_rl_core.infra._wire import receive, send
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import frozen
 
-from nemo_rl_core._errors import ResourceError
+from nemo_rl_core.errors import ResourceError
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import ClusterConfig

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core._errors import DeadlineExceeded, InvariantViolation
+from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation
 from nemo_rl_core.infra.fingerprint import Fingerprint
 from nemo_rl_core.protocols.weight_sync import SyncReport
 

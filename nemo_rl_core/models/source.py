@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

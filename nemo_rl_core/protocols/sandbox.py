@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from attrs import Attribute, Factory, field, frozen
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["Capability", "Sandbox", "SandboxLimits", "SandboxProgram", "SandboxResult"]
 

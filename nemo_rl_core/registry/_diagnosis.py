@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import frozen
 
-from nemo_rl_core._errors import PluginBroken, PluginError, PluginIncompatible
+from nemo_rl_core.errors import PluginBroken, PluginError, PluginIncompatible
 from nemo_rl_core.registry._distributions import Distribution, distributions, normalize
 from nemo_rl_core.registry._index import CORE, DENY_VARIABLE
 from nemo_rl_core.registry._kinds import KINDS

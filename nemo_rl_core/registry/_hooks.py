@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pluggy
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core._errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
+from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
 from nemo_rl_core.registry._compatibility import incompatibility
 from nemo_rl_core.registry._importing import importing
 from nemo_rl_core.registry._index import DENY_VARIABLE, Entry

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import PluginIncompatible
+from nemo_rl_core.errors import PluginIncompatible
 from nemo_rl_core.registry._source import source_hash
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_rl_core._errors import PluginConflict, PluginNotFound
+from nemo_rl_core.errors import PluginConflict, PluginNotFound
 from nemo_rl_core.registry._kinds import Kind
 
 if TYPE_CHECKING:

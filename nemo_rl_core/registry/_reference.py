@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from attrs import define, field, frozen
 
-from nemo_rl_core._errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
+from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
 from nemo_rl_core.registry._importing import importing
 from nemo_rl_core.registry._index import CORE, DENY_VARIABLE
 from nemo_rl_core.registry._kinds import KINDS

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import PluginBroken, PluginConflict, PluginError, PluginNotFound
+from nemo_rl_core.errors import PluginBroken, PluginConflict, PluginError, PluginNotFound
 from nemo_rl_core.registry import _manifest, _messages, _verification
 from nemo_rl_core.registry._compatibility import incompatibility
 from nemo_rl_core.registry._distributions import Distribution, normalize

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from nemo_rl_core._errors import PluginError, RunInterrupted
+from nemo_rl_core.errors import PluginError, RunInterrupted
 from nemo_rl_core.registry._index import CORE
 from nemo_rl_core.registry._kinds import KINDS
 

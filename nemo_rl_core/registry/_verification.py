@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import PluginIncompatible
+from nemo_rl_core.errors import PluginIncompatible
 from nemo_rl_core.registry._kinds import KINDS
 from nemo_rl_core.registry._manifest import aligned, manifest_row
 from nemo_rl_core.registry._source import source_hash

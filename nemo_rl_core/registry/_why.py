@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
-from nemo_rl_core._errors import PluginError
+from nemo_rl_core.errors import PluginError
 from nemo_rl_core.registry._kinds import KINDS, Kind
 from nemo_rl_core.registry._messages import known_package
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from attrs import define
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 
 __all__ = ["ThreadCalls"]
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
+from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
 from nemo_rl_core.rollouts.jsonl import group_from_dict, group_to_dict
 from nemo_rl_core.rollouts.records import RolloutGroup
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from nemo_rl_core._errors import ConfigError, DataError, GenerationError, MissingExtra
 from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.errors import ConfigError, DataError, GenerationError, MissingExtra
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest, SamplingParams
 from nemo_rl_core.rollouts.recording import Asked, RecordedSession
 from nemo_rl_core.rollouts.seeds import stable_seed

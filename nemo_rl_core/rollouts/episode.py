@@ -13,15 +13,15 @@ from typing import Any, Literal, TypeVar
 
 from attrs import frozen
 
-from nemo_rl_core._errors import (
+from nemo_rl_core.config.schema import RolloutConfig
+from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.errors import (
     DeadlineExceeded,
     EnvironmentFailure,
     GenerationError,
     NemoRLError,
     RewardError,
 )
-from nemo_rl_core.config.schema import RolloutConfig
-from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.protocols.environment import Environment, EnvironmentStep, Message
 from nemo_rl_core.protocols.generation_backend import (
     Completion,

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import attrs
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.environment import Message
 from nemo_rl_core.rollouts._gym_records import rollout_from_gym
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn

@@ -23,7 +23,7 @@ from typing import Any
 import cloudpickle
 from attrs import define
 
-from nemo_rl_core._errors import DeadlineExceeded, NemoRLError, RewardError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, NemoRLError, RewardError, WorkerDied
 from nemo_rl_core.rollouts._pool_process import WorkerProcess
 
 __all__ = ["ProcessPool"]

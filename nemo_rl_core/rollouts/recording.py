@@ -12,8 +12,8 @@ from typing import Any
 
 from attrs import define, evolve, field, frozen
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.environment import Message
 from nemo_rl_core.protocols.generation_backend import Completion
 from nemo_rl_core.rollouts.records import Turn

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from nemo_rl_core._errors import ConfigError, RewardError
+from nemo_rl_core.errors import ConfigError, RewardError
 from nemo_rl_core.protocols.environment import EnvironmentContext, EnvironmentStep, Message, Task
 from nemo_rl_core.registry import PluginCall
 from nemo_rl_core.rollouts._threads import ThreadCalls

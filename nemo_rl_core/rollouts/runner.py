@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.rollouts.engine import RolloutEngine

@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_core._errors import ConfigError, NemoRLError
 from nemo_rl_core._version import __version__
+from nemo_rl_core.errors import ConfigError, NemoRLError
 from nemo_rl_core.registry._kinds import KINDS
 
 __all__ = ["ANSWERS_FILE", "kind_named", "new_plugin", "update_plugin"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.data.tokenizer import Tokenizer
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import Completion, FinishReason, GenerationRequest
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import ComponentChoice, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams

@@ -17,8 +17,8 @@ from typing import Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import CheckpointError
 from nemo_rl_core._version import __version__
+from nemo_rl_core.errors import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointStore"]
 

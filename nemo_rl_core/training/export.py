@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.tokenizer import Tokenizer

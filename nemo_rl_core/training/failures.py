@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from nemo_rl_core._errors import EnvironmentFailure
+from nemo_rl_core.errors import EnvironmentFailure
 from nemo_rl_core.rollouts.records import RolloutError, RolloutGroup
 
 __all__ = ["check_failures"]

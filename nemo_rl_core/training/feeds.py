@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import ConfigError, InvariantViolation
+from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.registry import PluginCall
 from nemo_rl_core.rollouts.buffer import GroupBuffer
 from nemo_rl_core.training.failures import check_failures

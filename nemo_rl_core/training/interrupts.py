@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from nemo_rl_core._errors import RunInterrupted
+from nemo_rl_core.errors import RunInterrupted
 
 __all__ = ["InterruptGuard"]
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from nemo_rl_core._errors import InvariantViolation
+from nemo_rl_core.errors import InvariantViolation
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import InvariantsConfig

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, RunInterrupted
 from nemo_rl_core.config import to_dict
+from nemo_rl_core.errors import CheckpointError, ConfigError, RunInterrupted
 from nemo_rl_core.registry import PluginCall, RunHooks, get_registry, report_changes
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.training.assembly import RunParts, sampling_params

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from attrs import frozen
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.loss import LossSums, Metric
 from nemo_rl_core.registry import PluginCall
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import frozen
 
-from nemo_rl_core._errors import InvariantViolation
 from nemo_rl_core.data.sharding import plan_step
+from nemo_rl_core.errors import InvariantViolation
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult
 from nemo_rl_core.training.metrics import merge_metrics, metric_values
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained

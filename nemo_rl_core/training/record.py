@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from attrs import evolve, frozen
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.schema import RunConfig, ValidationConfig
 from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.registry import PluginCall
 from nemo_rl_core.rollouts.jsonl import read_groups, write_groups
 from nemo_rl_core.rollouts.metrics import rollout_metrics

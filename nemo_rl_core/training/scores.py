@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from nemo_rl_core.rollouts.records import Rollout, RolloutGroup

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.training.state import RunResult, RunState
 from nemo_rl_core.training.tracing import traced
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.training.failures import check_failures
 from nemo_rl_core.training.scores import Scoring, score_groups

@@ -11,8 +11,8 @@ import pytest
 import torch
 from vllm_kit import complete, generate, needs_vllm, request
 
-from nemo_rl_core._errors import ConfigError, GenerationError
 from nemo_rl_core.config.schema import GenerationConfig
+from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from nemo_rl_core._errors import GenerationError, MissingExtra
+from nemo_rl_core.errors import GenerationError, MissingExtra
 from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.cpu import environment
 from nemo_rl_plugins_vllm.installed import check_version

@@ -26,7 +26,7 @@ def plain(count: int = 2):
 """
 
 FAILS = """
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 
 def known():
     raise CheckpointError("the disk is full; free 3 GB")

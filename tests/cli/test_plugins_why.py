@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nemo_rl_core._errors import PluginError
+from nemo_rl_core.errors import PluginError
 from nemo_rl_core.registry import Registry, register_reward
 from nemo_rl_core.registry._why import kinds_with, resolution
 from nemo_rl_core.testing.site import PluginSite

@@ -7,7 +7,6 @@ import pytest
 from attrs import field, frozen
 from attrs.validators import gt
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -26,6 +25,7 @@ from nemo_rl_core.config import (
     load_config,
     resolve_choice,
 )
+from nemo_rl_core.errors import ConfigError
 
 
 def final(config, registry):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import GenerationConfig, InvalidConfig, PolicyConfig, RunConfig, load_config, to_dict
 from nemo_rl_core.config.mistakes import suggest
+from nemo_rl_core.errors import ConfigError
 
 GOOD = {"algorithm": "toy", "model": "m"}
 

@@ -13,12 +13,12 @@ import pytest
 from attrs import field, frozen
 from attrs.validators import in_, matches_re, max_len, min_len
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import ComponentChoice, component, describe, json_schema, to_dict
 from nemo_rl_core.config._json import parse_json
 from nemo_rl_core.config._yaml import parse_yaml
 from nemo_rl_core.config.structure import structure
 from nemo_rl_core.config.validators import gt, lt, one_of, optional
+from nemo_rl_core.errors import ConfigError
 
 
 class Mode(enum.Enum):

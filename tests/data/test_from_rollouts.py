@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.from_rollouts import batch_from_groups
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
 
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.models import load_tokenizer
 
 # Strips the thoughts of all but the newest assistant messages, as reasoning models' templates do.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nemo_rl
-from nemo_rl_core._errors import CheckpointError, ConfigError, EnvironmentFailure, InvariantViolation
+from nemo_rl_core.errors import CheckpointError, ConfigError, EnvironmentFailure, InvariantViolation
 from nemo_rl_core.rollouts.jsonl import read_groups
 from nemo_rl_core.training.record import read_metrics
 
@@ -294,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tiny, ro
 
 
 def test_a_dataset_smaller_than_a_step_says_so(tiny, rows):
-    from nemo_rl_core._errors import DataError
+    from nemo_rl_core.errors import DataError
 
     with pytest.raises(DataError):
         nemo_rl.GRPOTrainer(tiny(num_prompts_per_step=100, max_epochs=1)).fit(rows, first_letter)

@@ -8,8 +8,8 @@ import logging
 import pytest
 
 import nemo_rl
-from nemo_rl_core._errors import PluginIncompatible
 from nemo_rl_core.config.mistakes import InvalidConfig
+from nemo_rl_core.errors import PluginIncompatible
 from nemo_rl_core.registry import KINDS, Registry, _registry, register_reward
 from nemo_rl_core.testing.site import PluginSite
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import nemo_rl
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import ModelRole, Update
 from nemo_rl_core.training.record import read_metrics
 from nemo_rl_core.training.trainer import Trainer

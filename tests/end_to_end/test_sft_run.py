@@ -7,7 +7,7 @@ import json
 import pytest
 
 import nemo_rl
-from nemo_rl_core._errors import ConfigError, DataError
+from nemo_rl_core.errors import ConfigError, DataError
 
 
 @pytest.fixture

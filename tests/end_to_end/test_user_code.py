@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import load_config
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.training.record import read_metrics
 
 pytestmark = pytest.mark.xdist_group("user_code")  # one worker makes what they share

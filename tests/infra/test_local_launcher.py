@@ -13,8 +13,8 @@ import cloudpickle
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError, DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.errors import ConfigError, DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
 

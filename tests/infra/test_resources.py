@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from nemo_rl_core._errors import ResourceError
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.errors import ResourceError
 from nemo_rl_core.infra import resources
 from nemo_rl_core.infra.resources import ResourceManager
 

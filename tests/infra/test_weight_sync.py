@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from nemo_rl_core._errors import DeadlineExceeded, GenerationError, InvariantViolation
+from nemo_rl_core.errors import DeadlineExceeded, GenerationError, InvariantViolation
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.infra.local import InProcessGroup
 from nemo_rl_core.infra.weight_sync import InProcessSync, InProcessSyncConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import PluginIncompatible
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.errors import PluginIncompatible
 from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.registry import Registry, _registry, node_differences, worker_rows

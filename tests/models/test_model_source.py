@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import eos_token_ids, load_model, load_model_config, load_tokenizer, scratch_names
 
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from nemo_rl_core._errors import PluginBroken, PluginError, RunInterrupted
+from nemo_rl_core.errors import PluginBroken, PluginError, RunInterrupted
 from nemo_rl_core.hookspecs import hookimpl
 from nemo_rl_core.registry import KINDS, RunHooks, register_callback
 from nemo_rl_core.registry._hooks import SPECS

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nemo_rl_core._errors import PluginBroken, PluginConflict, PluginError, PluginIncompatible, PluginNotFound
+from nemo_rl_core.errors import PluginBroken, PluginConflict, PluginError, PluginIncompatible, PluginNotFound
 from nemo_rl_core.registry import KINDS, ComponentRef, Registry, register_loss
 from nemo_rl_core.testing.site import PluginSite
 

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from nemo_rl_core._errors import PluginError, PluginIncompatible
+from nemo_rl_core.errors import PluginError, PluginIncompatible
 from nemo_rl_core.registry import (
     ComponentRef,
     Registry,

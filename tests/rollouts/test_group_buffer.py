@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
+from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
 from nemo_rl_core.rollouts.buffer import GroupBuffer, group_age
 from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import DeadlineExceeded, RewardError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, RewardError, WorkerDied
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nemo_rl_core._errors import ConfigError, GenerationError
+from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.rollouts.endpoint import RecordingEndpoint

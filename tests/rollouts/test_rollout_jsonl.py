@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.rollouts.jsonl import group_from_dict, group_to_dict, read_groups, write_groups
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
 

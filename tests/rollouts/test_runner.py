@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.protocols.environment import EnvironmentStep
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_rl_core._errors import ConfigError, NemoRLError
+from nemo_rl_core.errors import ConfigError, NemoRLError
 from nemo_rl_core.registry import KINDS
 from nemo_rl_core.templates import ANSWERS_FILE, kind_named, new_plugin, update_plugin
 from nemo_rl_core.testing.conformance.kit import contract_for, contracts

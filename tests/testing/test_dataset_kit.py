@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.testing import BrokenSource, DatasetContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses
 

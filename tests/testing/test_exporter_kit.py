@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.exporter import ExportReport
 from nemo_rl_core.testing import ExporterContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import Completion
 from nemo_rl_core.testing import GenerationBackendContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses

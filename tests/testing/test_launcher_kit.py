@@ -10,8 +10,8 @@ import pickle
 import pytest
 from attrs import evolve
 
-from nemo_rl_core._errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
 from nemo_rl_core.testing import LauncherContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses

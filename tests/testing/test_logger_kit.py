@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.testing import LoggerContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses
 

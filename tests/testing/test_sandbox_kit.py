@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.sandbox import SandboxLimits, SandboxProgram, SandboxResult
 from nemo_rl_core.testing import SandboxContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses

@@ -10,8 +10,8 @@ import pytest
 import torch
 from attrs import evolve
 
-from nemo_rl_core._errors import CheckpointError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.testing import TrainingBackendContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses
 from nemo_rl_plugins_dtensor.backend import DTensorBackend

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.infra.weight_sync import InProcessSync, InProcessSyncConfig
 from nemo_rl_core.protocols.weight_sync import SyncReport

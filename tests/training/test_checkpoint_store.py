@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.training.checkpoint import CheckpointStore
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.loss import LossSums, Metric, ModelOutputs
 from nemo_rl_core.training.normalize import GlobalCounts, NormalizedLoss, count_trained
 

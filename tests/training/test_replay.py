@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError, DataError
+from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_core.registry import get_registry, register_generation_backend, register_training_backend
 from nemo_rl_core.rollouts.jsonl import read_groups, write_groups
 from nemo_rl_core.training.replay import read_recorded

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.training.record import RunRecord, read_metrics
 
 

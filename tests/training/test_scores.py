@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
 from nemo_rl_core.training.scores import Scoring, cons_at_k, pass_at_k, score_groups
 

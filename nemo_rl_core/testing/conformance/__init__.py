@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from nemo_rl_core._errors import MissingExtra
+from nemo_rl_core.errors import MissingExtra
 
 __all__: list[str] = []
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import NemoRLError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
 from nemo_rl_core.testing.conformance.kit import Contract
 

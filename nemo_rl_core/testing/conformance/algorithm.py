@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, Update
 from nemo_rl_core.testing.conformance.algorithm_case import AlgorithmCase, StandIn, handmade_groups, is_sampled

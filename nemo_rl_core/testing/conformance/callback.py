@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import attrs
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core._errors import PluginError
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.data.from_rollouts import batch_from_groups
+from nemo_rl_core.errors import PluginError
 from nemo_rl_core.registry import ComponentRef, RunHooks
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
 from nemo_rl_core.testing.conformance.kit import Contract

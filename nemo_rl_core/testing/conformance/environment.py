@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import pytest
 from attrs import define, evolve, field, frozen
 
-from nemo_rl_core._errors import NemoRLError, RewardError
 from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.errors import NemoRLError, RewardError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.environment import Environment, EnvironmentContext, EnvironmentStep, Message, Task
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest, SamplingParams

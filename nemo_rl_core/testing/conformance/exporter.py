@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.exporter import Exporter, ExportReport
 from nemo_rl_core.testing.conformance.kit import Contract
 

@@ -16,7 +16,7 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend
 from nemo_rl_core.testing.conformance.generation_bench import (

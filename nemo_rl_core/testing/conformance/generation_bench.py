@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.config.schema import GenerationConfig
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.testing.conformance.kit import Contract

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry import ComponentRef

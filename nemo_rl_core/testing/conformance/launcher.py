@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 import pytest
 
-from nemo_rl_core._errors import DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.config.schema import ClusterConfig
+from nemo_rl_core.errors import DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.protocols.launcher import Launcher, WorkerGroup, WorkerSpec
 from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.launched import LaunchedWorker

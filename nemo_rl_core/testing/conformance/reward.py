@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import ConfigError, NemoRLError, RewardError
+from nemo_rl_core.errors import ConfigError, NemoRLError, RewardError
 from nemo_rl_core.protocols.environment import Task
 from nemo_rl_core.registry import ComponentRef
 from nemo_rl_core.rollouts.context import EpisodeContext

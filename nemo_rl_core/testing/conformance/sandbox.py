@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import pytest
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.sandbox import Sandbox, SandboxLimits, SandboxProgram, SandboxResult
 from nemo_rl_core.testing.conformance.kit import Contract
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from attrs import frozen
 
-from nemo_rl_core._errors import NemoRLError
+from nemo_rl_core.errors import NemoRLError
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry import ComponentRef

@@ -16,9 +16,9 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core._errors import NemoRLError
 from nemo_rl_core.config.schema import ClusterConfig, SchedulerConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.protocols.loss import Metric

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import CheckpointError
 from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import Loss
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult, TrainingBackend

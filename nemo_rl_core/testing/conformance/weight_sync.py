@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import DeadlineExceeded, GenerationError, InvariantViolation
+from nemo_rl_core.errors import DeadlineExceeded, GenerationError, InvariantViolation
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.infra.local import InProcessGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport, WeightSync

@@ -11,7 +11,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_vllm.cpu import KV_CACHE_GIB, environment
 from nemo_rl_plugins_vllm.plugin import IMPORT_VARIABLE, TRANSFER_BACKEND
 

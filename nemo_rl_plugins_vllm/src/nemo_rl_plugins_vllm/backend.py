@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError, GenerationError
+from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
 from nemo_rl_plugins_vllm.checkpoint import (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import eos_token_ids, is_scratch, load_model, load_model_config, load_tokenizer
 from nemo_rl_plugins_vllm.pieces import ExpectedWeights
 from nemo_rl_plugins_vllm.requests import Limits

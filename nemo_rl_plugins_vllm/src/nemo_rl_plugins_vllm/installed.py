@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from nemo_rl_core._errors import MissingExtra
+from nemo_rl_core.errors import MissingExtra
 
 __all__ = ["TESTED", "check_version", "installed_version", "require_vllm"]
 

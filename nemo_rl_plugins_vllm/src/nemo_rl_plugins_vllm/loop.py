@@ -25,7 +25,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from nemo_rl_core._errors import DeadlineExceeded, GenerationError, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded, GenerationError, WorkerDied
 from nemo_rl_plugins_vllm.stats import Counters, StepCounter
 
 __all__ = ["Call", "EngineThread"]

@@ -19,7 +19,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 
 __all__ = ["ExpectedWeights", "Piece", "TensorInPiece", "open_piece", "pack"]
 

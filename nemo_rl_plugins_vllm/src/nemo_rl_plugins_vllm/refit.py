@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_plugins_vllm.pieces import ExpectedWeights, Piece, pack
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
 
 if TYPE_CHECKING:

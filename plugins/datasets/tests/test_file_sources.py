@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
 from nemo_rl_plugins_datasets.lines import IndexedLines
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
+from nemo_rl_core.errors import DataError
 from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
 from nemo_rl_plugins_datasets.huggingface import HuggingFaceSource
 
@@ -91,7 +91,7 @@ def test_what_it_accepts(saved, files, tmp_path):
 
 def test_offline_says_what_to_do(tmp_path):
     code = (
-        "from nemo_rl_core._errors import DataError\n"
+        "from nemo_rl_core.errors import DataError\n"
         "from nemo_rl_plugins_datasets.huggingface import HuggingFaceSource\n"
         "try: HuggingFaceSource({'path': 'nobody/nothing'}).load()\n"
         "except DataError as e: print(e)\n"
@@ -112,7 +112,7 @@ class Registry:
         return list(self.components)
 
     def resolve(self, kind, name):
-        from nemo_rl_core._errors import PluginNotFound
+        from nemo_rl_core.errors import PluginNotFound
 
         try:
             return self.components[name]

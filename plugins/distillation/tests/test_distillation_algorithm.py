@@ -6,10 +6,10 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core._errors import ConfigError, DataError
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.config.schema import PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
 from nemo_rl_core.registry import get_registry

@@ -9,8 +9,8 @@ import torch
 from pytest import approx
 from torch.nn.functional import kl_div
 
-from nemo_rl_core._errors import ConfigError, ShapeMismatch
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError, ShapeMismatch
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_plugins_distillation.forward_kl import ForwardKLLoss
 from nemo_rl_plugins_distillation.jensen_shannon import JensenShannonLoss

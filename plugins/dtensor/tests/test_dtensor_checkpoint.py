@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_core._errors import CheckpointError
 from nemo_rl_core.config.schema import SchedulerConfig
+from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_plugins_dtensor.attention import Packing

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import LossSums

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_rl_core._errors import CheckpointError, ConfigError
 from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
+from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_core.infra.local import LocalLauncher
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerSpec

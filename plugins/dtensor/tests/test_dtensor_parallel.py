@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
+from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra.local import LocalLauncher
 from nemo_rl_core.infra.weight_sync import InProcessSync
 from nemo_rl_core.models import load_model

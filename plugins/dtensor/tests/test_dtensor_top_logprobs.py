@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import LossSums

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from nemo_rl_core._errors import ConfigError, InvariantViolation
 from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig, SchedulerConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.training_backend import StepPlan

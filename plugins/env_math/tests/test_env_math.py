@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import DataError, DeadlineExceeded, RewardError
+from nemo_rl_core.errors import DataError, DeadlineExceeded, RewardError
 from nemo_rl_plugins_env_math.environment import MathConfig, MathEnvironment
 from nemo_rl_plugins_env_math.reward import math_verify_reward
 from nemo_rl_plugins_env_math.scoring import last_boxed, score_math

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core._errors import DataError, DeadlineExceeded
+from nemo_rl_core.errors import DataError, DeadlineExceeded
 from nemo_rl_plugins_env_reasoning_gym.environment import ReasoningGymConfig, ReasoningGymEnvironment
 from nemo_rl_plugins_env_reasoning_gym.scoring import extract_answer, score_task
 

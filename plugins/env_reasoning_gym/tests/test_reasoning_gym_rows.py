@@ -15,7 +15,7 @@ import pytest
 from reasoning_gym.factory import DATASETS
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core._errors import ConfigError, DataError
+from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_plugins_env_reasoning_gym import hooks, named
 from nemo_rl_plugins_env_reasoning_gym.dataset import CurriculumStage, ReasoningGymData, ReasoningGymSource
 from nemo_rl_plugins_env_reasoning_gym.scoring import score_task

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_grpo.advantage_config import GroupRelativeConfig
 from nemo_rl_plugins_grpo.config import GRPOConfig
 from nemo_rl_plugins_grpo.loss_config import ClippedPGConfig

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import nemo_rl
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.registry import get_registry
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model, load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
 from nemo_rl_core.protocols.launcher import WorkerContext

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.errors import ConfigError
 
 BASE = {"algorithm": "ppo", "model": "scratch:qwen2-tiny"}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pytest import approx
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
 from nemo_rl_core.registry import get_registry

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.config.schema import DataConfig
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
 from nemo_rl_plugins_sft.algorithm import SFT

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch_engine_kit import complete, generate, reference_logprobs, request
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 

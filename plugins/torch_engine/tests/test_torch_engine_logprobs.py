@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch_engine_kit import ARCHITECTURES, complete, reference_logprobs, request
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_torch_engine.attention_decoder import AttentionDecoder
 from nemo_rl_plugins_torch_engine.lean import LeanDecoder
 from nemo_rl_plugins_torch_engine.recompute import RecomputeDecoder

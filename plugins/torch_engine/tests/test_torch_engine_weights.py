@@ -9,8 +9,8 @@ import torch
 from attrs import evolve
 from torch_engine_kit import complete, generate, reference_logprobs, request
 
-from nemo_rl_core._errors import GenerationError
 from nemo_rl_core.config.schema import GenerationConfig
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_plugins_torch_engine.backend import TorchEngine

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 from nemo_rl_plugins_datasets.lines import IndexedLines
 
 __all__ = ["CsvOptions", "CsvSource", "FileOptions", "JsonlSource", "ParquetSource"]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 
 __all__ = ["HuggingFaceOptions", "HuggingFaceSource"]
 

@@ -9,7 +9,7 @@ import zlib
 from array import array
 from typing import Any
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 
 __all__ = ["IndexedLines"]
 

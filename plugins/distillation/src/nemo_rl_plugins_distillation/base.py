@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_distillation.loss_config import DivergenceConfig
 from nemo_rl_plugins_distillation.support import Pair, on_support

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.prompts import sft_messages
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
 from nemo_rl_plugins_distillation.algorithm import OffPolicyDistillation

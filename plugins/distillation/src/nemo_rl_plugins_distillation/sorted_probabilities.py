@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_distillation.base import nll_sum
 from nemo_rl_plugins_distillation.chunks import NEVER, Chunks

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core._errors import ConfigError, DataError
+from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import ModelRole
 

@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["Projection", "match_texts", "num_ids", "token_texts"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.preferences import labelled_answers, preference_pair
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, ModelRole
 from nemo_rl_plugins_dpo.config import DPOConfig
 

@@ -22,7 +22,7 @@ from attrs import define, evolve, frozen
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["ATTENTION_NAME", "Branches", "Packing", "packed_attention", "plan_groups", "runs"]
 

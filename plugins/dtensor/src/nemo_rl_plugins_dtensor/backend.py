@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nemo_rl_core._errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs

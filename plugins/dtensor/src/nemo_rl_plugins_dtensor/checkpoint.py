@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 
 __all__ = ["capture_rng", "read", "restore_rng", "write"]
 

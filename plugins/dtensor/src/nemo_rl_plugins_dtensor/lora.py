@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_rl_core._errors import CheckpointError, ConfigError
+from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_plugins_dtensor.config import LoRAConfig
 from nemo_rl_plugins_dtensor.parallel import local_part
 

@@ -13,8 +13,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME, Packing
 from nemo_rl_plugins_dtensor.logprobs import LogitTransform, likeliest, linear_logprobs
 from nemo_rl_plugins_dtensor.prefix import share_prefixes

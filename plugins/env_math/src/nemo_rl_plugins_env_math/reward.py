@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 from nemo_rl_plugins_env_math.scoring import score_math
 
 __all__ = ["math_verify_reward"]

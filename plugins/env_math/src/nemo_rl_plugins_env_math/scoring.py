@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import frozen
 
-from nemo_rl_core._errors import RewardError
+from nemo_rl_core.errors import RewardError
 
 __all__ = ["MathScore", "last_boxed", "score_math"]
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from attrs import Factory, evolve, field, frozen, validators
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_env_reasoning_gym.seeded import SeededGenerator, needs_fixed_hashes
 
 __all__ = ["CurriculumStage", "ReasoningGymData", "ReasoningGymRows", "ReasoningGymSource"]

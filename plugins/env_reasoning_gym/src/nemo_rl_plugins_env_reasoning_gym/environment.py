@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from attrs import field, frozen, validators
 
-from nemo_rl_core._errors import DeadlineExceeded
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.protocols.environment import EnvironmentStep, Message, SingleTurnEnvironment, Task
 from nemo_rl_plugins_env_reasoning_gym.scoring import Extraction, TaskScore, extract_answer, score_task
 

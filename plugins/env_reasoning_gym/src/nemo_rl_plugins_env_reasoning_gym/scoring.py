@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from attrs import frozen
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 
 __all__ = ["Extraction", "TaskScore", "extract_answer", "score_task"]
 

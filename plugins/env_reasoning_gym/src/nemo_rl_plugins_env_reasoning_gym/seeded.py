@@ -14,7 +14,7 @@ import weakref
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from nemo_rl_core._errors import DataError, DeadlineExceeded
+from nemo_rl_core.errors import DataError, DeadlineExceeded
 
 __all__ = ["HASH_DEPENDENT", "SeededGenerator", "needs_fixed_hashes"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from attrs import evolve
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, ModelRole
 from nemo_rl_plugins_grpo.config import GRPOConfig
 from nemo_rl_plugins_grpo.loss_config import PolicyLossConfig

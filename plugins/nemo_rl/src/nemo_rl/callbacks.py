@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.config import to_dict
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.training.callbacks import Callback
 from nemo_rl_core.training.state import RunState
 

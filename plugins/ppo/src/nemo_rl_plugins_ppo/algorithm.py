@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, Model, ModelRole, Update
 from nemo_rl_plugins_ppo.config import PPOConfig
 

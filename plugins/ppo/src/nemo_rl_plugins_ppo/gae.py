@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError, DataError
+from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_plugins_ppo.config import GAEConfig
 from nemo_rl_plugins_ppo.whitening import whiten
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_ppo.alignment import values_before
 from nemo_rl_plugins_ppo.config import ClippedValueConfig

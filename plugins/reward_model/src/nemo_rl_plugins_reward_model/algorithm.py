@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nemo_rl_core._errors import DataError
 from nemo_rl_core.data.preferences import preference_pair
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm
 from nemo_rl_plugins_reward_model.config import RewardModelConfig
 

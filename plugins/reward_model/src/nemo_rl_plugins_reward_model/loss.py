@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 from nemo_rl_plugins_reward_model.config import BradleyTerryConfig
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_rl_core._errors import ConfigError
 from nemo_rl_core.data.encoding import ConversationEncoder
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.resources import detect_devices
 from nemo_rl_core.models import load_model, load_model_config, load_tokenizer
 

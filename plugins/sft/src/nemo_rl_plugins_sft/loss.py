@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core._errors import ShapeMismatch
+from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError, GenerationError
+from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
 from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 from nemo_rl_plugins_torch_engine.decoders import build_decoder

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_torch_engine.attention_decoder import AttentionDecoder, UnsupportedModel, register_attention
 from nemo_rl_plugins_torch_engine.cuda_graphs import BucketedDecoder
 from nemo_rl_plugins_torch_engine.lean import LeanDecoder

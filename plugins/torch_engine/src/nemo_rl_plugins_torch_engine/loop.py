@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl_core._errors import DeadlineExceeded, GenerationError
+from nemo_rl_core.errors import DeadlineExceeded, GenerationError
 from nemo_rl_plugins_torch_engine.scheduler import Scheduler
 from nemo_rl_plugins_torch_engine.sequence import Sequence
 

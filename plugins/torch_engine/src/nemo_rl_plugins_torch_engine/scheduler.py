@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_plugins_torch_engine.passes import DecodePass, Decoder, PrefillPass
 from nemo_rl_plugins_torch_engine.sampling import RowSampling
 from nemo_rl_plugins_torch_engine.sequence import Prompt, Sequence

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import GenerationError
+from nemo_rl_core.errors import GenerationError
 
 __all__ = ["load_weights", "named_weights"]
 

@@ -17,7 +17,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core._errors import CheckpointError, ConfigError
+from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.loss import Metric, ModelOutputs
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult, TrainingBackend

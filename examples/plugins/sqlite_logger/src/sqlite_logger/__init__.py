@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core._errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError
 
 __all__ = ["SqliteConfig", "SqliteLogger"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 from nemo_rl_plugins_grpo.advantage_config import GDPOAdvantagesConfig
 from nemo_rl_plugins_grpo.advantages.grpo import group_relative_advantages
 from nemo_rl_plugins_grpo.advantages.whitening import require_finite, whiten

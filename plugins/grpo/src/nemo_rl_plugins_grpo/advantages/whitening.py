@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nemo_rl_core._errors import DataError
+from nemo_rl_core.errors import DataError
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nemo_rl_core._errors import ConfigError
+from nemo_rl_core.errors import ConfigError
 
 __all__ = ["kl_estimate", "reference_kl"]
 

@@ -18,7 +18,7 @@ def command(
 ) -> None:
     """Train a small model on this machine's CPU: warm start by SFT, then GRPO. No network, no GPU."""
     from nemo_rl.quickstart.recipe import run_quickstart
-    from nemo_rl_core._errors import RunInterrupted
+    from nemo_rl_core.errors import RunInterrupted
 
     try:
         result = run_quickstart(
