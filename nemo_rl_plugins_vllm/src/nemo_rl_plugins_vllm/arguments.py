@@ -1,0 +1,164 @@
+"""Our configuration as vLLM's engine arguments, and the environment that its processes start in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_plugins_vllm.cpu import KV_CACHE_GIB, environment
+from nemo_rl_plugins_vllm.plugin import IMPORT_VARIABLE, TRANSFER_BACKEND
+
+if TYPE_CHECKING:
+    from vllm import AsyncEngineArgs
+
+    from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_plugins_vllm.config import VLLMConfig
+
+__all__ = ["engine_arguments", "has_gpu", "starting_environment"]
+
+_GIB = 1 << 30
+_OURS = frozenset(
+    {"model", "logprobs_mode", "skip_tokenizer_init", "weight_transfer_config", "worker_extension_cls", "dtype"}
+)
+"""Arguments that the backend depends on."""
+_starting = threading.Lock()
+"""The environment of a process is one: engines start one after another."""
+
+
+def has_gpu() -> bool:
+    """Whether the installed vLLM drives a GPU."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
+def engine_arguments(
+    options: VLLMConfig, *, folder: str, precision: str, max_length: int, seed: int, gpu: bool
+) -> AsyncEngineArgs:
+    """VLLM's arguments.
+
+    Args:
+        options: `generation.options`.
+        folder: Of the checkpoint, or its hub name.
+        precision: "float32" or "bfloat16".
+        max_length: Tokens of prompt and completion together.
+        seed: Of requests that have none.
+        gpu: Whether vLLM drives a GPU.
+
+    Raises:
+        ConfigError: `engine_args` has a name that vLLM does not know, or one that is set elsewhere.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.config import WeightTransferConfig
+
+    _check_further(options.engine_args, {f.name for f in fields(AsyncEngineArgs)})
+    kv_cache_gib = options.kv_cache_gib or (None if gpu else KV_CACHE_GIB)
+    arguments: dict[str, Any] = {
+        "model": folder,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": precision,
+        "seed": seed & 0x7FFFFFFF,
+        "max_model_len": max_length,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+        "data_parallel_size": options.data_parallel_size,
+        "distributed_executor_backend": options.distributed_executor_backend,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "quantization": options.quantization,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enforce_eager": (not gpu) if options.enforce_eager is None else options.enforce_eager,
+        "load_format": options.load_format,
+        "use_tqdm_on_load": False,
+        "enable_sleep_mode": gpu and options.sleep_level > 0,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": "nemo_rl_plugins_vllm.worker.WorkerExtension",
+        "weight_transfer_config": WeightTransferConfig(backend=TRANSFER_BACKEND),
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return AsyncEngineArgs(**{**given, **options.engine_args})
+
+
+def _check_further(given: Mapping[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name in _OURS:
+            raise ConfigError(
+                f"generation.options.engine_args.{name}: this backend sets it itself. Remove it; what can be chosen "
+                "are the fields of generation and generation.options."
+            )
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"generation.options.engine_args.{name}: vLLM has no such engine argument.{hint}")
+
+
+@contextlib.contextmanager
+def starting_environment(options: VLLMConfig, context: WorkerContext, *, gpu: bool) -> Iterator[None]:
+    """The environment in which vLLM's processes start; put back afterwards.
+
+    They do not run the main module again: a script without `if __name__ == "__main__":` may start an engine.
+    """
+    values = {IMPORT_VARIABLE: ",".join(options.import_modules)}
+    if gpu:
+        values |= _visible_devices(context.device, options)
+    else:
+        threads = [n for n in (options.num_threads, context.num_threads) if n is not None]
+        single = options.tensor_parallel_size * options.pipeline_parallel_size == 1
+        values |= environment(
+            min(threads, default=None), single=single and options.distributed_executor_backend is None
+        )
+    with _starting, _variables(values), _without_main():
+        yield
+
+
+def _visible_devices(device: str, options: VLLMConfig) -> dict[str, str]:
+    """VLLM counts devices from 0: hide those before ours."""
+    first = int(device.partition(":")[2] or 0)
+    if first == 0:
+        return {}
+    count = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(i) for i in range(first + count)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + count])}
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide where the main module came from, which `multiprocessing` would import in a new process."""
+    main = sys.modules.get("__main__")
+    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if main and name in vars(main)}
+    if main is not None:
+        main.__spec__ = None
+    try:
+        yield
+    finally:
+        if main is not None:
+            vars(main).pop("__spec__", None)
+            vars(main).update(hidden)

@@ -1,0 +1,80 @@
+"""What only vLLM without a GPU needs: threads that share the machine with the trainer, tied heads, and its sleep.
+
+vLLM's own sleep mode rests on the allocator of CUDA. On the CPU we take the pages of the KV cache back and give new
+ones, behind the tensors that the attention layers hold.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+__all__ = ["KV_CACHE_GIB", "environment", "release_cache", "repack_tied_heads", "restore_cache"]
+
+KV_CACHE_GIB = 1.0
+"""Of `kv_cache_gib`, where vLLM itself would take most of the machine."""
+_SIZES = "_nemo_rl_cache_sizes"
+
+
+def environment(num_threads: int | None, *, single: bool) -> dict[str, str]:
+    """Variables for vLLM's processes, as far as the user has not set them.
+
+    vLLM binds each worker to the cores of one memory node, and refuses a second worker on a machine with one; the
+    trainer in the same machine would have to wait for those cores. So nothing is bound. With nothing to bind, a lone
+    worker needs no process of its own beside the engine's, which it has only to have its threads bound: without it the
+    engine starts faster and saves a hop in each step.
+
+    Args:
+        num_threads: Of each worker; None leaves the number to PyTorch.
+        single: Whether an engine has one worker.
+    """
+    wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if single and os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") == "nobind":
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    wanted = {name: value for name, value in wanted.items() if name not in os.environ}
+    if num_threads is not None:
+        wanted["OMP_NUM_THREADS"] = str(num_threads)
+    return wanted
+
+
+def repack_tied_heads(model: Any) -> None:
+    """Give a head that shares its weight with the embedding the new weights too.
+
+    The CPU's matrix product reads a packed copy, which is made when a layer is loaded; a tied head is not loaded.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    for head in embeddings:
+        tied = any(other is not head and other.weight is head.weight for other in embeddings)
+        if isinstance(head, ParallelLMHead) and tied:
+            head.quant_method.process_weights_after_loading(head)
+
+
+def _storages(model_runner: Any) -> list[Any]:
+    found = {}
+    for cache in model_runner.kv_caches:
+        for tensor in cache if isinstance(cache, list | tuple) else [cache]:
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage
+    return list(found.values())
+
+
+def release_cache(model_runner: Any) -> int:
+    """Free the memory of the KV cache; returns the number of bytes."""
+    sizes = []
+    for storage in _storages(model_runner):
+        sizes.append(storage.nbytes())
+        storage.resize_(0)
+    setattr(model_runner, _SIZES, sizes)
+    return sum(sizes)
+
+
+def restore_cache(model_runner: Any) -> None:
+    """Give the KV cache its memory again, with zeros in it."""
+    import torch
+
+    for storage, size in zip(_storages(model_runner), getattr(model_runner, _SIZES, ()), strict=True):
+        storage.resize_(size)
+        torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
+    setattr(model_runner, _SIZES, ())

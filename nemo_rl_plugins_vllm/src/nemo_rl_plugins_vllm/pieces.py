@@ -1,0 +1,249 @@
+"""New weights on their way to vLLM's processes: packed into pieces of memory that both sides can open.
+
+A piece is one stretch of bytes with several tensors in it, and a list that says where each lies. On the CPU it is a
+file in shared memory, a new one for each piece, so that the receiver may keep what it has not yet used; on a GPU it is
+an allocation whose handle goes to the process on the same device, which takes a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from nemo_rl_core.errors import GenerationError
+
+__all__ = ["ExpectedWeights", "Piece", "TensorInPiece", "open_piece", "pack"]
+
+_ALIGNMENT = 64
+_SHOWN = 5
+_SHARED_MEMORY = Path("/dev/shm")
+"""Where files live in memory on Linux; elsewhere the folder for temporary files serves."""
+
+
+@frozen
+class TensorInPiece:
+    """Where a tensor lies in a piece."""
+
+    name: str
+    """What the trainer calls it."""
+    load_name: str
+    """What the model loads it as: the name by which a tied weight is known."""
+    tensor: Tensor
+    offset: int
+    """In bytes."""
+
+    def description(self) -> tuple[str, str, str, list[int], int]:
+        """All but the tensor's contents, of plain types."""
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        return self.name, self.load_name, dtype, list(self.tensor.shape), self.offset
+
+
+@define
+class Piece:
+    """A full piece; `close` gives its memory back."""
+
+    kind: Literal["file", "cuda"]
+    where: Any
+    """Path of the file, or the pickled handle and the device's identity."""
+    num_bytes: int
+    tensors: list[tuple[str, str, str, list[int], int]]
+    _held: Tensor | None = field(default=None, repr=False)
+
+    def update_info(self) -> dict[str, Any]:
+        """What the receiver is told."""
+        return {"kind": self.kind, "where": self.where, "num_bytes": self.num_bytes, "tensors": self.tensors}
+
+    def close(self) -> None:
+        """Called when the receiver has answered; what it has mapped stays readable there."""
+        self._held = None
+        if self.kind == "file":
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.where)
+
+
+@frozen
+class ExpectedWeights:
+    """Names and shapes of a model's weights."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """By every name, also the further names of a tied weight."""
+    canonical: Mapping[str, str]
+    """The first name of each, which checkpoints use."""
+    required: frozenset[str]
+    """Canonical names of the parameters."""
+
+    @classmethod
+    def of(cls, model: Any) -> ExpectedWeights:
+        """Those of a Hugging Face module, which may be without contents (on the meta device)."""
+        first: dict[int, str] = {}
+        shapes, canonical = {}, {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            shapes[name] = tuple(parameter.shape)
+            canonical[name] = first.setdefault(id(parameter), name)
+        required = frozenset(canonical.values())
+        for name, buffer in model.named_buffers():
+            shapes[name], canonical[name] = tuple(buffer.shape), name
+        return cls(shapes, canonical, required)
+
+    def check(self, name: str, tensor: Tensor) -> str:
+        """The name to load a tensor by.
+
+        Raises:
+            GenerationError: The model has none of this name or shape.
+        """
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise GenerationError(
+                f"Weight update: the model has no weight {name!r}. Its names look like "
+                f"{sorted(self.required)[:_SHOWN]}. The trainer must export Hugging Face names of the same model."
+            )
+        if shape != tuple(tensor.shape):
+            raise GenerationError(
+                f"Weight update: {name!r} has shape {tuple(tensor.shape)}, the model needs {shape}. "
+                "The trainer must export full tensors of the same model."
+            )
+        return self.canonical[name]
+
+    def check_complete(self, seen: set[str]) -> None:
+        """Refuse an update that has ended too early.
+
+        Args:
+            seen: Canonical names.
+
+        Raises:
+            GenerationError: Weights are missing.
+        """
+        missing = sorted(self.required - seen)
+        if missing:
+            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+            raise GenerationError(
+                f"Weight update: {len(missing)} weights did not come: {missing[:_SHOWN]}{more}. "
+                "The trainer must export every weight."
+            )
+
+
+def pack(
+    tensors: Iterable[tuple[str, Tensor]], expected: ExpectedWeights | None, *, chunk_bytes: int, cuda_ipc: bool
+) -> Iterator[Piece]:
+    """Copy tensors into pieces, in the order in which they come.
+
+    Args:
+        tensors: Name and full tensor.
+        expected: What the model has; None checks nothing.
+        chunk_bytes: Of one piece; a larger tensor has one of its own.
+        cuda_ipc: Hand tensors of a GPU over on that GPU.
+
+    Raises:
+        GenerationError: A name or shape does not belong to the model, or, at the end, one is missing.
+    """
+    waiting: list[TensorInPiece] = []
+    seen: set[str] = set()
+    end = 0
+    for name, tensor in tensors:
+        load_name = expected.check(name, tensor) if expected else name
+        seen.add(load_name)
+        size = tensor.numel() * tensor.element_size()
+        if waiting and end + size > chunk_bytes:
+            yield _fill(waiting, end, cuda_ipc=cuda_ipc)
+            waiting, end = [], 0
+        waiting.append(TensorInPiece(name, load_name, tensor.detach(), end))
+        end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
+    if expected:
+        expected.check_complete(seen)
+    if waiting:
+        yield _fill(waiting, end, cuda_ipc=cuda_ipc)
+
+
+def _fill(tensors: list[TensorInPiece], num_bytes: int, *, cuda_ipc: bool) -> Piece:
+    devices = {t.tensor.device for t in tensors}
+    descriptions = [t.description() for t in tensors]
+    if cuda_ipc and len(devices) == 1 and next(iter(devices)).type == "cuda":
+        device = next(iter(devices))
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        _copy(tensors, buffer)
+        torch.cuda.synchronize(device)
+        return Piece("cuda", _handle(buffer), num_bytes, descriptions, buffer)
+    folder = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
+    number, path = tempfile.mkstemp(prefix="nemo-rl-weights-", dir=folder)
+    try:
+        os.ftruncate(number, max(num_bytes, 1))
+        buffer = _mapped(path, num_bytes)
+        _copy(tensors, buffer)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(number)
+    return Piece("file", path, num_bytes, descriptions)
+
+
+def _copy(tensors: list[TensorInPiece], buffer: Tensor) -> None:
+    for t in tensors:
+        _view(buffer, t.tensor.dtype, list(t.tensor.shape), t.offset).copy_(t.tensor)
+
+
+def _view(buffer: Tensor, dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    return buffer[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+
+
+def _mapped(path: str, num_bytes: int) -> Tensor:
+    return torch.from_file(path, shared=True, size=max(num_bytes, 1), dtype=torch.uint8)
+
+
+def _handle(buffer: Tensor) -> tuple[bytes, str]:
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(buffer)
+    return pickle.dumps(arguments), _identity(buffer.device)
+
+
+def _identity(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def open_piece(
+    kind: str, where: Any, num_bytes: int, tensors: list[Any], *, device: torch.device
+) -> Iterator[tuple[str, str, Tensor]]:
+    """In the receiver: name, name to load by, and tensor of all that a piece holds.
+
+    Args:
+        kind: As all that follow, of `Piece.update_info`.
+        where: Path or handle.
+        num_bytes: Of the piece.
+        tensors: Descriptions.
+        device: Of the receiver's model.
+
+    Raises:
+        RuntimeError: The piece lies on another GPU.
+    """
+    buffer = _mapped(where, num_bytes) if kind == "file" else _copied_from_gpu(where, device)
+    for name, load_name, dtype, shape, offset in tensors:
+        yield name, load_name, _view(buffer, getattr(torch, dtype), shape, offset)
+
+
+def _copied_from_gpu(where: Any, device: torch.device) -> Tensor:
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    pickled, identity = where
+    if _identity(device) != identity:
+        raise RuntimeError(
+            f"The trainer's weights are on the GPU {identity}, this worker is on {_identity(device)}. "
+            "Set generation.options.weight_transport=shared_memory."
+        )
+    arguments = list(pickle.loads(pickled))
+    arguments[6] = device.index or 0  # the device's number may be another one in this process
+    copy: Tensor = rebuild_cuda_tensor(*arguments).clone()
+    torch.cuda.synchronize(device)
+    return copy

@@ -1,0 +1,137 @@
+"""A weight update from the trainer's side: pieces are filled while vLLM loads those before."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+from torch import Tensor
+
+from nemo_rl_core.errors import DeadlineExceeded
+from nemo_rl_plugins_vllm.pieces import ExpectedWeights, Piece, pack
+
+if TYPE_CHECKING:
+    from nemo_rl_plugins_vllm.config import VLLMConfig
+    from nemo_rl_plugins_vllm.loop import EngineThread
+
+__all__ = ["RefitReport", "refit"]
+
+_MIB = 1 << 20
+_ABANDON_TIMEOUT_S = 30.0
+
+
+@frozen
+class RefitReport:
+    """What an update moved."""
+
+    num_bytes: int
+    seconds: float
+
+
+class _Deadline:
+    def __init__(self, thread: EngineThread, *, version: int, timeout_s: float) -> None:
+        self._thread = thread
+        self._end = time.monotonic() + timeout_s
+        self._what = f"Weight update to version {version}"
+        self._timeout_s = timeout_s
+
+    def wait(self, future: concurrent.futures.Future[Any]) -> Any:
+        """The result, until the end of the whole update."""
+        return self._thread.result(future, what=self._what, timeout_s=self._end - time.monotonic())
+
+    def check(self) -> None:
+        """Refuse to go on when the trainer has used the time up."""
+        if time.monotonic() > self._end:
+            raise DeadlineExceeded(
+                f"{self._what} passed its deadline of {self._timeout_s:g} s while waiting for the trainer's tensors "
+                "(generation.options.refit_timeout_s)."
+            )
+
+
+def refit(
+    thread: EngineThread,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    version: int,
+    expected: ExpectedWeights | None,
+    options: VLLMConfig,
+    wake_weights: bool,
+    gpu: bool,
+) -> RefitReport:
+    """Bring new weights into all of vLLM's workers.
+
+    Args:
+        thread: The engine.
+        tensors: Name and full tensor.
+        version: Stamp of later tokens.
+        expected: What the model has, or None.
+        options: Of the backend.
+        wake_weights: The engine sleeps: give the weights their memory first.
+        gpu: Whether vLLM drives a GPU.
+
+    Raises:
+        GenerationError, DeadlineExceeded, WorkerDied: As `VLLMEngine.update_weights`.
+    """
+    start = time.monotonic()
+    deadline = _Deadline(thread, version=version, timeout_s=options.refit_timeout_s)
+    if wake_weights:
+        deadline.wait(thread.begin(thread.wake(gpu=gpu, only_weights=True)))
+    num_workers = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
+    pieces = pack(
+        tensors,
+        expected,
+        chunk_bytes=options.refit_chunk_mib * _MIB,
+        # A handle serves one process on the same device.
+        cuda_ipc=options.weight_transport == "cuda_ipc" or (options.weight_transport == "auto" and num_workers == 1),
+    )
+    frozen = deadline.wait(thread.begin(thread.begin_update()))
+    try:
+        num_bytes = _send(thread, pieces, deadline)
+        recompute = options.kv_cache_on_update == "recompute"
+        deadline.wait(thread.begin(thread.end_update(version, recompute=recompute)))
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            thread.call(thread.abandon_update(), what="Leaving the update", timeout_s=_ABANDON_TIMEOUT_S)
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            thread.call(thread.thaw(frozen), what="Going on", timeout_s=_ABANDON_TIMEOUT_S)
+    return RefitReport(num_bytes, time.monotonic() - start)
+
+
+def _send(thread: EngineThread, pieces: Iterable[Piece], deadline: _Deadline) -> int:
+    """Send all; one piece is loaded while the next one is filled."""
+    under_way: tuple[concurrent.futures.Future[None], Piece] | None = None
+    num_bytes = 0
+    try:
+        for piece in pieces:
+            num_bytes += piece.num_bytes
+            before, under_way = under_way, None
+            try:
+                _finish(before, deadline)
+                deadline.check()
+            except BaseException:
+                piece.close()
+                raise
+            under_way = thread.begin(thread.load(piece.update_info())), piece
+        last, under_way = under_way, None
+        _finish(last, deadline)
+    finally:
+        if under_way is not None:  # the trainer's side has failed
+            with contextlib.suppress(Exception):
+                _finish(under_way, deadline)
+    return num_bytes
+
+
+def _finish(under_way: tuple[concurrent.futures.Future[None], Piece] | None, deadline: _Deadline) -> None:
+    if under_way is None:
+        return
+    future, piece = under_way
+    try:
+        deadline.wait(future)
+    finally:
+        piece.close()

@@ -1,0 +1,236 @@
+"""What the contract of engines does not ask of this one: its processes, options, updates in flight, and errors."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from vllm_kit import complete, generate, needs_vllm, request
+
+from nemo_rl_core.config.schema import GenerationConfig
+from nemo_rl_core.errors import ConfigError, GenerationError
+from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.models import load_model
+from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.testing.conformance.reference import forward_logits
+from nemo_rl_plugins_vllm.backend import VLLMEngine
+from nemo_rl_plugins_vllm.config import VLLMConfig
+
+pytestmark = needs_vllm
+
+PROMPT = (20, 31, 42, 53, 64)
+
+
+def reference_logprobs(model, prompt, token_ids):
+    """Logprobs of a continuation by a plain forward pass."""
+    logprobs = forward_logits(model, [*prompt, *token_ids]).log_softmax(-1)[len(prompt) - 1 : -1]
+    return logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+def largest_difference(model, prompt, completion):
+    return float(
+        (torch.tensor(completion.logprobs) - reference_logprobs(model, prompt, completion.token_ids)).abs().max()
+    )
+
+
+def test_a_conversation_reads_its_earlier_turns_from_the_cache(engine, pool):
+    prompt = tuple(3 + i % 90 for i in range(300))
+    (first,) = complete(engine, request(prompt, seed=1, max_new_tokens=20, ignore_eos=True))
+    engine.metrics()
+    longer = (*prompt, *first.token_ids, 70, 71)
+    (second,) = complete(engine, request(longer, seed=2, max_new_tokens=20, ignore_eos=True))
+    assert engine.metrics()["prefix_cached_tokens"] >= 256  # whole blocks of 128
+    assert largest_difference(pool.tiny.model, longer, second) < 1e-4
+
+
+def test_after_an_update_no_old_cache_is_read(engine, pool):
+    prompt = tuple(3 + i % 90 for i in range(300))
+    new = pool.tiny.changed_weights()
+    complete(engine, request(prompt, seed=1, max_new_tokens=4, ignore_eos=True))
+    engine.update_weights(1, iter(new.items()))
+    engine.metrics()
+    (after,) = complete(engine, request(prompt, seed=1, max_new_tokens=4, ignore_eos=True))
+    assert engine.metrics()["prefix_cached_tokens"] == 0
+    assert largest_difference(pool.tiny.copy(new), prompt, after) < 1e-4
+
+
+def test_an_update_changes_fingerprint_and_outputs(engine, pool):
+    ask = request(PROMPT, temperature=0.0, max_new_tokens=12, ignore_eos=True)
+    new = pool.tiny.changed_weights()
+    before, digest = complete(engine, ask)[0], engine.fingerprint()
+    assert digest == fingerprint(pool.tiny.weights().items())
+    engine.update_weights(1, iter(new.items()))
+    assert engine.fingerprint() == fingerprint(new.items()) != digest
+    assert complete(engine, ask)[0].token_ids != before.token_ids
+
+
+@pytest.mark.parametrize("chunk", [1, 20_000, 1 << 30])
+def test_pieces_of_any_size_carry_the_same_weights(engine, pool, chunk, monkeypatch):
+    from nemo_rl_plugins_vllm import refit
+
+    monkeypatch.setattr(refit, "_MIB", chunk)
+    monkeypatch.setattr(engine, "_options", VLLMConfig(refit_chunk_mib=1))
+    new = pool.tiny.changed_weights(seed=5)
+    engine.update_weights(1, iter(new.items()))
+    assert engine.fingerprint() == fingerprint(new.items())
+    (found,) = complete(engine, request(PROMPT, seed=1, max_new_tokens=12, ignore_eos=True))
+    assert largest_difference(pool.tiny.copy(new), PROMPT, found) < 1e-4
+
+
+def update_in_flight(engine, weights, *, at_version=1):
+    """A completion of 600 tokens during which the weights change."""
+
+    async def run():
+        call = asyncio.ensure_future(engine.generate(request(PROMPT, seed=3, max_new_tokens=600, ignore_eos=True)))
+        await engine.generate(request(PROMPT, seed=4, max_new_tokens=2, ignore_eos=True))
+        await asyncio.to_thread(engine.update_weights, at_version, iter(weights.items()))
+        return await call
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_cache_of_requests_in_flight_is_kept_or_computed_again(engine, pool, monkeypatch, kept):
+    monkeypatch.setattr(engine, "_options", VLLMConfig(kv_cache_on_update="keep" if kept else "recompute"))
+    new = pool.tiny.changed_weights()
+    found = update_in_flight(engine, new)
+    assert (found.weight_version, found.last_weight_version) == (0, 1)
+    assert len(found.token_ids) == len(found.logprobs) == 600
+    wanted = reference_logprobs(pool.tiny.copy(new), PROMPT, found.token_ids)
+    last = (torch.tensor(found.logprobs) - wanted)[-20:].abs().max()
+    # With the cache computed again the end is what the new weights alone predict; an old cache is part of it otherwise.
+    assert last > 1e-3 if kept else last < 1e-4
+
+
+def test_a_cancelled_request_leaves_the_engine(engine):
+    async def run():
+        call = asyncio.ensure_future(engine.generate(request(PROMPT, seed=1, max_new_tokens=900, ignore_eos=True)))
+        await engine.generate(request(PROMPT, seed=2, max_new_tokens=2, ignore_eos=True))
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        for _ in range(200):
+            if engine._thread.idle:
+                break
+            await asyncio.sleep(0.01)
+        return call.cancelled(), engine._thread.idle
+
+    assert asyncio.run(run()) == (True, True)
+    metrics = engine.metrics()
+    assert metrics["cancelled"] == 1
+    assert metrics["requests"] == 1
+
+
+def test_requests_held_by_a_pause_enter_in_their_order(engine):
+    entered = []
+    sample = engine._thread._sample
+
+    async def seen(call):
+        entered.append(call.order)
+        await sample(call)
+
+    async def run():
+        engine.pause()
+        orders = [(2, 0), (0, 1), (1, 0), (0, 0)]
+        calls = [asyncio.ensure_future(engine.generate(request(PROMPT, order=o, max_new_tokens=2))) for o in orders]
+        await asyncio.sleep(0.1)
+        assert entered == []
+        engine.resume()
+        await asyncio.gather(*calls)
+
+    engine._thread._sample = seen
+    try:
+        asyncio.run(run())
+    finally:
+        engine._thread._sample = sample
+    assert entered == [(0, 0), (0, 1), (1, 0), (2, 0)]
+
+
+def test_no_request_is_served_while_it_sleeps(engine):
+    engine.sleep()
+    (error,) = generate(engine, request(PROMPT, max_new_tokens=2))
+    assert isinstance(error, GenerationError)
+    assert "wake()" in str(error)
+    engine.wake()
+    assert len(complete(engine, request(PROMPT, max_new_tokens=2))) == 1
+
+
+def test_sleep_gives_the_cache_back(engine):
+    """The process that decodes is smaller by what the KV cache held."""
+    prompts = [tuple(3 + (i * j) % 90 for i in range(700)) for j in range(1, 40)]
+    complete(engine, *(request(p, max_new_tokens=1) for p in prompts))
+    sizes = engine._thread.call(_rpc(engine, "nemo_rl_release_cache"), what="release", timeout_s=60)
+    assert sizes == [pytest.approx(1 << 28, rel=0.05)]
+    engine._thread.call(_rpc(engine, "nemo_rl_restore_cache"), what="restore", timeout_s=60)
+    engine._thread.call(engine._thread._llm.reset_prefix_cache(), what="reset", timeout_s=60)
+    assert len(complete(engine, request(PROMPT, max_new_tokens=2))) == 1
+
+
+async def _rpc(engine, name):
+    return await engine._thread._llm.collective_rpc(name)
+
+
+def test_metrics_count_what_was_sampled(engine):
+    complete(engine, *(request(PROMPT, seed=i, max_new_tokens=7, ignore_eos=True) for i in range(3)))
+    metrics = engine.metrics()
+    assert {name: metrics[name] for name in ("requests", "tokens", "prompt_tokens")} == {
+        "requests": 3.0,
+        "tokens": 21.0,
+        "prompt_tokens": 15.0,
+    }
+    assert 0 < metrics["running"] <= 3
+    assert 0 < metrics["kv_cache_usage"] < 1
+    assert "tokens" not in engine.metrics()
+
+
+def test_first_weights_of_a_scratch_model_are_those_of_the_trainer():
+    """And a script needs no `if __name__ == "__main__":` to start an engine."""
+    script = """
+        import asyncio
+        from nemo_rl_core.config.schema import GenerationConfig
+        from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
+        from nemo_rl_core.protocols.launcher import WorkerContext
+        from nemo_rl_plugins_vllm.backend import VLLMEngine
+        from nemo_rl_plugins_vllm.config import VLLMConfig
+
+        engine = VLLMEngine()
+        config = GenerationConfig(model_name="scratch:qwen2-tiny", options=VLLMConfig(kv_cache_gib=0.1))
+        engine.setup(config, WorkerContext(seed=3, num_threads=1))
+        sampling = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
+        print("digest", engine.fingerprint())
+        found = asyncio.run(engine.generate(GenerationRequest(request_id="r", prompt_ids=[5, 6, 7], sampling=sampling)))
+        print("tokens", found.token_ids)
+        engine.shutdown()
+    """
+    done = subprocess.run(
+        [sys.executable, "-"], input=textwrap.dedent(script), capture_output=True, text=True, timeout=300, check=False
+    )
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("digest", "tokens")))
+    assert said, done.stderr[-2000:]
+    model = load_model("scratch:qwen2-tiny", dtype=torch.float32, seed=3).eval()
+    assert said["digest"] == fingerprint((n, p.detach()) for n, p in model.named_parameters())
+    ids = [5, 6, 7]
+    for _ in range(6):
+        ids.append(int(forward_logits(model, ids)[-1].argmax()))
+    assert said["tokens"] == str(ids[3:])
+
+
+def set_up(**options):
+    VLLMEngine().setup(
+        GenerationConfig(model_name="scratch:qwen2-tiny", options=VLLMConfig(**options)), WorkerContext(num_threads=1)
+    )
+
+
+def test_engine_arguments_are_checked_by_name():
+    with pytest.raises(ConfigError, match="Did you mean 'max_num_seqs'"):
+        set_up(engine_args={"max_num_seq": 3})
+    with pytest.raises(ConfigError, match="sets it itself"):
+        set_up(engine_args={"logprobs_mode": "raw_logprobs"})
+
+
+def test_what_vllm_refuses_is_an_error_in_its_words():
+    with pytest.raises(GenerationError, match=r"(?s)vLLM did not start.*divisible by tensor parallel size"):
+        set_up(tensor_parallel_size=3)

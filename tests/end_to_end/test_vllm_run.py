@@ -1,0 +1,90 @@
+"""Runs whose rollouts vLLM samples: the engine is the trainer's policy, before and after each refit."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import nemo_rl
+from nemo_rl_core.config.schema import PolicyConfig
+from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.rollouts.jsonl import read_groups
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.xdist_group("vllm"),
+    pytest.mark.timeout(600),
+]
+
+
+def digits(response: str) -> float:
+    return float(any(c.isdigit() for c in response))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Five steps of GRPO on `dtensor` and `vllm`."""
+    folder = tmp_path_factory.mktemp("vllm") / "run"
+    config = {
+        "model": "scratch:qwen2-tiny",
+        "seed": 7,
+        "learning_rate": 3e-3,
+        "num_prompts_per_step": 8,
+        "num_generations_per_prompt": 8,
+        "max_steps": 5,
+        "run_dir": str(folder),
+        "policy": {"max_sequence_length": 48, "backend": "dtensor"},
+        "generation": {
+            "backend": "vllm",
+            "max_new_tokens": 16,
+            "temperature": 0.8,
+            "options": {"kv_cache_gib": 0.25, "num_threads": 1},
+        },
+        "logging": {"progress": "none"},
+    }
+    rows = [{"prompt": f"{a}+{b}="} for a in range(5) for b in range(5)]
+    return nemo_rl.GRPOTrainer(config).fit(rows, digits)
+
+
+def test_engine_and_trainer_agree_in_every_step(run):
+    assert run.status == "completed"
+    assert len(run.history) == 5
+    errors = [entry["train/token_mult_prob_error"] for entry in run.history]
+    assert max(errors) < 1.0001, errors
+    assert all(abs(entry["train/probs_ratio"] - 1) < 1e-4 for entry in run.history)
+
+
+def test_every_rollout_was_sampled_from_the_weights_of_its_step(run):
+    for step in range(1, 6):
+        groups = read_groups(run.run_dir / "rollouts" / f"step_{step}.jsonl")
+        turns = [turn for g in groups for r in g.rollouts for segment in r.segments for turn in segment]
+        versions = {turn.weight_version for turn in turns if turn.sampled}
+        assert versions == {step - 1}
+
+
+def test_logprobs_of_the_first_rollouts_are_those_of_dtensor(run):
+    from nemo_rl_plugins_dtensor.backend import DTensorBackend
+    from nemo_rl_plugins_dtensor.config import DTensorConfig
+
+    backend = DTensorBackend()
+    backend.setup(PolicyConfig(model_name="scratch:qwen2-tiny", options=DTensorConfig()), WorkerContext(seed=7))
+    groups = read_groups(run.run_dir / "rollouts" / "step_1.jsonl")
+    rollouts = [r for g in groups for r in g.rollouts]
+    assert len(rollouts) == 64
+    for rollout in rollouts:
+        prompt, sampled = rollout.segments[0]
+        ids = [*prompt.token_ids, *sampled.token_ids]
+        batch = BatchedDataDict([len(ids)])
+        batch.set_tokens("input_ids", torch.tensor(ids))
+        found = backend.get_logprobs(batch, temperature=0.8)[len(prompt.token_ids) :]
+        assert torch.allclose(found, torch.tensor(sampled.logprobs), atol=1e-4)
+
+
+def test_metrics_of_the_engine_stand_in_the_history(run):
+    for entry in run.history:
+        assert entry["generation/requests"] == 64
+        assert entry["generation/tokens"] > 64
+    assert run.history[-1]["generation/refits"] == 1
