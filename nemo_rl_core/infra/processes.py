@@ -138,7 +138,7 @@ class ProcessGroup:
                 if kind != "item":
                     break
                 yield value
-                del value, found  # free the shared memory of the item before the next
+                del value, found  # free the memory of the item before the next
                 self._reply("next")
             finished = True
             self._collect(method, None if timeout_s is None else timeout_s - spent, answered={0: (kind, value)})

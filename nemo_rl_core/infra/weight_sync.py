@@ -29,8 +29,8 @@ class InProcessSync:
     """Moves weights to an engine in this process.
 
     From a trainer in this process the engine gets the live tensors, and with `share` it may alias them: then
-    nothing is copied. From trainers in other processes rank 0 streams the full tensors, one at a time, through
-    shared memory.
+    nothing is copied. From trainers in other processes rank 0 streams the full tensors, one at a time, over
+    its pipe.
 
     Tensors are cast to the engine's `dtype` if it has that attribute, so that the fingerprints of both sides
     are comparable.

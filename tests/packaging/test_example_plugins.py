@@ -18,7 +18,12 @@ pytestmark = pytest.mark.xdist_group("examples")  # one worker makes what they s
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/plugins/*/pyproject.toml"))
-OURS = [ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
+OURS = [
+    ROOT,
+    *sorted(
+        path.parent for pattern in ("plugins/*", "nemo_rl_plugins_*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
+    ),
+]
 
 CONFIG = """
 algorithm: grpo

@@ -39,6 +39,8 @@ _STYLES: dict[str, Any] = {
     # A norm over each head's own dimension: activations [B, T, heads, D] are split by heads.
     "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
 }
+_LEFT_WHOLE = frozenset({"embedding_rowwise"})
+"""transformers before 5.20 names the embedding in every plan; its weight may be the head's too, and stays whole."""
 _LLAMA_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.k_proj": "colwise",
@@ -242,6 +244,8 @@ def tensor_plan(model: Any, size: int) -> dict[str, ParallelStyle]:
     styles: dict[str, ParallelStyle] = {}
     for pattern, style in plan.items():
         if not fnmatch.filter(modules, pattern):
+            continue
+        if style in _LEFT_WHOLE:
             continue
         if style not in _STYLES:
             raise ConfigError(
