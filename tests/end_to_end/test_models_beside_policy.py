@@ -16,11 +16,11 @@ from attrs import evolve
 import nemo_rl
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.protocols.algorithm import ModelRole, Update
 from nemo_rl_core.protocols.loss import Metric
 from nemo_rl_core.training.record import read_metrics
 from nemo_rl_core.training.trainer import Trainer
-from nemo_rl_plugins_dtensor import checkpoint
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_ppo.algorithm import PPO
 
@@ -97,7 +97,7 @@ def uninterrupted(script, tmp_path_factory) -> Path:
 
 def saved(run_dir: Path, role: str):
     (file,) = (run_dir / "checkpoints" / "step_6" / role).glob("*.pt")
-    return checkpoint.read(file)
+    return sealed_file.read(file)
 
 
 def assert_equal(mine, other):
