@@ -190,7 +190,6 @@ def test_ppo_adapts_the_policy_and_its_critic(tiny, rows, base, tmp_path):
     squared = [entry["train/critic/squared_error"] for entry in result.history]
     assert min(squared[-3:]) < 0.5 * squared[0]
     (saved,) = (result.run_dir / "checkpoints").glob("*/critic/*.pt")
-
     names = sealed_file.read(saved)["weights"].keys()
     assert "score.weight" in names and all(".lora_" in name or name == "score.weight" for name in names)
 
