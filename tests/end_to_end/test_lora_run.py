@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import nemo_rl
+from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.training.policy import InitialModel
 from nemo_rl_core.training.record import read_metrics
 
