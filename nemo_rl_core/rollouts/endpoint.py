@@ -282,7 +282,7 @@ async def _stream(request: Any, answer: dict[str, Any], *, chat: bool) -> Any:
     from aiohttp import web
 
     if chat:
-        choices = [{**choice, "delta": choice["message"]} for choice in answer["choices"]]
+        choices = [choice | dict(delta=choice["message"]) for choice in answer["choices"]]
         answer = {**answer, "object": "chat.completion.chunk", "choices": choices}
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)

@@ -250,7 +250,6 @@ def _is_initial_policy(parts: RunParts, name: str) -> bool:
 def _check_engine(config: RunConfig, launcher: Launcher, resolver: _Resolver) -> None:
     """Find out before a model is loaded whether the run's engine can be refitted."""
     engine_class = resolver.resolve("generation_backends", config.generation.backend).load()
-    _check_staleness(config, engine_class)
     placement = engine_placement(config, engine_class, launcher)
     check_weight_sync(config, placement, resolver.resolve("weight_syncs", config.weight_sync.name).load())
 
