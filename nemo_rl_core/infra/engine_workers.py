@@ -111,11 +111,11 @@ class EngineWorkers(GenerationBackend):
         made._launch = connect
         with concurrent.futures.ThreadPoolExecutor(max(1, num_workers)) as pool:
             started = [pool.submit(connect, index) for index in range(num_workers)]
-        failed = [future.exception() for future in started if future.exception() is not None]
+        failed = [error for future in started if (error := future.exception()) is not None]
         made.links = [future.result() for future in started if future.exception() is None]
         if failed:
             made.shutdown()
-            raise failed[0]  # type: ignore[misc]
+            raise failed[0]
         return made
 
     def setup(self, config: Any, context: Any) -> None:

@@ -8,7 +8,7 @@ one that does not (another conversation, a rewritten history, a second try) begi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from attrs import define, evolve, field, frozen
 
@@ -38,7 +38,7 @@ def normalized(message: Mapping[str, Any]) -> Message:
         if not all(isinstance(part, str) for part in parts):
             raise DataError("The content of a message may be text, or a list of text parts; images are not served.")
         content = "".join(str(part) for part in parts)
-    return {**kept, "content": str(content)}  # type: ignore[typeddict-item]
+    return cast(Message, {**kept, "content": str(content)})
 
 
 @define(eq=False)

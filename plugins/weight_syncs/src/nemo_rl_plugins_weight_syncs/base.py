@@ -1,9 +1,10 @@
-"""The weight syncs whose two sides work at the same time."""
+"""What the weight syncs of this package share, and those whose two sides work at the same time."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,31 +19,18 @@ from nemo_rl_plugins_weight_syncs.hub import Deadline, call_off
 from nemo_rl_plugins_weight_syncs.sides import Sides
 from nemo_rl_plugins_weight_syncs.streaming import Received, Sent, Transfer, open_hub, receive, send
 
-__all__ = ["StreamedSync", "conclude", "until_all_alive"]
+__all__ = ["StreamedSync", "WorkerSync", "conclude", "until_all_alive"]
 
 
-class StreamedSync:
-    """Streams chunks from the trainer's rank 0 to every engine. A sub-class says how they are carried.
-
-    Args:
-        config: Options; None takes the defaults.
-    """
+class WorkerSync(ABC):
+    """A weight sync that reaches engines in processes of their own. A sub-class says what one attempt is."""
 
     config_class: ClassVar[type]
     placements: ClassVar[frozenset[str]] = frozenset({"driver", "workers"})
 
-    def __init__(self, config: Any = None) -> None:
-        self.config = config or self.config_class()
-        self._session = uuid.uuid4().hex
-        self._epoch = 0
-
-    def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
-        """(class of the trainer's carrier, options...), (class of the engines' carrier, options...).
-
-        Raises:
-            ConfigError: The trainer and the engines are where this sync cannot reach.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define carriers")
+    @abstractmethod
+    def _attempt(self, sides: Sides, start: float) -> SyncReport:
+        """Move the weights once; `start` is when the refit began, by `time.perf_counter`."""
 
     def sync(
         self, trainer: WorkerGroup, engine: GenerationBackend, *, version: int, share: bool, timeout_s: float
@@ -59,11 +47,33 @@ class StreamedSync:
         Raises:
             DeadlineExceeded: Names the side that was waited for.
             InvariantViolation: The fingerprints differ after the sync.
+            CheckpointError: It goes through files, and these cannot be written or read.
             ConfigError: The engines are where this sync does not reach.
         """
         start = time.perf_counter()
         deadline = Deadline.after(timeout_s, version)
         return until_all_alive(engine, deadline, lambda: self._attempt(Sides(trainer, engine, deadline), start))
+
+
+class StreamedSync(WorkerSync):
+    """Streams chunks from the trainer's rank 0 to every engine. A sub-class says how they are carried.
+
+    Args:
+        config: Options; None takes the defaults.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config or self.config_class()
+        self._session = uuid.uuid4().hex
+        self._epoch = 0
+
+    @abstractmethod
+    def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
+        """(class of the trainer's carrier, options...), (class of the engines' carrier, options...).
+
+        Raises:
+            ConfigError: The trainer and the engines are where this sync cannot reach.
+        """
 
     def _attempt(self, sides: Sides, start: float) -> SyncReport:
         try:

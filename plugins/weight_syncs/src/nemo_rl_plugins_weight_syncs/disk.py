@@ -21,12 +21,9 @@ from torch import Tensor
 
 from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_core.infra.weight_transfer import OutgoingWeights
-from nemo_rl_core.protocols.generation_backend import GenerationBackend
-from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport
-from nemo_rl_plugins_weight_syncs.base import conclude, until_all_alive
+from nemo_rl_plugins_weight_syncs.base import WorkerSync, conclude
 from nemo_rl_plugins_weight_syncs.config import DiskConfig
-from nemo_rl_plugins_weight_syncs.hub import Deadline
 from nemo_rl_plugins_weight_syncs.packing import chunks
 from nemo_rl_plugins_weight_syncs.sides import Sides
 from nemo_rl_plugins_weight_syncs.streaming import Received, Sent, Transfer
@@ -36,7 +33,7 @@ __all__ = ["DiskSync"]
 _INDEX = "refit.json"
 
 
-class DiskSync:
+class DiskSync(WorkerSync):
     """Weights through files.
 
     Args:
@@ -44,34 +41,11 @@ class DiskSync:
     """
 
     config_class: ClassVar[type] = DiskConfig
-    placements: ClassVar[frozenset[str]] = frozenset({"driver", "workers"})
 
     def __init__(self, config: DiskConfig | None = None) -> None:
         self.config = config or DiskConfig()
         self._session = uuid.uuid4().hex[:12]
         self._temporary: Path | None = None
-
-    def sync(
-        self, trainer: WorkerGroup, engine: GenerationBackend, *, version: int, share: bool, timeout_s: float
-    ) -> SyncReport:
-        """Bring the engines to the trainer's weights; `share` is ignored.
-
-        Args:
-            trainer: The policy's workers.
-            engine: An engine of this process, or `EngineWorkers`.
-            version: Stamp for what is sampled from now on.
-            share: Ignored.
-            timeout_s: Deadline of the whole refit.
-
-        Raises:
-            DeadlineExceeded: Names the side that was waited for.
-            InvariantViolation: The fingerprints differ after the sync.
-            CheckpointError: The files cannot be written, or not be read.
-            ConfigError: The engines do not see the folder.
-        """
-        start = time.perf_counter()
-        deadline = Deadline.after(timeout_s, version)
-        return until_all_alive(engine, deadline, lambda: self._attempt(Sides(trainer, engine, deadline), start))
 
     def _attempt(self, sides: Sides, start: float) -> SyncReport:
         folder, version = self._folder(sides), sides.deadline.version
