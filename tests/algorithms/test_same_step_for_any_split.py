@@ -8,6 +8,7 @@ core's `Policy`, which shards, cuts and divides. Two processes are started once 
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from typing import Any
 
@@ -80,8 +81,15 @@ class Again(DTensorBackend):
         self.context = context
         super().setup(config, context)
 
-    def set_up_again(self, config) -> None:
-        super().setup(config, self.context)
+    def set_up_again(self, config, port: int) -> None:
+        """At a port of its own: what the store of the first group still holds would be taken for the second's."""
+        super().setup(config, attrs.evolve(self.context, master_port=port))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +216,8 @@ def measured(folders, expected):
                 spec = WorkerSpec(role="policy", factory=Again, config=config, num_workers=2, timeout_s=60.0)
                 group = launcher.launch(spec)
             else:
-                group.call("shutdown")
-                group.call("set_up_again", config)
+                group.call("shutdown", timeout_s=30.0)
+                group.call("set_up_again", config, free_port(), timeout_s=60.0)
             policy = Policy(group, token_budget=SMALL if size == 1 else 10_000)
             found[split] |= steps(policy, head)
     launcher.shutdown()
