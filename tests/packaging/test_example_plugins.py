@@ -103,6 +103,15 @@ def test_its_own_tests_pass_where_it_is_installed(python: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [("guess_number", []), ("simple", ["--only", "data_parallel", "--only", "logprobs"])]
+)
+def test_the_kit_finds_by_their_names_what_it_needs(python: Path, tmp_path: Path, name: str, options: list[str]):
+    out = checked(python, "-P", "-m", "nemo_rl_core.cli", "plugins", "check", name, *options, cwd=tmp_path)
+    assert " 0 failed" in out
+
+
+@pytest.mark.slow
 def test_a_run_uses_them_all(python: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "", "number": n % 6}) + "\n" for n in range(8)))
     (tmp_path / "config.yaml").write_text(CONFIG)

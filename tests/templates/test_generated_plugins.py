@@ -127,6 +127,27 @@ def test_its_tests_pass(outcomes: dict[str, list[str]], kind: str) -> None:
     assert "".join(outcomes[kind])[:6000] == ""
 
 
+CHECKED = """
+import sys
+from nemo_rl_core.registry import get_registry
+from nemo_rl_core.testing.conformance.kit import check_component, clauses, contract_for
+
+for kind in sys.argv[1:]:
+    ref = get_registry().resolve(kind, f"my_{kind}")
+    clause = "data_parallel" if kind == "training_backends" else next(iter(clauses(contract_for(kind))))
+    for result in check_component(ref, only=[clause]).results:
+        print(kind, result.outcome)
+"""
+
+
+def test_the_kits_take_them_by_name(fresh: Fresh) -> None:
+    """As their READMEs say: each gives its kit what it is to be checked with."""
+    lines = fresh.run("-c", CHECKED, *(kind for kind in TESTED if kind != "commands")).splitlines()
+    found = dict(line.split() for line in lines if line.split()[0] in TESTED and len(line.split()) == 2)
+    assert found.pop("training_backends") == "skipped"  # it has one process
+    assert found == dict.fromkeys(set(TESTED) - {"commands", "training_backends"}, "passed")
+
+
 def test_doctor_finds_nothing_wrong(fresh: Fresh) -> None:
     found = json.loads(fresh.run("-m", "nemo_rl_core.cli", "plugins", "doctor", "--json"))
     assert found["healthy"], found

@@ -11,13 +11,7 @@ class TestContract(EnvironmentContract):
 
     @pytest.fixture
     def environment(self):
-        return EnvironmentCase(
-            environment=GuessNumber,
-            task={"prompt": "", "number": 7},
-            turns_before=["3", "5"],
-            response="7",
-            max_turns=4,
-        )
+        return EnvironmentCase(environment=GuessNumber, **GuessNumber.example)
 
 
 def play(*guesses: str, number: int = 7, max_guesses: int = 4):

@@ -12,8 +12,6 @@ from nemo_rl_core.testing import TrainingBackendContract
 class TestContract(TrainingBackendContract):
     """Everything that the core expects of a training backend."""
 
-    num_processes = 0  # one process is all that it has
-
     @pytest.fixture
     def backend(self):
         return SimpleBackend

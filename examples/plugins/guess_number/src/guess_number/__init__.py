@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from attrs import field, frozen
@@ -33,6 +33,13 @@ class GuessNumber:
     """
 
     config_class: ClassVar[type] = GuessNumberConfig
+    example: ClassVar[Mapping[str, Any]] = {
+        "task": {"prompt": "", "number": 7},
+        "turns_before": ["3", "5"],
+        "response": "7",
+        "max_turns": 4,
+    }
+    """A game for the conformance kit, `nemo-rl plugins check guess_number`."""
 
     def __init__(self, config: GuessNumberConfig, context: EnvironmentContext) -> None:
         self.config = config

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,6 +44,7 @@ class SimpleBackend(TrainingBackend):
 
     config_class: ClassVar[type] = SimpleConfig
     capabilities: ClassVar[frozenset[str]] = frozenset({"share_weights"})
+    conformance: ClassVar[Mapping[str, Any]] = {"num_processes": 0}  # one process is all that it has
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Load the model. Raises ConfigError for what this backend cannot do."""
