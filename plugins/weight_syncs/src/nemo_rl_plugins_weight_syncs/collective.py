@@ -139,6 +139,7 @@ class _Buffers:
 
 class _Out:
     num_bytes_sent = None
+    in_flight = _NUM_SLOTS
 
     def __init__(self, transfer: Transfer, backend: Any, kind: str, address: str) -> None:
         self.transfer, self.kind, self.address = transfer, kind, address

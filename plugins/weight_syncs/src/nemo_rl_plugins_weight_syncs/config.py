@@ -14,8 +14,8 @@ __all__ = ["CollectiveConfig", "DeltaConfig", "DiskConfig", "SharedMemoryConfig"
 class SharedMemoryConfig:
     """Options of `shared_memory`."""
 
-    chunk_bytes: int = field(default=16 << 20, validator=gt(0))
-    """Size of each of the two buffers that tensors are packed into; a larger tensor gets one of its own size."""
+    chunk_bytes: int = field(default=4 << 20, validator=gt(0))
+    """Size of each of the four buffers that tensors are packed into; a larger tensor gets one of its own size."""
     check_fingerprint: bool = True
     """Compare the weights of both sides after each refit."""
 

@@ -53,6 +53,8 @@ class _Base:
 class _Out:
     """Sends changes. Its `num_bytes_sent` counts them, with what describes them."""
 
+    in_flight = 2
+
     def __init__(self, transfer: Transfer, backend: Any, full: bool) -> None:
         self.full = full
         self.base: _Base = keep(transfer.key("sent base"), _Base)

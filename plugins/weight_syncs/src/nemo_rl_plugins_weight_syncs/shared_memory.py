@@ -1,4 +1,4 @@
-"""The weight sync `shared_memory`: two buffers that the trainer fills and the engines read, on one machine.
+"""The weight sync `shared_memory`: a few buffers that the trainer fills and the engines read, on one machine.
 
 On a CPU the buffers are memory that both sides map. Where the trainer and every engine use one CUDA device they are
 device memory, opened by the engines through CUDA IPC, and no byte leaves the device.
@@ -28,7 +28,8 @@ from nemo_rl_plugins_weight_syncs.streaming import Transfer
 
 __all__ = ["SharedMemorySync"]
 
-_NUM_SLOTS = 2
+_NUM_SLOTS = 4
+"""With two, each side waits for the other at every chunk; a few small ones let both run, and stay in the caches."""
 _SHARED = Path("/dev/shm")
 
 
@@ -127,6 +128,7 @@ def _open(handle: Sequence[Any]) -> Tensor:
 
 class _Out:
     num_bytes_sent = None
+    in_flight = _NUM_SLOTS
 
     def __init__(self, transfer: Transfer, backend: Any, device: str) -> None:
         self.transfer = transfer

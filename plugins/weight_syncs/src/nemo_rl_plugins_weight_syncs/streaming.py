@@ -21,21 +21,20 @@ from nemo_rl_plugins_weight_syncs.packing import Chunk, chunks
 
 __all__ = ["InCarrier", "OutCarrier", "Received", "Sent", "Transfer", "open_hub", "receive", "send"]
 
-_IN_FLIGHT = 2
-"""Chunks that are packed but not yet taken: the two buffers."""
-
 
 class OutCarrier(Protocol):
     """The trainer's end of a way to move chunks."""
 
     num_bytes_sent: int | None
     """To one engine, if that is not what was packed."""
+    in_flight: int
+    """Chunks that may be packed but not yet taken: its buffers."""
 
     def begin(self, hub: Hub, num_engines: int) -> None:
         """Called when all engines have connected."""
 
     def send(self, hub: Hub, number: int, chunk: Chunk) -> None:
-        """Move chunk `number`; the buffer of chunk `number - 2` is free. Announces it to the engines."""
+        """Move chunk `number`; the buffer of chunk `number - in_flight` is free. Announces it to the engines."""
 
     def end(self, digest: str) -> None:
         """Every engine has loaded everything."""
@@ -147,7 +146,7 @@ def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, ca
     carrier.begin(hub, len(transfer.names))
     outgoing = OutgoingWeights(source, transfer.dtype, digest=False)
     for number, chunk in enumerate(chunks(outgoing, transfer.chunk_bytes)):
-        hub.wait_acked(number - _IN_FLIGHT + 1)
+        hub.wait_acked(number - carrier.in_flight + 1)
         carrier.send(hub, number, chunk)
         if transfer.fingerprint:  # while the engines load the chunk
             for entry, tensor in zip(chunk.entries, chunk.tensors, strict=True):
