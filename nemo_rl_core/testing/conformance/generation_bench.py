@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -15,8 +15,6 @@ from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.reference import (
     TINY_SHAPE,
     TinyModel,
@@ -24,10 +22,8 @@ from nemo_rl_core.testing.conformance.reference import (
     sampling_distribution,
     tiny_model,
 )
-from nemo_rl_core.testing.conformance.subject import Configured, Expecting, configured, from_reference
-
-if TYPE_CHECKING:
-    from nemo_rl_core.registry import ComponentRef
+from nemo_rl_core.testing.conformance.set_up import SetUpContract
+from nemo_rl_core.testing.conformance.subject import Expecting, configured
 
 __all__ = [
     "PROMPT",
@@ -48,7 +44,7 @@ Start = Callable[..., GenerationBackend]
 """Type of the fixture `start`."""
 
 
-class GenerationBench(Contract):
+class GenerationBench(SetUpContract):
     """Sets engines up, asks them and compares; base of the contract of a generation backend.
 
     Attributes:
@@ -62,22 +58,11 @@ class GenerationBench(Contract):
 
     kind: ClassVar[str] = "generation_backends"
     subject: ClassVar[str] = "engine"
-    config_options: ClassVar[Mapping[str, Any]] = {}
     model_shape: ClassVar[Mapping[str, Any]] = TINY_SHAPE
     device: ClassVar[str] = "cpu"
     tolerance: ClassVar[float] = 1e-4
     num_concurrent: ClassVar[int] = 100
     wait_s: ClassVar[float] = 20.0
-
-    @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """The component with these options, not made yet."""
-        return from_reference(cls.kind, ref, overlaid(example, options))
-
-    @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The class of the engine."""
-        return subject.loaded if isinstance(subject, Configured) else subject
 
     @pytest.fixture
     def engine(self) -> type:

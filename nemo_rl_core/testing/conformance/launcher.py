@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -20,13 +20,9 @@ import pytest
 from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.protocols.launcher import Launcher, WorkerGroup, WorkerSpec
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.launched import LaunchedWorker
-from nemo_rl_core.testing.conformance.subject import Configured, Expecting, configured, from_reference
-
-if TYPE_CHECKING:
-    from nemo_rl_core.registry import ComponentRef
+from nemo_rl_core.testing.conformance.set_up import SetUpContract
+from nemo_rl_core.testing.conformance.subject import Expecting, configured
 
 __all__ = ["LauncherContract"]
 
@@ -43,7 +39,7 @@ _HEALTHY = WorkerSpec(
 )
 
 
-class LauncherContract(Contract):
+class LauncherContract(SetUpContract):
     """What every launcher must do. Define the fixture `launcher`: the component class.
 
     Attributes:
@@ -57,21 +53,10 @@ class LauncherContract(Contract):
     kind: ClassVar[str] = "launchers"
     subject: ClassVar[str] = "launcher"
     timeout_s: ClassVar[float] = 90.0
-    config_options: ClassVar[Mapping[str, Any]] = {}
     cluster: ClassVar[Mapping[str, Any]] = {"device": "cpu", "cpus_per_node": 4}
     same_machine: ClassVar[bool] = True
     hang_s: ClassVar[float] = 20.0
     wait_s: ClassVar[float] = 60.0
-
-    @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """The component with these options, not made yet."""
-        return from_reference(cls.kind, ref, overlaid(example, options))
-
-    @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The class of the launcher."""
-        return subject.loaded if isinstance(subject, Configured) else subject
 
     @pytest.fixture
     def launcher(self) -> type:

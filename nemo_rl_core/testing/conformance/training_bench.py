@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -17,8 +17,6 @@ from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import Loss
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult, TrainingBackend
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
 from nemo_rl_core.testing.conformance.reference import (
     TINY_SHAPE,
     ReferenceTrainer,
@@ -28,11 +26,9 @@ from nemo_rl_core.testing.conformance.reference import (
     ragged_batch,
     tiny_model,
 )
-from nemo_rl_core.testing.conformance.subject import Configured, configured, from_reference
+from nemo_rl_core.testing.conformance.set_up import SetUpContract
+from nemo_rl_core.testing.conformance.subject import configured
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
-
-if TYPE_CHECKING:
-    from nemo_rl_core.registry import ComponentRef
 
 __all__ = [
     "OPTIMIZER",
@@ -52,7 +48,7 @@ Start = Callable[..., TrainingBackend]
 """Type of the fixture `start`."""
 
 
-class TrainingBench(Contract):
+class TrainingBench(SetUpContract):
     """Sets backends up and compares them; base of the contract of a training backend.
 
     Attributes:
@@ -65,21 +61,10 @@ class TrainingBench(Contract):
 
     kind: ClassVar[str] = "training_backends"
     subject: ClassVar[str] = "backend"
-    config_options: ClassVar[Mapping[str, Any]] = {}
     model_shape: ClassVar[Mapping[str, Any]] = TINY_SHAPE
     device: ClassVar[str] = "cpu"
     tolerance: ClassVar[float] = 1e-4
     num_processes: ClassVar[int] = 2
-
-    @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """The component with these options, not made yet."""
-        return from_reference(cls.kind, ref, overlaid(example, options))
-
-    @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The class of the backend."""
-        return subject.loaded if isinstance(subject, Configured) else subject
 
     @pytest.fixture
     def backend(self) -> type:
