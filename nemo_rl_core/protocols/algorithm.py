@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.infra.kept import Kept
+    from nemo_rl_core.models.over_vocabulary import OutputLayer
     from nemo_rl_core.rollouts.records import RolloutGroup
 
 __all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update"]
@@ -40,6 +42,8 @@ class ModelRole:
 
     config: PolicyConfig
     """Its model, backend and budget; a `model_name` of None is the policy's."""
+    capabilities: frozenset[str] = frozenset()
+    """What the algorithm asks of its training backend beside the usual, see `TrainingBackend.capabilities`."""
     trained: bool = False
     """It takes optimizer steps (a critic) and stands in the checkpoints; else it is frozen and has no optimizer."""
 
@@ -71,6 +75,18 @@ class Model(Protocol):
 
     def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
         """[N, k] token ids and float32 logprobs of the k likeliest tokens in place of each token."""
+        ...
+
+    def hidden_states(self, batch: BatchedDataDict) -> Tensor:
+        """[N, E] what the output layer makes each token's distribution of; 0 outside `loss_mask`."""
+        ...
+
+    def output_layer(self) -> OutputLayer:
+        """The output layer, at the sampling temperature, on the CPU."""
+        ...
+
+    def keep(self, value: Any) -> Kept:
+        """Give the workers of this model a large value once; a loss for it may hold what is returned."""
         ...
 
 

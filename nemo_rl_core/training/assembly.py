@@ -230,6 +230,7 @@ def _add_policy(
     for name, role in roles.items():
         backend = resolver.load("training_backends", role.config.backend or config.policy.backend)
         _check_head(name, role, backend)
+        _check_capabilities(name, role, backend, parts.algorithm.loss)
         backends[name] = resolver.used[-1]
     rows = worker_rows(get_registry().manifest(resolver.used))
     for name, role in roles.items():
@@ -303,6 +304,22 @@ def _check_head(name: str, role: ModelRole, backend: Any) -> None:
             f"The role {name!r} needs a model with a scalar head, which the training backend {backend.__name__} does "
             f"not serve (its capabilities: {', '.join(sorted(backend.capabilities)) or 'none'}). Choose another "
             f"backend for this role, such as with {name}.backend."
+        )
+
+
+def _check_capabilities(name: str, role: ModelRole, backend: Any, loss: Any) -> None:
+    """What an algorithm or its loss asks of a backend, asked before a model is loaded.
+
+    Raises:
+        ConfigError: The backend does not have it.
+    """
+    of_loss = {"over_vocabulary"} & set(loss.needs) if name == "policy" else set()
+    if missing := {*role.capabilities, *of_loss} - set(backend.capabilities):
+        raise ConfigError(
+            f"The role {name!r} needs a training backend with {', '.join(sorted(missing))}, which {backend.__name__} "
+            f"does not have (its capabilities: {', '.join(sorted(backend.capabilities)) or 'none'}). Choose another "
+            f"backend for it, such as with {name}.backend, or settings that do not need it"
+            f"{' (top_k: 64 compares the likeliest tokens alone)' if 'over_vocabulary' in missing else ''}."
         )
 
 
