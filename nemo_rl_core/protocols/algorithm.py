@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.models.over_vocabulary import OutputLayer
     from nemo_rl_core.rollouts.records import RolloutGroup
 
-__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update"]
+__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
 
 
 @frozen(kw_only=True)
@@ -101,6 +101,11 @@ class Algorithm(Protocol):
     rollouts of older weights, because it corrects their importance or needs no correction, says so by
     `takes_stale_rollouts = True` (an attribute or a property); the core refuses `rollouts.staleness` above 0 otherwise.
 
+    One that may train on either, as its settings say, has a configuration with the attribute or property `feed`, which
+    then stands for the class's (see `feed_of`). One fed with rollouts that takes the rows themselves in some steps
+    says which by `samples(step) -> bool`, step being the number of steps done; it may depend on nothing else but the
+    configuration, so that a resumed run draws the same. `build_batch` then gets rows, and nothing is sampled.
+
     Attributes:
         config_class: Root configuration class (a `RunConfig`) that `algorithm: <name>` picks.
         feed: "rollouts": each step consumes groups sampled by the policy; "examples": rows of a dataset.
@@ -155,6 +160,17 @@ class Algorithm(Protocol):
     def updates(self, batch: BatchedDataDict) -> Sequence[Update]:
         """Every optimizer step of this batch, of whichever model, in order; by default `minibatches` of the policy."""
         ...
+
+
+def feed_of(algorithm: Any, config: Any) -> Literal["rollouts", "examples"]:
+    """What a run with this configuration is fed with.
+
+    Args:
+        algorithm: The class.
+        config: Of its `config_class`.
+    """
+    feed: Literal["rollouts", "examples"] = getattr(config, "feed", None) or algorithm.feed
+    return feed
 
 
 class BaseAlgorithm:

@@ -34,9 +34,35 @@ def find_mistakes(config: Any) -> Iterator[Any]:
             f"the column {config.teacher_column!r} is to choose among teachers, and there is one",
             "name several under teachers, or remove it",
         )
-    if hasattr(config, "projection") and config.teachers:
+    yield from _mistakes_of_sampling(config)
+    if not hasattr(config, "projection"):
+        return
+    if config.teachers:
+        yield mistake("teachers", "a cross-tokenizer run has one teacher", "set teacher in place of teachers")
+    if config.top_k is None:
         yield mistake(
-            "teachers",
-            "a cross-tokenizer run has one teacher",
-            "set teacher in place of teachers",
+            "top_k",
+            "whole vocabularies can only be compared if they are the same, and the teacher has another tokenizer",
+            "set it to a number, such as 64",
+        )
+
+
+def _mistakes_of_sampling(config: Any) -> Iterator[Any]:
+    """What does not go with steps on the answers of the data."""
+    from nemo_rl_core.config import mistake
+
+    lmbda = getattr(config, "lmbda", 1.0)
+    if lmbda == 1:
+        return
+    if lmbda > 0 and config.rollouts.staleness:
+        yield mistake(
+            "rollouts.staleness",
+            f"lmbda is {lmbda}, so that which step samples is drawn step by step, and nothing is sampled ahead",
+            "set it to 0, or lmbda to 1",
+        )
+    if hasattr(config, "advantage") and config.advantage.name is not None:
+        yield mistake(
+            "lmbda",
+            f"{lmbda} trains on answers that nobody sampled, and a policy gradient needs sampled ones",
+            "set it to 1, or choose a loss that compares distributions and remove advantage",
         )
