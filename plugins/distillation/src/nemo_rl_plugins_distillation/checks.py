@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 __all__ = ["find_mistakes"]
@@ -24,6 +24,15 @@ def find_mistakes(config: Any) -> Iterator[Any]:
     for name, teacher in config.teachers.items():
         if teacher.model_name is None:
             yield mistake(f"teachers.{name}.model_name", "it is not set", "set it to a hub name or a folder")
+    for name, teacher in config.by_name.items():
+        if isinstance(teacher.options, Mapping) and teacher.options.get("lora"):
+            where = f"teachers.{name}" if config.teachers else "teacher"
+            yield mistake(
+                f"{where}.options.lora",
+                "a teacher is frozen, so that no adapter is made or loaded for it",
+                f"to teach with an adapter, give its folder as {where}.model_name (the base that it names is loaded "
+                "and the adapter added), and remove this",
+            )
     if "policy" in config.teachers:
         yield mistake("teachers.policy", "`policy` is the name of the student", "give the teacher another name")
     if not any(teacher.weight for teacher in config.by_name.values()):
