@@ -54,5 +54,5 @@ if __name__ == "__main__":
     }
     student = Trainer(finalize(load_config(settings, overrides=sys.argv[1:])))
     history = student.fit(rows).history
-    for name in ("train/divergence", "train/aligned_fraction"):
+    for name in sorted({"train/divergence", "train/matched_kl", "train/aligned_fraction"} & history[0].keys()):
         print(f"{name} {history[0][name]:.3f} at first, {sum(step[name] for step in history[-5:]) / 5:.3f} at last")
