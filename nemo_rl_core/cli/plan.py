@@ -100,10 +100,11 @@ def plan(
 
 def _samples(config: RunConfig) -> bool:
     """Whether the algorithm is fed with rollouts."""
+    from nemo_rl_core.protocols.algorithm import feed_of
     from nemo_rl_core.registry import get_registry
 
     algorithm = get_registry().resolve("algorithms", config.algorithm, plugins=config.plugins).load()
-    return bool(algorithm.feed == "rollouts")
+    return feed_of(algorithm, config) == "rollouts"
 
 
 def _as_dict(run: PlannedRun) -> dict[str, Any]:

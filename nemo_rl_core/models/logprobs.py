@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nemo_rl_core.models.products import fast_linear, product
 
-__all__ = ["LogitTransform", "VocabularyShard", "likeliest", "linear_logprobs"]
+__all__ = ["LogitTransform", "VocabularyShard", "add_outer", "likeliest", "linear_logprobs", "transformed_logits"]
 
 
 @frozen(kw_only=True)
@@ -149,7 +149,7 @@ def likeliest(
     logprobs = torch.empty(num_tokens, k, dtype=torch.float32, device=hidden.device)
     for start in range(0, num_tokens, chunk_size):
         rows = slice(start, start + chunk_size)
-        logits = _logits(hidden[rows], weight, bias, transform or LogitTransform())
+        logits = transformed_logits(hidden[rows], weight, bias, transform or LogitTransform())
         top = logits.topk(min(k, logits.shape[1]), dim=-1)
         lse = torch.logsumexp(logits, dim=-1)
         if shard is None:
@@ -171,7 +171,8 @@ def _likeliest_of_all(
     return all_ids.transpose(0, 1).flatten(1).gather(1, top.indices), top.values - total[:, None]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+def transformed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """[C, V] float32 logits of a chunk, [C, E]."""
     return transform(fast_linear(hidden, weight, bias).float())
 
 
@@ -204,7 +205,7 @@ class _LinearLogprobs(torch.autograd.Function):
         kept: Tensor | None = None
         for start in range(0, num_tokens, chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = _logits(hidden[rows], weight, bias, transform)
+            logits = transformed_logits(hidden[rows], weight, bias, transform)
             lse[rows] = torch.logsumexp(logits, dim=-1)
             chosen = logits.gather(1, targets[rows])
             logprobs[rows] = chosen - lse[rows, None] if here is None else chosen * here[rows]
@@ -230,7 +231,7 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             chunk = hidden[rows]
-            logits = kept if kept is not None else _logits(chunk, weight, bias, ctx.transform)
+            logits = kept if kept is not None else transformed_logits(chunk, weight, bias, ctx.transform)
             grad = _softmax_gradient(
                 logits,
                 lse[rows],
@@ -246,7 +247,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[rows] = product(grad, weight.T)
             if d_weight is not None:
-                _add_outer(d_weight, grad, chunk)
+                add_outer(d_weight, grad, chunk)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -255,7 +256,7 @@ class _LinearLogprobs(torch.autograd.Function):
         )
 
 
-def _add_outer(total: Tensor, grad: Tensor, chunk: Tensor) -> None:
+def add_outer(total: Tensor, grad: Tensor, chunk: Tensor) -> None:
     """`total += grad.T @ chunk`, [V, E]."""
     if grad.dtype == total.dtype:
         total.addmm_(grad.T, chunk)

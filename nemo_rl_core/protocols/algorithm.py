@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.infra.kept import Kept
+    from nemo_rl_core.models.over_vocabulary import OutputLayer
     from nemo_rl_core.rollouts.records import RolloutGroup
 
-__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update"]
+__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
 
 
 @frozen(kw_only=True)
@@ -40,6 +42,8 @@ class ModelRole:
 
     config: PolicyConfig
     """Its model, backend and budget; a `model_name` of None is the policy's."""
+    capabilities: frozenset[str] = frozenset()
+    """What the algorithm asks of its training backend beside the usual, see `TrainingBackend.capabilities`."""
     trained: bool = False
     """It takes optimizer steps (a critic) and stands in the checkpoints; else it is frozen and has no optimizer."""
 
@@ -73,6 +77,18 @@ class Model(Protocol):
         """[N, k] token ids and float32 logprobs of the k likeliest tokens in place of each token."""
         ...
 
+    def hidden_states(self, batch: BatchedDataDict) -> Tensor:
+        """[N, E] what the output layer makes each token's distribution of; 0 outside `loss_mask`."""
+        ...
+
+    def output_layer(self) -> OutputLayer:
+        """The output layer, at the sampling temperature, on the CPU."""
+        ...
+
+    def keep(self, value: Any) -> Kept:
+        """Give the workers of this model a large value once; a loss for it may hold what is returned."""
+        ...
+
 
 @runtime_checkable
 class Algorithm(Protocol):
@@ -84,6 +100,11 @@ class Algorithm(Protocol):
     rewards says so by `learns_from_rewards = False`, and equal rewards are then no alarm. One that may be trained on
     rollouts of older weights, because it corrects their importance or needs no correction, says so by
     `takes_stale_rollouts = True` (an attribute or a property); the core refuses `rollouts.staleness` above 0 otherwise.
+
+    One that may train on either, as its settings say, has a configuration with the attribute or property `feed`, which
+    then stands for the class's (see `feed_of`). One fed with rollouts that takes the rows themselves in some steps
+    says which by `samples(step) -> bool`, step being the number of steps done; it may depend on nothing else but the
+    configuration, so that a resumed run draws the same. `build_batch` then gets rows, and nothing is sampled.
 
     Attributes:
         config_class: Root configuration class (a `RunConfig`) that `algorithm: <name>` picks.
@@ -139,6 +160,17 @@ class Algorithm(Protocol):
     def updates(self, batch: BatchedDataDict) -> Sequence[Update]:
         """Every optimizer step of this batch, of whichever model, in order; by default `minibatches` of the policy."""
         ...
+
+
+def feed_of(algorithm: Any, config: Any) -> Literal["rollouts", "examples"]:
+    """What a run with this configuration is fed with.
+
+    Args:
+        algorithm: The class.
+        config: Of its `config_class`.
+    """
+    feed: Literal["rollouts", "examples"] = getattr(config, "feed", None) or algorithm.feed
+    return feed
 
 
 class BaseAlgorithm:

@@ -37,6 +37,9 @@ class ModelOutputs:
     top_logprobs: Tensor | None = None
     """[N, ...] float32 log p of the tokens `batch["top_ids"]` [N, ...] in place of each token, with gradient; 0 at each
     first token. Made in chunks: what a loss over a few likely tokens asks for in place of `logits`."""
+    over_vocabulary: Tensor | None = None
+    """[N, F] float32 what the loss's own function of whole distributions gave for each trained token, with gradient; 0
+    at the others. See `Loss`."""
     values: Tensor | None = None
     """[N] float32 output of the model's scalar head at each token, which has read the token: a critic's value of
     the state after it, a reward model's score of the sequence so far."""
@@ -77,12 +80,17 @@ class Loss(Protocol):
 
     Attributes:
         denominator: See `Denominator`.
-        needs: Fields of `ModelOutputs` that the loss reads ("logprobs", "entropy", "logits", "top_logprobs", "values").
+        needs: Fields of `ModelOutputs` that the loss reads ("logprobs", "entropy", "logits", "top_logprobs",
+            "over_vocabulary", "values").
 
     A loss may have the attribute `unit`: "sequence" (as without it), or "group" if it compares the sequences
     of a group (equal `group_ids`), as losses of preference pairs do. A group is then never cut apart by
     micro-batches or ranks. One that corrects the importance of rollouts which other weights sampled says so by
     `corrects_importance = True`; policy-gradient algorithms ask for it when `rollouts.staleness` is above 0.
+    One that compares whole distributions needs "over_vocabulary" and has the method `over_vocabulary(logprobs [C, V],
+    fields) -> [C, F]`, differentiable by torch, and `vocabulary_fields`, the names of the per-token fields of the batch
+    that it gets at the same C tokens. It is called with one chunk of tokens after another, in the forward and again in
+    the backward pass, so that no [N, V] matrix is held. Of the backends those with that capability serve it.
     It may have `conformance`, what its kit should know,
     such as `{"differentiable": False}` where the gradient is on purpose not that of the value.
     """

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.models.over_vocabulary import OutputLayer
     from nemo_rl_core.protocols.launcher import WorkerContext
 
 __all__ = ["LossFunction", "StepPlan", "StepResult", "TrainingBackend", "WeightInfo"]
@@ -80,8 +81,9 @@ class TrainingBackend(Protocol):
     Attributes:
         config_class: attrs class of `policy.options` for this backend.
         capabilities: Of "tensor_parallel", "pipeline_parallel", "context_parallel", "lora", "scalar_head"
-            (serves `policy.head: scalar`), "top_logprobs", "share_weights" (export_weights yields live tensors
-            that an engine in the same process may alias). After `setup` an object may have fewer than its class.
+            (serves `policy.head: scalar`), "top_logprobs", "over_vocabulary" (serves losses that need it, and gives
+            `get_hidden_states` and `get_output_layer`), "share_weights" (export_weights yields live tensors that an
+            engine in the same process may alias). After `setup` an object may have fewer than its class.
     """
 
     config_class: ClassVar[type]
@@ -136,6 +138,20 @@ class TrainingBackend(Protocol):
         """
         raise ConfigError(f"{type(self).__name__} cannot give the likeliest tokens, which distillation needs.")
 
+    def get_hidden_states(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """[N, E] inputs of the output layer that predict each token, on the CPU. Needs "over_vocabulary".
+
+        In the precision that computes; zeros at each first token and outside `loss_mask`.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot give hidden states, which whole vocabularies are compared by.")
+
+    def get_output_layer(self) -> OutputLayer:
+        """The output layer in the precision that computes, on the CPU; of ranks but the first without rows.
+
+        A collective. Needs "over_vocabulary".
+        """
+        raise ConfigError(f"{type(self).__name__} cannot give its output layer, which whole vocabularies need.")
+
     def has_initial_weights(self) -> bool:
         """Whether the weights of `setup` can be had beside the current ones without a second copy of the model.
 
@@ -146,7 +162,8 @@ class TrainingBackend(Protocol):
     def use_initial_weights(self, on: bool) -> None:
         """Compute what follows with the weights of `setup`, until called again with False.
 
-        Only between steps: `get_logprobs`, `get_values` and `get_top_logprobs` are affected, nothing else is called.
+        Only between steps: `get_logprobs`, `get_values`, `get_top_logprobs` and `get_hidden_states` are affected,
+        nothing else is called.
         """
         raise ConfigError(f"{type(self).__name__} keeps no initial weights beside those it trains.")
 

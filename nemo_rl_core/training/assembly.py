@@ -15,7 +15,7 @@ from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
-from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole
+from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole, feed_of
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.protocols.launcher import Launcher, WorkerSpec
 from nemo_rl_core.protocols.weight_sync import WeightSync
@@ -176,10 +176,11 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
     with ExitStack() as stack:
         resolver = _Resolver(config)
         algorithm_class = resolver.load("algorithms", config.algorithm)
+        feed = feed_of(algorithm_class, config) if training else "rollouts"
         recorded = inputs.recorded if training else None
-        if recorded is not None and algorithm_class.feed != "rollouts":
+        if recorded is not None and feed != "rollouts":
             raise ConfigError(f"{config.algorithm} is trained on rows, not on rollouts; it cannot be replayed.")
-        samples = (algorithm_class.feed == "rollouts" or not training) and recorded is None
+        samples = feed == "rollouts" and recorded is None
         environment = _environment(config, inputs, resolver) if samples else None
         parts = RunParts(
             config=config,
@@ -190,7 +191,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
                 config.data,
                 seed=config.seed,
                 max_epochs=config.max_epochs,
-                feed=algorithm_class.feed if training else "rollouts",
+                feed=feed,
                 train_rows=inputs.train_rows,
                 validation_rows=inputs.validation_rows,
                 registry=resolver,
@@ -230,6 +231,7 @@ def _add_policy(
     for name, role in roles.items():
         backend = resolver.load("training_backends", role.config.backend or config.policy.backend)
         _check_head(name, role, backend)
+        _check_capabilities(name, role, backend, parts.algorithm.loss)
         backends[name] = resolver.used[-1]
     rows = worker_rows(get_registry().manifest(resolver.used))
     for name, role in roles.items():
@@ -303,6 +305,22 @@ def _check_head(name: str, role: ModelRole, backend: Any) -> None:
             f"The role {name!r} needs a model with a scalar head, which the training backend {backend.__name__} does "
             f"not serve (its capabilities: {', '.join(sorted(backend.capabilities)) or 'none'}). Choose another "
             f"backend for this role, such as with {name}.backend."
+        )
+
+
+def _check_capabilities(name: str, role: ModelRole, backend: Any, loss: Any) -> None:
+    """What an algorithm or its loss asks of a backend, asked before a model is loaded.
+
+    Raises:
+        ConfigError: The backend does not have it.
+    """
+    of_loss = {"over_vocabulary"} & set(loss.needs) if name == "policy" else set()
+    if missing := {*role.capabilities, *of_loss} - set(backend.capabilities):
+        raise ConfigError(
+            f"The role {name!r} needs a training backend with {', '.join(sorted(missing))}, which {backend.__name__} "
+            f"does not have (its capabilities: {', '.join(sorted(backend.capabilities)) or 'none'}). Choose another "
+            f"backend for it, such as with {name}.backend, or settings that do not need it"
+            f"{' (top_k: 64 compares the likeliest tokens alone)' if 'over_vocabulary' in missing else ''}."
         )
 
 
@@ -451,7 +469,7 @@ def _check_staleness(config: RunConfig, algorithm: Any) -> None:
     Raises:
         ConfigError: It does not say so.
     """
-    if config.rollouts.staleness == 0 or algorithm.feed != "rollouts":
+    if config.rollouts.staleness == 0 or feed_of(algorithm, config) != "rollouts":
         return
     if not getattr(algorithm, "takes_stale_rollouts", False):
         raise ConfigError(

@@ -123,6 +123,12 @@ class RolloutFeed:
             "Make the tasks easier or harder, sample more generations per prompt, or switch dynamic sampling off."
         )
 
+    def rows(self) -> list[Any]:
+        """The rows of one step, in place of groups. Raises StopIteration when the data has ended."""
+        self.discarded = 0
+        self.all_groups = []
+        return [item.task for item in self._pump.rows(self.num_prompts)]
+
     def start(self, version: int) -> None:
         """Start what may be sampled with new weights, before the trainer asks for it; with a bound of 0 nothing."""
         if self.staleness > 0 and (self.last_step is None or version < self.last_step):

@@ -159,6 +159,9 @@ class RunLoop:
         if isinstance(self.feed, ExampleFeed):
             with self.timers("data"):
                 return self.feed.next(run.weight_version)
+        if isinstance(self.feed, RolloutFeed) and not self._samples():
+            with self.timers("data"):
+                return self.feed.rows()
         self._refit()
         with self.timers("rollouts"), self.refit.of_restarted():
             groups = self.feed.next(run.weight_version)
@@ -175,6 +178,12 @@ class RunLoop:
                 self.record.rollouts(self.feed.all_groups, step=run.step + 1)
         self.hooks.call("on_rollouts", run=run, groups=groups)
         return groups
+
+    def _samples(self) -> bool:
+        """Whether this step trains on rollouts; an algorithm may take the rows of the data in some."""
+        algorithm = self.parts.algorithm
+        with PluginCall("algorithms", algorithm, "samples"):
+            return not hasattr(algorithm, "samples") or bool(algorithm.samples(self.run_state.step))
 
     def _update(self, batch: BatchedDataDict) -> dict[str, float]:
         """Every optimizer step of the batch; a metric is the mean over the steps that report it."""

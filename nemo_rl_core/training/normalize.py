@@ -13,6 +13,8 @@ from nemo_rl_core.protocols.loss import LossSums, Metric
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 
@@ -52,6 +54,14 @@ class NormalizedLoss:
         self.loss = loss
         self.needs: frozenset[str] = frozenset(loss.needs)
         self.divisor: float = _divisor(loss, counts)
+        if "over_vocabulary" in self.needs:
+            self.vocabulary_fields: tuple[str, ...] = tuple(loss.vocabulary_fields)  # type: ignore[attr-defined]
+
+    def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """That of the loss, see `Loss`."""
+        with PluginCall("losses", self.loss, "over_vocabulary"):
+            found: Tensor = self.loss.over_vocabulary(logprobs, fields)  # type: ignore[attr-defined]
+            return found
 
     def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
         """The divided loss of one micro-batch, and its metrics with `loss` added."""

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from nemo_rl_core.data.sharding import plan_step
 from nemo_rl_core.errors import InvariantViolation
+from nemo_rl_core.infra.kept import Kept, hold
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult
 from nemo_rl_core.training.metrics import merge_metrics, metric_values
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.models.over_vocabulary import OutputLayer
     from nemo_rl_core.protocols.launcher import WorkerGroup
     from nemo_rl_core.protocols.loss import Loss
 
@@ -98,6 +100,23 @@ class Policy:
         """[N, k] ids and float32 logprobs of the k likeliest tokens in place of each token."""
         ids, logprobs = self._forward("get_top_logprobs", batch, k, self.temperature)
         return ids, logprobs
+
+    def hidden_states(self, batch: BatchedDataDict) -> Tensor:
+        """[N, E] what the output layer makes each token's distribution of."""
+        (found,) = self._forward("get_hidden_states", batch)
+        return found
+
+    def output_layer(self) -> OutputLayer:
+        """The output layer, at the sampling temperature, on the CPU."""
+        layer: OutputLayer = self.group.call("get_output_layer")[0]
+        return evolve(layer, transform=evolve(layer.transform, temperature=self.temperature))
+
+    def keep(self, value: Any) -> Kept:
+        """Give every worker a large value once; in this process it is shared."""
+        kept = Kept(value)
+        if self.group.local is None:
+            self.group.call("apply", hold, kept.key, value)
+        return kept
 
     @property
     def has_initial_weights(self) -> bool:
@@ -179,6 +198,19 @@ class InitialModel:
         """[N, k] ids and float32 logprobs of the k likeliest tokens under the initial weights."""
         with self._initial() as model:
             return model.top_logprobs(batch, k)
+
+    def hidden_states(self, batch: BatchedDataDict) -> Tensor:
+        """[N, E] what the output layer makes each token's distribution of under the initial weights."""
+        with self._initial() as model:
+            return model.hidden_states(batch)
+
+    def output_layer(self) -> OutputLayer:
+        """The output layer, which no adapter changes."""
+        return self._policy.output_layer()
+
+    def keep(self, value: Any) -> Kept:
+        """Give the policy's workers a large value once."""
+        return self._policy.keep(value)
 
     @contextmanager
     def _initial(self) -> Iterator[Policy]:

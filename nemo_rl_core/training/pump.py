@@ -82,6 +82,11 @@ class RolloutPump:
             for item in items:
                 self._start(item, version)
 
+    def rows(self, num: int) -> list[TaskItem]:
+        """The next rows of the data themselves, of which nothing is sampled. Raises StopIteration at their end."""
+        items, self._returned = self._returned[:num], self._returned[num:]
+        return items + self.data.next(num - len(items)) if len(items) < num else items
+
     def restart(self, group_id: int, version: int) -> None:
         """Sample a group again, with weights `version`; what became of it so far is forgotten."""
         self._start(self._abandon(group_id), version)

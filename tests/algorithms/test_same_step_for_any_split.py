@@ -22,9 +22,11 @@ from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyCon
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
 from nemo_rl_core.models import load_model, load_model_config
+from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
 from nemo_rl_core.registry import get_registry
 from nemo_rl_core.training.policy import Policy
+from nemo_rl_plugins_distillation.whole_vocabulary import SHARES, WholeVocabulary, hidden_field
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 
@@ -63,6 +65,8 @@ LANGUAGE = {
     "reverse_kl": ("reverse_kl", {"tail": "zero"}),
     "mixed_kl": ("mixed_kl", {"tail": "bucket"}),
     "jensen_shannon": ("jensen_shannon", {}),
+    "forward_kl, whole vocabulary": ("forward_kl", {"nll_weight": 0.1}),
+    "jensen_shannon, whole vocabulary": ("jensen_shannon", {"temperature": 1.3}),
     "projected_kl": ("projected_kl", {}),
     "sorted_probabilities": ("sorted_probabilities", {}),
 }
@@ -157,6 +161,17 @@ def add_teachers(batch: BatchedDataDict, loss: str) -> None:
         batch.set_tokens("teacher_top_logprobs", top.values)
 
 
+def add_hidden_states(batch: BatchedDataDict) -> list[OutputLayer]:
+    """What two teachers of other sizes give in place of their logits; the second has a padded vocabulary."""
+    rng, tokens = torch.Generator().manual_seed(7), batch.num_tokens
+    layers = []
+    for index, (width, vocabulary) in enumerate(((8, 104), (12, 128))):
+        batch.set_tokens(hidden_field(index), torch.randn(tokens, width, generator=rng))
+        layers.append(OutputLayer(weight=torch.randn(vocabulary, width, generator=rng)))
+    batch.set_tokens(SHARES, batch.expand_to_tokens(batch["teacher_weights"]))
+    return layers
+
+
 def steps(policy: Policy, head: str) -> dict[tuple[str, str], tuple[float, float]]:
     """Loss and gradient norm of a step with each loss; a learning rate of 0 keeps the weights."""
     found = {}
@@ -164,7 +179,10 @@ def steps(policy: Policy, head: str) -> dict[tuple[str, str], tuple[float, float
         component = get_registry().resolve("losses", name).load()
         batch = random_batch()
         add_teachers(batch, name)
-        metrics = policy.train_step(batch, component(component.config_class(**options)))
+        loss = component(component.config_class(**options))
+        if "whole vocabulary" in case:
+            loss = WholeVocabulary(loss, [policy.keep(layer) for layer in add_hidden_states(batch)])
+        metrics = policy.train_step(batch, loss)
         found[head, case] = metrics["loss"], metrics["grad_norm"]
     return found
 

@@ -22,7 +22,7 @@ from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
-from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, Update
+from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, Update, feed_of
 from nemo_rl_core.testing.conformance.algorithm_case import AlgorithmCase, StandIn, handmade_groups, is_sampled
 from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
@@ -129,7 +129,7 @@ class AlgorithmContract(Contract):
         made = self.make(case)
         batch = made.build_batch(self.items(case, made))
         wanted = {"input_ids", "loss_mask"}
-        if made.feed == "rollouts":
+        if _fed(made) == "rollouts":
             wanted |= {"rollout_logprobs", "rewards", "group_ids"}
         missing = sorted(wanted - batch.field_names)
         assert not missing, f"the batch lacks {missing}; it has {sorted(batch.field_names)}"
@@ -144,7 +144,7 @@ class AlgorithmContract(Contract):
         made = self.make(case)
         items = self.items(case, made)
         batch = made.build_batch(items)
-        if made.feed == "rollouts":
+        if _fed(made) == "rollouts":
             sampled = torch.tensor([is_sampled(token) for token in batch["input_ids"].tolist()])
             beside, missed = batch["loss_mask"] & ~sampled, sampled & ~batch["loss_mask"]
             assert not beside.any(), f"{int(beside.sum())} tokens that the policy did not sample are trained"
@@ -185,7 +185,7 @@ class AlgorithmContract(Contract):
         made, batch, metrics = self.finished(case)
         for name, value in metrics.items():
             assert math.isfinite(float(value)), f"metric {name!r} is {value}"
-        if made.feed == "rollouts" and "advantages" in batch.field_names:
+        if _fed(made) == "rollouts" and "advantages" in batch.field_names:
             found: Tensor = batch["advantages"]
             assert found.is_floating_point() and not found.requires_grad, "advantages are integers or carry a gradient"
             assert torch.isfinite(found).all(), "an advantage is not finite"
@@ -245,7 +245,8 @@ class AlgorithmContract(Contract):
     def test_learns(self, case: AlgorithmCase, tmp_path: Path) -> None:
         """It learns a tiny task: the reward rises, or the loss falls, by the stated margin."""
         history = self.run(case, tmp_path / "run", max_steps=self.learning_steps).history
-        name, wanted = ("reward/mean", "rise") if case.component.feed == "rollouts" else ("train/loss", "fall")
+        sampled = all("reward/mean" in entry for entry in history)  # else some steps, or all, took rows
+        name, wanted = ("reward/mean", "rise") if sampled else ("train/loss", "fall")
         values = [entry[name] for entry in history]
         first, last = sum(values[:2]) / 2, sum(values[-3:]) / 3
         told = f"`{name}` went from {first:.3f} to {last:.3f} in {len(values)} steps"
@@ -257,7 +258,7 @@ class AlgorithmContract(Contract):
 
     def test_first_step_is_on_policy(self, case: AlgorithmCase, tmp_path: Path) -> None:
         """On the first step the ratio of the policy to the one that sampled is 1, and nothing is clipped."""
-        self.only_rollouts(case.component)
+        self.only_rollouts(self.make(case))
         (metrics,) = self.run(case, tmp_path / "run", max_steps=1).history
         known = [n for n in ("train/probs_ratio", "train/token_mult_prob_error") if n in metrics]
         if not known or self.config(case).num_updates_per_step > 1:
@@ -329,7 +330,7 @@ class AlgorithmContract(Contract):
 
     def items(self, case: AlgorithmCase, made: Algorithm) -> Sequence[Any]:
         """Groups made by hand, or rows of the case."""
-        return handmade_groups() if made.feed == "rollouts" else list(case.rows)[:8]
+        return handmade_groups() if _fed(made) == "rollouts" else list(case.rows)[:8]
 
     def finished(self, case: AlgorithmCase) -> tuple[Algorithm, BatchedDataDict, Mapping[str, float]]:
         """An algorithm, a batch as it is when it is trained, and the metrics of `finish_batch`."""
@@ -340,7 +341,7 @@ class AlgorithmContract(Contract):
 
     def only_rollouts(self, made: Any) -> None:
         """Skip the clause for an algorithm that is fed with examples."""
-        if made.feed != "rollouts":
+        if _fed(made) != "rollouts":
             pytest.skip("it is fed with examples")
 
     def run(self, case: AlgorithmCase, run_dir: Path, **changes: Any) -> RunResult:
@@ -348,10 +349,14 @@ class AlgorithmContract(Contract):
         from nemo_rl_core.training.trainer import Trainer
 
         trainer = Trainer(self.settings(case, run_dir=str(run_dir), **changes))
-        if case.component.feed != "rollouts":
+        if feed_of(case.component, self.config(case)) != "rollouts":
             return trainer.fit(list(case.rows))
         scored = {"environment": case.environment} if case.environment is not None else {"reward_fn": case.reward}
         return trainer.fit(list(case.rows), **scored)
+
+
+def _fed(made: Any) -> str:
+    return feed_of(made, getattr(made, "config", None))
 
 
 def _model_bytes(run: RunResult) -> bytes:

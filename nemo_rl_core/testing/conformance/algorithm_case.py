@@ -10,6 +10,8 @@ from attrs import field, frozen
 from torch import Tensor
 
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.infra.kept import Kept
+from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
 
 __all__ = ["ADDITIONS", "AlgorithmCase", "StandIn", "digits", "handmade_groups", "is_sampled"]
@@ -72,6 +74,18 @@ class StandIn:
         """[N, k]: the first k ids, with less and less probability."""
         ids = torch.arange(k).expand(batch.num_tokens, k)
         return ids, -(ids + 1).float()
+
+    def hidden_states(self, batch: BatchedDataDict) -> Tensor:
+        """[N, 4]: ones."""
+        return torch.ones(batch.num_tokens, 4)
+
+    def output_layer(self) -> OutputLayer:
+        """Of the kit's vocabulary, the same numbers each time."""
+        return OutputLayer(weight=torch.linspace(-1, 1, 104 * 4).view(104, 4))
+
+    def keep(self, value: Any) -> Kept:
+        """The value itself."""
+        return Kept(value)
 
 
 def is_sampled(token_id: int) -> bool:

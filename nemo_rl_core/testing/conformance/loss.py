@@ -102,7 +102,7 @@ class LossContract(Contract):
 
     def test_declares_its_needs(self, loss: Loss) -> None:
         """It declares in `needs` which model outputs it reads, and reads no other."""
-        known = {"logprobs", "entropy", "logits", "top_logprobs", "values"}
+        known = {"logprobs", "entropy", "logits", "top_logprobs", "over_vocabulary", "values"}
         assert set(loss.needs) <= known, f"needs has {sorted(set(loss.needs) - known)}; allowed: {sorted(known)}"
         batch, model = self._case()
         answer_of(loss, batch, model)

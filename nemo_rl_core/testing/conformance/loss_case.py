@@ -118,9 +118,9 @@ def logprobs_of(batch: BatchedDataDict, logits: Tensor) -> Tensor:
     return chosen.masked_fill(batch.position_ids == 0, 0.0)
 
 
-def _outputs_for(needs: Iterable[str], batch: BatchedDataDict, logits: Tensor, values: Tensor) -> ModelOutputs:
+def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> ModelOutputs:
     outputs = ModelOutputs()
-    wanted = set(needs)
+    wanted = set(loss.needs)
     log_p = torch.log_softmax(logits, -1)
     if "logprobs" in wanted:
         outputs.logprobs = logprobs_of(batch, logits)
@@ -132,6 +132,12 @@ def _outputs_for(needs: Iterable[str], batch: BatchedDataDict, logits: Tensor, v
         ids = batch["top_ids"].flatten(1)
         found = log_p.gather(-1, ids).masked_fill((batch.position_ids == 0)[:, None], 0.0)
         outputs.top_logprobs = found.view(batch["top_ids"].shape)
+    if "over_vocabulary" in wanted:
+        at = batch["loss_mask"]
+        found = loss.over_vocabulary(log_p[at], {name: batch[name][at] for name in loss.vocabulary_fields})
+        outputs.over_vocabulary = found.new_zeros(batch.num_tokens, *found.shape[1:]).masked_scatter(
+            at.view(-1, *(1,) * (found.ndim - 1)), found
+        )
     if "values" in wanted:
         outputs.values = values
     return outputs
@@ -139,7 +145,7 @@ def _outputs_for(needs: Iterable[str], batch: BatchedDataDict, logits: Tensor, v
 
 def call_loss(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> LossSums:
     """The sums, by outputs made of these logits and values."""
-    sums: LossSums = loss(_outputs_for(loss.needs, batch, logits, values), batch)
+    sums: LossSums = loss(_outputs_for(loss, batch, logits, values), batch)
     return sums
 
 
@@ -192,7 +198,7 @@ def fields_read(loss: Any, batch: BatchedDataDict, model: FreeModel) -> frozense
 
 def logprob_gradient(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Tensor:
     """[N] gradient by the logprobs themselves, the other outputs held."""
-    outputs = _outputs_for(loss.needs, batch, model.logits, model.values)
+    outputs = _outputs_for(loss, batch, model.logits, model.values)
     assert outputs.logprobs is not None
     outputs.logprobs = outputs.logprobs.detach().clone().requires_grad_()
     sums: LossSums = loss(outputs, batch)

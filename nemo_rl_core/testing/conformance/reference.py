@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TINY_SHAPE",
     "LargestTensor",
+    "Likelihood",
     "ReferenceStep",
     "ReferenceTrainer",
     "TinyModel",
@@ -220,6 +221,31 @@ class WeightedLoss:
             "trained": Metric(mask.sum().float(), reduction="sum"),
         }
         return LossSums(total, metrics)
+
+
+class Likelihood:
+    """Minus the logprob of each trained token, read in one of two ways.
+
+    Args:
+        output: "logprobs", or "over_vocabulary", which picks it from the whole distribution.
+    """
+
+    denominator: Denominator = "tokens"
+    vocabulary_fields = ("input_ids",)
+
+    def __init__(self, output: str) -> None:
+        self.needs: frozenset[str] = frozenset({output})
+
+    def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """[C, 1]."""
+        return logprobs.gather(1, fields["input_ids"][:, None])
+
+    def __call__(self, outputs: ModelOutputs, batch: Any) -> LossSums:
+        """The sum over the trained tokens."""
+        (name,) = self.needs
+        found = getattr(outputs, name)
+        assert found is not None, f"the backend filled no {name}, which the loss needs"
+        return LossSums(-found.view(-1).masked_fill(~batch["loss_mask"], 0.0).sum())
 
 
 class ValuesToOne:

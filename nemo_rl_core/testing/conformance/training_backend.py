@@ -24,6 +24,7 @@ from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.protocols.loss import Metric
 from nemo_rl_core.testing.conformance.reference import (
     LargestTensor,
+    Likelihood,
     ValuesToOne,
     WeightedLoss,
     forward_logprobs,
@@ -57,6 +58,7 @@ CAPABILITIES = frozenset(
         "scalar_head",
         "share_weights",
         "top_logprobs",
+        "over_vocabulary",
     }
 )
 
@@ -226,6 +228,26 @@ class TrainingBackendContract(TrainingBench):
             self.same(logprobs[mask], top.values[mask], f"logprobs at {temperature}")
             named = self.predicted(batch, temperature).gather(-1, ids)
             self.same(named[mask], top.values[mask], f"logprobs of the named tokens at {temperature}")
+
+    @torch.no_grad()
+    def test_hidden_states(self, backend: Any, start: Start) -> None:
+        """Hidden states and the output layer together give the distributions of a full forward pass."""
+        made, batch = self.capable(backend, start, "over_vocabulary"), self.batch()
+        mask = batch["loss_mask"]
+        hidden = made.get_hidden_states(batch, [[3, 0], [5], [1, 4, 2]])
+        layer = made.get_output_layer()
+        assert not hidden[~mask].any(), "hidden states outside of loss_mask are not 0"
+        self.same(layer.logprobs(hidden[mask]), self.predicted(batch, 1.0)[mask], "logprobs over the vocabulary")
+
+    def test_loss_over_the_vocabulary(self, backend: Any, start: Start) -> None:
+        """A loss of whole distributions has the value and the gradient of the same loss of the tokens' logprobs."""
+        made, batch = self.capable(backend, start, "over_vocabulary"), self.batch()
+        found, expected = (
+            self.step(one, batch, Likelihood(name), temperature=0.8)
+            for one, name in ((made, "over_vocabulary"), (start(), "logprobs"))
+        )
+        self.same(loss_of(found), loss_of(expected), "loss")
+        self.same(found.grad_norm, expected.grad_norm, "gradient norm")
 
     # -- the step ------------------------------------------------------------------------------
 

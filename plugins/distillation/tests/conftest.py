@@ -56,10 +56,25 @@ def settings():
     return small_run
 
 
+@pytest.fixture
+def make_teacher():
+    """`trained_teacher`."""
+    return trained_teacher
+
+
+@pytest.fixture
+def make_pair_model():
+    """`pair_model`."""
+    return pair_model
+
+
 @pytest.fixture(scope="session")
 def pairs_tokenizer(tmp_path_factory):
     """See `pair_tokenizer`."""
-    return pair_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made = pair_tokenizer(folder)
+    made.name_or_path = str(folder)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -124,6 +124,10 @@ def test_advantages_by_hand():
         ({"teacher": {"model_name": "a", "weight": 0.0}}, "every teacher has weight 0"),
         ({"teacher": {"model_name": "a"}, "teacher_column": "topic"}, "and there is one"),
         ({"teacher": {"model_name": "a"}, "top_k": 0}, "top_k"),
+        (
+            {"teacher": {"model_name": "a", "options": {"lora": {"path": "b"}}}},
+            r"teacher.options.lora\s+a teacher is frozen(.|\n)*give its folder as teacher.model_name",
+        ),
         ({"teacher": {"model_name": "a"}, "loss": {"name": "forward_kl", "options": {"tale": 1}}}, "tail"),
         ({"algorithm": "cross_tokenizer_distillation", "teachers": {"a": {"model_name": "a"}}}, "has one teacher"),
     ],

@@ -19,6 +19,17 @@ class TestDistillation(AlgorithmContract):
         return AlgorithmCase(component=Distillation, config={**SMALL, "teacher": {"model_name": str(teacher)}})
 
 
+class TestSometimesOnPolicy(AlgorithmContract):
+    """Half of the steps sample; the whole vocabulary is compared."""
+
+    @pytest.fixture
+    def algorithm(self, teacher):
+        options = {"top_k": None, "lmbda": 0.5, "loss": "forward_kl"}
+        return AlgorithmCase(
+            component=Distillation, config={**SMALL, **options, "teacher": {"model_name": str(teacher)}}
+        )
+
+
 class TestPolicyGradient(AlgorithmContract):
     """Teacher minus student as advantages of the clipped loss."""
 
@@ -47,6 +58,15 @@ class TestSeveralTeachers(AlgorithmContract):
             "chance": {"model_name": "scratch:qwen2-tiny", "weight": 1.0},
         }
         return AlgorithmCase(component=OffPolicyDistillation, config={"teachers": teachers})
+
+
+class TestSamplesAcrossTokenizers(AlgorithmContract):
+    """What the student samples is tokenised again for the teacher (here by a tokenizer like its own)."""
+
+    @pytest.fixture
+    def algorithm(self, teacher):
+        config = {"lmbda": 1.0, "teacher": {"model_name": str(teacher)}, "top_k": 16, "batch_size": 50}
+        return AlgorithmCase(component=CrossTokenizerDistillation, config=config)
 
 
 class TestAnotherTokenizer(AlgorithmContract):

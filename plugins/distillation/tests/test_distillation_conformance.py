@@ -7,6 +7,7 @@ import torch
 
 from nemo_rl_core.testing import AdvantageContract, LossContract, RewardContract
 from nemo_rl_plugins_distillation.advantages import OnPolicyDistillationAdvantages, OnPolicyDistillationConfig
+from nemo_rl_plugins_distillation.conformance import hidden_layers
 from nemo_rl_plugins_distillation.forward_kl import ForwardKLLoss
 from nemo_rl_plugins_distillation.jensen_shannon import JensenShannonLoss
 from nemo_rl_plugins_distillation.loss_config import (
@@ -21,6 +22,7 @@ from nemo_rl_plugins_distillation.projected_kl import ProjectedKLLoss
 from nemo_rl_plugins_distillation.reverse_kl import ReverseKLLoss
 from nemo_rl_plugins_distillation.reward import unscored
 from nemo_rl_plugins_distillation.sorted_probabilities import SortedProbabilitiesLoss
+from nemo_rl_plugins_distillation.whole_vocabulary import WholeVocabulary
 
 torch.set_num_threads(1)
 
@@ -41,6 +43,12 @@ class TestTeacherLosses(LossContract):
     @pytest.fixture(params=CASES.values(), ids=list(CASES))
     def loss(self, request):
         return request.param
+
+
+class TestWholeVocabulary(LossContract):
+    @pytest.fixture(params=["forward", "reverse", "mixed-zero-nll", "jensen", "forward-warm"])
+    def loss(self, request):
+        return WholeVocabulary(CASES[request.param], hidden_layers())
 
 
 class TestProjectedKL(LossContract):

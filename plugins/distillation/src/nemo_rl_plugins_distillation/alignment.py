@@ -5,12 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from attrs import frozen
 
-__all__ = ["Alignment", "align", "token_ends"]
+__all__ = ["Alignment", "align", "runs", "token_ends"]
 
 _BROKEN = "\ufffd"
 
@@ -36,11 +36,12 @@ def align(
     """Align the trained stretches of a conversation, the first with the first, and so on.
 
     Within a stretch the texts are followed as far as they agree, white space at the beginning aside; tokens that end
-    a sequence are aligned with each other. What comes after a difference belongs to no chunk.
+    a sequence are aligned with each other. What comes after a difference belongs to no chunk, and neither do bytes that
+    are no character: a student may sample half of one, and the teacher reads the sign that stands for it.
     """
     ours, theirs = [-1] * len(student_ids), [-1] * len(teacher_ids)
     done = 0
-    for mine, yours in zip(_runs(student_mask), _runs(teacher_mask), strict=False):
+    for mine, yours in zip(runs(student_mask), runs(teacher_mask), strict=False):
         found, other, count = _align_run(
             list(student_ids[mine]), list(teacher_ids[yours]), student_tokenizer, teacher_tokenizer
         )
@@ -69,15 +70,15 @@ def token_ends(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, list[int]
     return text, ends
 
 
-def _runs(mask: Sequence[bool]) -> list[slice]:
+def runs(mask: Sequence[bool]) -> list[slice]:
     """The stretches in which the mask is True."""
-    runs, at = [], 0
+    found, at = [], 0
     for trained, group in groupby(bool(m) for m in mask):
         length = sum(1 for _ in group)
         if trained:
-            runs.append(slice(at, at + length))
+            found.append(slice(at, at + length))
         at += length
-    return runs
+    return found
 
 
 def _align_run(
@@ -93,11 +94,13 @@ def _align_run(
     differ = (i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
     common = next(differ, min(map(len, texts)))
     cuts = sorted(end for end in set(read[0][1]) & set(read[1][1]) if 0 < end <= common)
-    chunks = [[_chunk(cuts, end) for end in ends] for _, ends in read]
+    whole = [i for i, (a, b) in enumerate(pairwise([0, *cuts])) if _BROKEN not in texts[0][a:b]]
+    number = {i: n for n, i in enumerate(whole)}
+    chunks = [[number.get(_chunk(cuts, end), -1) for end in ends] for _, ends in read]
     complete = texts[0] == texts[1] and all(ended)
     for side, end in zip(chunks, ended, strict=True):
-        side += [len(cuts) if complete else -1] * end
-    return chunks[0], chunks[1], len(cuts) + complete
+        side += [len(whole) if complete else -1] * end
+    return chunks[0], chunks[1], len(whole) + complete
 
 
 def _chunk(cuts: Sequence[int], end: int) -> int:

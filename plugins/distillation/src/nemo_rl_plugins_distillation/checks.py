@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 __all__ = ["find_mistakes"]
@@ -24,6 +24,15 @@ def find_mistakes(config: Any) -> Iterator[Any]:
     for name, teacher in config.teachers.items():
         if teacher.model_name is None:
             yield mistake(f"teachers.{name}.model_name", "it is not set", "set it to a hub name or a folder")
+    for name, teacher in config.by_name.items():
+        if isinstance(teacher.options, Mapping) and teacher.options.get("lora"):
+            where = f"teachers.{name}" if config.teachers else "teacher"
+            yield mistake(
+                f"{where}.options.lora",
+                "a teacher is frozen, so that no adapter is made or loaded for it",
+                f"to teach with an adapter, give its folder as {where}.model_name (the base that it names is loaded "
+                "and the adapter added), and remove this",
+            )
     if "policy" in config.teachers:
         yield mistake("teachers.policy", "`policy` is the name of the student", "give the teacher another name")
     if not any(teacher.weight for teacher in config.by_name.values()):
@@ -34,9 +43,35 @@ def find_mistakes(config: Any) -> Iterator[Any]:
             f"the column {config.teacher_column!r} is to choose among teachers, and there is one",
             "name several under teachers, or remove it",
         )
-    if hasattr(config, "projection") and config.teachers:
+    yield from _mistakes_of_sampling(config)
+    if not hasattr(config, "projection"):
+        return
+    if config.teachers:
+        yield mistake("teachers", "a cross-tokenizer run has one teacher", "set teacher in place of teachers")
+    if config.top_k is None:
         yield mistake(
-            "teachers",
-            "a cross-tokenizer run has one teacher",
-            "set teacher in place of teachers",
+            "top_k",
+            "whole vocabularies can only be compared if they are the same, and the teacher has another tokenizer",
+            "set it to a number, such as 64",
+        )
+
+
+def _mistakes_of_sampling(config: Any) -> Iterator[Any]:
+    """What does not go with steps on the answers of the data."""
+    from nemo_rl_core.config import mistake
+
+    lmbda = getattr(config, "lmbda", 1.0)
+    if lmbda == 1:
+        return
+    if lmbda > 0 and config.rollouts.staleness:
+        yield mistake(
+            "rollouts.staleness",
+            f"lmbda is {lmbda}, so that which step samples is drawn step by step, and nothing is sampled ahead",
+            "set it to 0, or lmbda to 1",
+        )
+    if hasattr(config, "advantage") and config.advantage.name is not None:
+        yield mistake(
+            "lmbda",
+            f"{lmbda} trains on answers that nobody sampled, and a policy gradient needs sampled ones",
+            "set it to 1, or choose a loss that compares distributions and remove advantage",
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from attrs import Factory, evolve, field, frozen
 
 from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RolloutRunConfig, RunConfig, component
-from nemo_rl_core.config.validators import ge, one_of, optional
+from nemo_rl_core.config.validators import ge, le, one_of, optional
 
 __all__ = ["CrossTokenizerConfig", "DistillationConfig", "OffPolicyDistillationConfig", "TeacherConfig"]
 
@@ -57,8 +57,8 @@ class _TaughtConfig(RunConfig):
     """several by name, each with the fields of `teacher`, in place of it."""
     teacher_column: str | None = None
     """Column of the data that names the teacher of a row, one of `teachers`; None asks all of them about every row."""
-    top_k: int = field(default=64, validator=ge(1))
-    """Likeliest tokens of a teacher that are compared; the size of the vocabulary or more compares all."""
+    top_k: int | None = field(default=64, validator=optional(ge(1)))
+    """Likeliest tokens of a teacher that are compared; null compares the whole vocabulary, chunk by chunk."""
     loss: ComponentChoice = component("losses", "mixed_kl")
     """The objective."""
 
@@ -87,6 +87,16 @@ class DistillationConfig(_TaughtConfig, RolloutRunConfig):
     """An advantage estimator, such as `on_policy_distillation`, for a `loss` that takes policy-gradient steps."""
     reward: ComponentChoice = component("rewards", "unscored")
     """A function that scores responses, for the metrics; nothing is learnt from it."""
+    lmbda: float = field(default=1.0, validator=[ge(0), le(1)])
+    """Share of the steps that train on the student's samples (drawn for each step from the seed); the others train on
+    the answers of the data. 0 samples nothing and starts no engine."""
+    train_on: TrainOn = field(default="assistant", validator=one_of("assistant", "last_assistant", "all"))
+    """Tokens of the data's answers that are trained, as in off_policy_distillation."""
+
+    @property
+    def feed(self) -> Literal["rollouts", "examples"]:
+        """What the run is fed with."""
+        return "rollouts" if self.lmbda > 0 else "examples"
 
 
 @frozen(kw_only=True)
@@ -118,3 +128,13 @@ class CrossTokenizerConfig(OffPolicyDistillationConfig):
     """File of a projection between the vocabularies (see the README); None makes one from the tokens' texts."""
     max_preimages: int = field(default=32, validator=ge(1))
     """Tokens of the student that are projected onto one of the teacher's; those of the largest weight."""
+    lmbda: float = field(default=0.0, validator=[ge(0), le(1)])
+    """Share of the steps that train on the student's samples, which are tokenised again for the teacher (drawn for
+    each step from the seed); the others train on the answers of the data. 0 starts no engine."""
+    reward: ComponentChoice = component("rewards", "unscored")
+    """A function that scores samples, for the metrics; nothing is learnt from it."""
+
+    @property
+    def feed(self) -> Literal["rollouts", "examples"]:
+        """What the run is fed with."""
+        return "rollouts" if self.lmbda > 0 else "examples"

@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nemo_rl_core.infra.kept import Kept, hold
+from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_plugins_distillation.chunks import NEVER
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
 
-__all__ = ["add_projected_teacher", "add_sorted_teacher", "add_teacher_logprobs", "add_teachers"]
+__all__ = [
+    "add_hidden_teachers",
+    "add_projected_teacher",
+    "add_sorted_teacher",
+    "add_teacher_logprobs",
+    "add_teachers",
+    "hidden_layers",
+]
 
 _V = 7
 
@@ -28,6 +37,25 @@ def add_teachers(batch: BatchedDataDict, generator: torch.Generator) -> None:
     batch.set_tokens("teacher_top_logprobs", top.values)
     weights = torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)
     batch.set_sequences("teacher_weights", torch.cat([weights, 1 - weights], 1))
+
+
+def add_hidden_teachers(batch: BatchedDataDict, generator: torch.Generator) -> None:
+    """Hidden states of one number for the two output layers of `hidden_layers`; some rows have one teacher alone."""
+    for index in range(2):
+        batch.set_tokens(f"teacher_hidden_{index}", torch.randn(batch.num_tokens, 1, generator=generator))
+    weights = torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)
+    weights[::3] = 1.0
+    batch.set_tokens("teacher_shares", batch.expand_to_tokens(torch.cat([weights, 1 - weights], 1)))
+
+
+def hidden_layers() -> list[Kept]:
+    """Two output layers, of which the second has fewer tokens; held in this process."""
+    made = []
+    for index, size in enumerate((_V, _V - 1)):
+        weight = torch.randn(size, 1, generator=torch.Generator().manual_seed(index))
+        made.append(Kept(OutputLayer(weight=weight)))
+        hold(None, made[-1].key, OutputLayer(weight=weight))
+    return made
 
 
 def add_projected_teacher(batch: BatchedDataDict, generator: torch.Generator) -> None:

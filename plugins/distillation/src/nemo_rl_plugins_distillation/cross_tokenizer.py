@@ -1,4 +1,4 @@
-"""Off-policy distillation from a teacher with another tokenizer: chunks of equal text are compared.
+"""Distillation from a teacher with another tokenizer: chunks of equal text are compared.
 
 Legend: B sequences, N student's tokens, C chunks of all sequences, K ids.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_rl_core.data.prompts import sft_messages
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
+from nemo_rl_core.rollouts.records import RolloutGroup
 from nemo_rl_plugins_distillation.algorithm import OffPolicyDistillation
-from nemo_rl_plugins_distillation.alignment import align
+from nemo_rl_plugins_distillation.alignment import align, runs
 from nemo_rl_plugins_distillation.config import CrossTokenizerConfig
+from nemo_rl_plugins_distillation.taught import conversations
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
@@ -24,7 +25,10 @@ __all__ = ["CrossTokenizerDistillation"]
 
 
 class CrossTokenizerDistillation(OffPolicyDistillation):
-    """Each row is tokenised twice, by the student's tokenizer and template and by the teacher's."""
+    """Each conversation is tokenised twice, by the student's tokenizer and template and by the teacher's.
+
+    What the student sampled keeps its tokens; its text is tokenised for the teacher.
+    """
 
     config_class: ClassVar[type] = CrossTokenizerConfig
     served: ClassVar[frozenset[str]] = frozenset({"projected_teacher", "sorted_teacher", "matched_teacher"})
@@ -35,16 +39,16 @@ class CrossTokenizerDistillation(OffPolicyDistillation):
         super().__init__(config, context)
         source = config.teacher.tokenizer_name or config.teacher.model_name
         self._teacher_tokenizer = load_tokenizer(str(source), chat_template=config.teacher_chat_template)
-        self._teacher_encoder = ConversationEncoder(
-            self._teacher_tokenizer, max_length=context.max_sequence_length, train_on=config.train_on
-        )
+        length = context.max_sequence_length
+        self._of_rows = ConversationEncoder(self._teacher_tokenizer, max_length=length, train_on=config.train_on)
+        self._of_rollouts = ConversationEncoder(self._teacher_tokenizer, max_length=length)
         self._comparison = self._compare()
 
     def check_tokenizers(self) -> None:
         """Any tokenizer will do."""
 
-    def build_batch(self, items: Sequence[Mapping[str, Any]]) -> BatchedDataDict:
-        """Tokenise rows for both; the teacher's tokens and chunks stand in lists, one entry for each sequence.
+    def build_batch(self, items: Sequence[RolloutGroup] | Sequence[Mapping[str, Any]]) -> BatchedDataDict:
+        """Rows or rollouts for both; the teacher's tokens and chunks stand in lists, one entry for each sequence.
 
         Raises:
             DataError: A row is not a conversation, or has no token.
@@ -52,8 +56,7 @@ class CrossTokenizerDistillation(OffPolicyDistillation):
         import torch
 
         batch = super().build_batch(items)
-        rows = [sft_messages(row, where=f"example {i} of the batch") for i, row in enumerate(items)]
-        theirs = self._teacher_encoder.batch(rows)
+        theirs = self._for_teacher(items)
         found = [
             align(
                 *(tensor.tolist() for tensor in tensors),
@@ -74,6 +77,19 @@ class CrossTokenizerDistillation(OffPolicyDistillation):
         batch.set_sequences("teacher_loss_mask", theirs.unpack("loss_mask"))
         batch.set_sequences("teacher_chunk_ids", [torch.tensor(row.teacher) for row in found])
         return batch
+
+    def _for_teacher(self, items: Sequence[Any]) -> BatchedDataDict:
+        """The same sequences in the teacher's tokens; trained are the turns that were sampled, or the answers."""
+        groups = [item for item in items if isinstance(item, RolloutGroup)]
+        if not groups:
+            return self._of_rows.batch(conversations(items))
+        segments = [segment for group in groups for rollout in group.valid for segment in rollout.segments]
+        theirs = self._of_rollouts.batch([[turn.message for turn in segment] for segment in segments])
+        for segment, mask in zip(segments, theirs.unpack("loss_mask"), strict=True):
+            said = [turn.sampled for turn in segment if turn.message["role"] == "assistant"]
+            for given in runs(mask.tolist())[: said.count(False)]:  # of the prompt, before anything sampled
+                mask[given] = False
+        return theirs
 
     def fill_batch(self, batch: BatchedDataDict, models: Mapping[str, Model]) -> None:
         """Ask the teacher about its own tokens, and bring what it says to the student's."""

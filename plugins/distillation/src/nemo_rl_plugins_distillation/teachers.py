@@ -1,6 +1,6 @@
 """The teachers of a run: which models they are, which rows they teach, and what they say of a batch.
 
-Legend: B sequences, N tokens, T teachers of one row, K ids.
+Legend: B sequences, N tokens, T teachers of one row, K ids, E hidden size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.data.tokenizer import Tokenizer
     from nemo_rl_core.protocols.algorithm import Model
     from nemo_rl_plugins_distillation.config import TeacherConfig
+    from nemo_rl_plugins_distillation.whole_vocabulary import WholeVocabulary
 
 __all__ = ["Teachers", "check_same_tokenizer"]
 
@@ -36,9 +37,13 @@ class Teachers:
     def __init__(self, teachers: Mapping[str, TeacherConfig], policy: PolicyConfig, *, column: str | None) -> None:
         self.names = list(teachers)
         self.column = column
-        self.roles = {name: ModelRole(config=teacher.as_model(policy)) for name, teacher in teachers.items()}
+        self._models = {name: teacher.as_model(policy) for name, teacher in teachers.items()}
         total = sum(teacher.weight for teacher in teachers.values())
         self.weights = [teacher.weight / total for teacher in teachers.values()]
+
+    def roles(self, capabilities: frozenset[str] = frozenset()) -> dict[str, ModelRole]:
+        """The models that they are, by name; their backends need these capabilities."""
+        return {name: ModelRole(config=config, capabilities=capabilities) for name, config in self._models.items()}
 
     def assign(self, batch: BatchedDataDict, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add `teacher_weights` [B, T] and, if each row has its own teacher, `teacher_index` [B].
@@ -81,6 +86,25 @@ class Teachers:
             ids, logprobs = ids.sum(1, keepdim=True), logprobs.sum(1, keepdim=True)
         batch.set_tokens("top_ids", ids)
         batch.set_tokens("teacher_top_logprobs", logprobs)
+
+    def fill_hidden(self, batch: BatchedDataDict, models: Mapping[str, Model], loss: WholeVocabulary) -> None:
+        """Add `teacher_hidden_<i>` [N, E] of each teacher and `teacher_shares` [N, T], its weight at each token.
+
+        The first time the teachers' output layers are given to the workers of the student, which compute the loss.
+        """
+        import torch
+
+        from nemo_rl_plugins_distillation.whole_vocabulary import SHARES, hidden_field
+
+        shares = batch["teacher_weights"]
+        if self.column is not None:
+            shares = torch.nn.functional.one_hot(batch["teacher_index"], len(self.names)).float()
+        batch.set_tokens(SHARES, batch.expand_to_tokens(shares))
+        for index, name in self._each():
+            found = self._of_rows(batch, index, lambda part, m=models[name]: (m.hidden_states(part),))
+            batch.set_tokens(hidden_field(index), found[0])
+        if not loss.layers:
+            loss.layers = [models["policy"].keep(models[name].output_layer()) for name in self.names]
 
     def fill_logprobs(self, batch: BatchedDataDict, models: Mapping[str, Model]) -> None:
         """Add `teacher_logprobs` [N] of the batch's tokens, the weighted mean over the teachers of a row."""

@@ -20,6 +20,7 @@ from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
+from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
@@ -54,7 +55,7 @@ class DTensorBackend(TrainingBackend):
 
     config_class: ClassVar[type] = DTensorConfig
     capabilities: frozenset[str] = frozenset(
-        {"tensor_parallel", "share_weights", "scalar_head", "top_logprobs", "lora"}
+        {"tensor_parallel", "share_weights", "scalar_head", "top_logprobs", "over_vocabulary", "lora"}
     )
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
@@ -185,8 +186,14 @@ class DTensorBackend(TrainingBackend):
             device=self.device,
             only_trained=True,
             with_top_ids=len(batch) > 0 and "top_logprobs" in needs,
+            fields=getattr(loss_fn, "vocabulary_fields", ()) if len(batch) else (),
         )
-        out = self.network(row, temperature=plan.temperature, needs=needs if len(batch) else frozenset())
+        out = self.network(
+            row,
+            temperature=plan.temperature,
+            needs=needs if len(batch) else frozenset(),
+            function=getattr(loss_fn, "over_vocabulary", None),
+        )
         sums = None
         total = out["anchor"]
         if len(batch):
@@ -265,6 +272,27 @@ class DTensorBackend(TrainingBackend):
         names = ("top_ids", "top_logprobs")
         out = self._forward_only(batch, micro_batches, names, temperature=temperature, needs=frozenset(), top_k=k)
         return out["top_ids"], out["top_logprobs"]
+
+    @torch.no_grad()
+    def get_hidden_states(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """[N, E] inputs of the output layer that predict each trained token, on the CPU."""
+        self._require(frozenset({"over_vocabulary"}))
+        needs = frozenset({"hidden_states"})
+        return self._forward_only(batch, micro_batches, needs, needs=needs)["hidden_states"]
+
+    @torch.no_grad()
+    def get_output_layer(self) -> OutputLayer:
+        """The output layer, gathered from all ranks, on the CPU; of ranks but the first without rows."""
+        self._require(frozenset({"over_vocabulary"}))
+        self.ranks.reshard(self.network)
+        head = self.network.head
+        found = [
+            None if tensor is None else self.ranks.full(tensor, self.dtype)
+            for tensor in (head.weight, getattr(head, "bias", None))
+        ]
+        weight, bias = (t if t is None else t[: len(t) if self.ranks.is_first else 0].cpu() for t in found)
+        assert weight is not None
+        return OutputLayer(weight=weight, bias=bias, transform=self.network.transform)
 
     def _require(self, needs: frozenset[str]) -> None:
         if unknown := needs - self.network.gives:

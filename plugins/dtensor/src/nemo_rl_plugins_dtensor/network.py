@@ -7,15 +7,17 @@ length, M tokens whose logprob is wanted, E hidden size.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from attrs import frozen
+from attrs import Factory, frozen
 from torch import Tensor, nn
 
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models.logprobs import LogitTransform
+from nemo_rl_core.models.over_vocabulary import VocabularyFunction, map_vocabulary
 from nemo_rl_core.models.packed_attention import Packing
 from nemo_rl_core.models.vocabulary_head import (
     VOCABULARY_OUTPUTS,
@@ -49,6 +51,8 @@ class Row:
     """[M] the wanted tokens."""
     top_ids: Tensor | None = None
     """[M, ...] other tokens in place of each, whose logprobs are wanted too."""
+    fields: Mapping[str, Tensor] = Factory(dict)
+    """[M, ...] what a function over the vocabulary reads at the wanted tokens."""
 
     @staticmethod
     def of(
@@ -58,6 +62,7 @@ class Row:
         only_trained: bool,
         pair_cost: float | None = None,
         with_top_ids: bool = False,
+        fields: Iterable[str] = (),
     ) -> Row:
         """Prepare a micro-batch that lies on the CPU.
 
@@ -67,6 +72,7 @@ class Row:
             only_trained: Want only the tokens whose `loss_mask` is True.
             pair_cost: Share prefixes where it saves work, see `share_prefixes`; None does not.
             with_top_ids: Take `top_ids` of the batch along.
+            fields: Names of further fields of the batch to take along.
         """
         want = batch.position_ids > 0
         if only_trained and "loss_mask" in batch:
@@ -82,7 +88,14 @@ class Row:
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         top_ids = move(batch["top_ids"][wanted]) if with_top_ids else None
         return Row(
-            move(row_ids), packing.to(device), len(ids), move(wanted), move(predictors), move(ids[wanted]), top_ids
+            move(row_ids),
+            packing.to(device),
+            len(ids),
+            move(wanted),
+            move(predictors),
+            move(ids[wanted]),
+            top_ids,
+            {name: move(batch[name][wanted]) for name in fields},
         )
 
 
@@ -137,12 +150,18 @@ class PolicyNetwork(nn.Module):
     @property
     def gives(self) -> frozenset[str]:
         """What `forward` can be asked for."""
-        return frozenset({"values"}) if self.is_scalar else VOCABULARY_OUTPUTS
+        return frozenset({"values"}) if self.is_scalar else VOCABULARY_OUTPUTS | {"over_vocabulary"}
 
     # -- forward ------------------------------------------------------------------------------
 
     def row(
-        self, batch: BatchedDataDict, *, device: torch.device | str, only_trained: bool, with_top_ids: bool = False
+        self,
+        batch: BatchedDataDict,
+        *,
+        device: torch.device | str,
+        only_trained: bool,
+        with_top_ids: bool = False,
+        fields: Iterable[str] = (),
     ) -> Row:
         """`Row.of` the micro-batch, its prefixes shared where this model allows it and gains by it."""
         fits = self.window is None or batch.max_length <= self.window
@@ -154,18 +173,26 @@ class PolicyNetwork(nn.Module):
             only_trained=only_trained,
             pair_cost=self._pair_cost if fits else None,
             with_top_ids=with_top_ids,
+            fields=fields,
         )
 
     def forward(
-        self, row: Row, *, temperature: float = 1.0, needs: frozenset[str], top_k: int = 0
+        self,
+        row: Row,
+        *,
+        temperature: float = 1.0,
+        needs: frozenset[str],
+        top_k: int = 0,
+        function: VocabularyFunction | None = None,
     ) -> dict[str, Tensor]:
         """Run one micro-batch.
 
         Args:
             row: The micro-batch.
             temperature: Divides the logits; 0 counts as 1, as when tokens are drawn greedily.
-            needs: Of `gives`.
+            needs: Of `gives`, or "hidden_states".
             top_k: Also give the `top_ids` and `top_logprobs` [N, top_k] of the likeliest tokens, without gradient.
+            function: Makes "over_vocabulary" [N, F], see `map_vocabulary`.
 
         Returns:
             Per need a tensor [N] (logits: [N, V], top_logprobs: [N, ...] as the row's `top_ids`); 0 where no value is
@@ -191,6 +218,18 @@ class PolicyNetwork(nn.Module):
             top_ids=row.top_ids,
             top_k=top_k,
         )
+        if "over_vocabulary" in needs and function is not None:
+            found["over_vocabulary"] = map_vocabulary(
+                predictors,
+                head.weight,
+                function,
+                row.fields,
+                bias=bias,
+                transform=transform,
+                chunk_size=self.chunk_size,
+            )
+        if "hidden_states" in needs:
+            found["hidden_states"] = predictors
         out |= {name: _spread(values, row) for name, values in found.items()}
         if "logits" in needs:
             logits = nn.functional.linear(predictors, head.weight, bias).float()

@@ -1,0 +1,51 @@
+"""Large values that workers are given once, and that what is sent to them later refers to."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from nemo_rl_core.errors import InvariantViolation
+
+__all__ = ["Kept", "hold"]
+
+_HELD: dict[str, Any] = {}
+"""Of this process, by key."""
+
+
+class Kept:
+    """A value that the workers of a model hold; pickled, it is a key.
+
+    Made by `Policy.keep`. In the process that made it it holds the value itself, which goes with it.
+
+    Args:
+        value: Something with `to(device)`, such as a tensor.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.key = uuid4().hex
+        self._own: dict[str, Any] | None = {self.key: value}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The key alone."""
+        return {"key": self.key, "_own": None}
+
+    def on(self, device: Any) -> Any:
+        """The value on a device, moved there at the first call.
+
+        Raises:
+            InvariantViolation: This process was never given it.
+        """
+        held = _HELD if self._own is None else self._own
+        if self.key not in held:
+            raise InvariantViolation(
+                f"This worker holds no value {self.key}. It was started after the value was given out; start the run "
+                "again, it continues from its last checkpoint."
+            )
+        held[self.key] = held[self.key].to(device)
+        return held[self.key]
+
+
+def hold(worker: Any, key: str, value: Any) -> None:
+    """In a worker: hold a value for the `Kept` of this key."""
+    _HELD[key] = value
