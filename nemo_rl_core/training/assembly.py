@@ -319,8 +319,7 @@ def _check_capabilities(name: str, role: ModelRole, backend: Any, loss: Any) -> 
         raise ConfigError(
             f"The role {name!r} needs a training backend with {', '.join(sorted(missing))}, which {backend.__name__} "
             f"does not have (its capabilities: {', '.join(sorted(backend.capabilities)) or 'none'}). Choose another "
-            f"backend for it, such as with {name}.backend, or settings that do not need it"
-            f"{' (top_k: 64 compares the likeliest tokens alone)' if 'over_vocabulary' in missing else ''}."
+            f"backend for it, such as with {name}.backend, or settings that do not need it."
         )
 
 
