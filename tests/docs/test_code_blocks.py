@@ -61,7 +61,7 @@ def read_blocks(text: str) -> list[Block]:
 
 
 def pages() -> list[Path]:
-    docs = (p for p in (ROOT / "docs").rglob("*.md") if not {"_build", "_generated", "modules"} & set(p.parts))
+    docs = (p for p in (ROOT / "docs").rglob("*.md") if not {"_build", "_generated", "modules", "kinds"} & set(p.parts))
     return [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
