@@ -60,7 +60,7 @@ def test_steps_outputs_and_weights_are_those_of_one_process(run, make_backend, b
     ranks = Policy(group, token_budget=BUDGET, temperature=0.8)
     alone = make_backend(shape, optimizer=OPTIMIZER, max_grad_norm=0.5)
     single = Policy(InProcessGroup(alone), token_budget=BUDGET, temperature=0.8)
-    for _ in range(2):
+    for _ in range(3):
         found, expected = ranks.train_step(batch, WeightedLoss()), single.train_step(batch, WeightedLoss())
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
     plain = BatchedDataDict(batch.lengths, {"input_ids": batch["input_ids"]})
@@ -87,10 +87,42 @@ def test_resuming_is_bit_equal_and_a_damaged_file_is_named(run, batch, tmp_path)
     assert policy.train_step(batch, WeightedLoss()) == expected
     again = [t.clone() for _, t in group.iterate("export_weights", timeout_s=60)]
     assert all(map(torch.equal, weights, again))
-    file = tmp_path / "trainer-rank1.pt"
+    file = max((tmp_path / "trainer").iterdir(), key=lambda file: file.stat().st_size)
+    assert len(list((tmp_path / "trainer").glob("*.distcp"))) == 2 and file.suffix == ".distcp"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"\[policy rank 1\].*trainer-rank1\.pt is truncated"):
+    with pytest.raises(CheckpointError, match=rf"trainer/{file.name} is truncated"):
         policy.load(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=rf"trainer/{file.name} is missing"):
+        policy.load(tmp_path)
+
+
+def test_a_checkpoint_continues_in_another_layout(run, make_backend, batch, tmp_path):
+    shape, group = run
+    ranks = Policy(group, token_budget=BUDGET)
+    alone = make_backend(shape, optimizer=OPTIMIZER, max_grad_norm=0.5)
+    single = Policy(InProcessGroup(alone), token_budget=BUDGET)
+    for _ in range(2):
+        single.train_step(batch, WeightedLoss())
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    single.save(tmp_path / "one")
+    ranks.load(tmp_path / "one")
+    assert_equal(group, alone)
+    found, expected = ranks.train_step(batch, WeightedLoss()), single.train_step(batch, WeightedLoss())
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    ranks.save(tmp_path / "two")
+    single.load(tmp_path / "two")
+    assert_equal(group, alone)
+    found, expected = ranks.train_step(batch, WeightedLoss()), single.train_step(batch, WeightedLoss())
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def assert_equal(group, alone):
+    """The weights are the same bits."""
+    weights = {name: t.clone() for name, t in group.iterate("export_weights", timeout_s=60)}
+    for name, tensor in alone.export_weights():
+        assert torch.equal(weights[name], tensor), name
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_stops_all_and_changes_nothing(run, batch):

@@ -23,6 +23,7 @@ from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
 from nemo_rl_core.training.step_metrics import StepMetrics
+from nemo_rl_plugins_megatron import checkpoint
 from nemo_rl_plugins_megatron._megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MegatronBackend"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @frozen
@@ -309,42 +310,36 @@ class MegatronBackend(TrainingBackend):
     # -- checkpoints --------------------------------------------------------------------------
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write this rank's weights, optimizer, schedule and RNG into the existing folder `path`."""
+        """Write weights, optimizer, schedule and RNG into the existing folder `path`, which all ranks share.
+
+        Raises:
+            CheckpointError: It cannot be written; raised on every rank.
+        """
         assert self.optimizer is not None
-        state = {
-            **self._identity(),
-            "weights": {name: p.detach() for name, p in self.weights.parameters.items()},
-            "optimizer": self.optimizer.state(),
-            "rng": sealed_file.capture_rng(self.device),
-        }
-        sealed_file.write(Path(path) / self.ranks.file_name, state)
+        rng = sealed_file.capture_rng(self.device)
+        with without_gpu(self.device):
+            checkpoint.save(Path(path), self.model, self.optimizer, self._identity(), rng)
 
     def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it continues; the layout is free."""
         return {
             "format": _FORMAT,
             "precision": self.config.precision,
-            "layout": self.ranks.layout,
-            "distributed_optimizer": self.options.distributed_optimizer,
+            "optimizer": self.config.optimizer.name,
+            "parameters": self.weights.shapes,
         }
 
     def load_checkpoint(self, path: Path) -> None:
-        """Restore what `save_checkpoint` wrote, into the tensors that are there.
+        """Restore what `save_checkpoint` wrote in any layout, into the tensors that are there.
 
         Raises:
-            CheckpointError: Names the file that is missing, damaged or of another model or layout.
+            CheckpointError: Names the file that is missing, damaged or of another model.
         """
-        sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
-
-    @torch.no_grad()
-    def _restore(self, state: dict[str, Any]) -> None:
-        sealed_file.check_fits(state, self._identity(), self.weights.parameters)
         assert self.optimizer is not None
         with without_gpu(self.device):
-            for name, parameter in self.weights.parameters.items():
-                parameter.copy_(state["weights"][name])
-            self.optimizer.restore(state["optimizer"])
+            rng = checkpoint.load(Path(path), self.model, self.optimizer, self._identity())
             self._forget_gradient()
-        sealed_file.restore_rng(state["rng"], self.device)
+        sealed_file.restore_rng(rng, self.device)
 
     # -- place --------------------------------------------------------------------------------
 
