@@ -38,6 +38,7 @@ from nemo_rl_plugins_megatron.model import build_model, check_sizes
 from nemo_rl_plugins_megatron.optimizer import Optimizer
 from nemo_rl_plugins_megatron.outputs import TokenOutputs
 from nemo_rl_plugins_megatron.parallel import Ranks, check_world
+from nemo_rl_plugins_megatron.pretrained import open_weights
 from nemo_rl_plugins_megatron.rows import Row
 from nemo_rl_plugins_megatron.weights import WeightMap
 
@@ -100,10 +101,9 @@ class MegatronBackend(TrainingBackend):
         seed_rng_tracker(self.device, seed)
         self.model = build_model(self.hf_config, config, self.options, ranks)
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        source = load_model(str(config.model_name), dtype=self.dtype, seed=seed, head=config.head)
-        whole = dict(source.named_parameters())
-        self.weights = WeightMap(self.hf_config, {name: t.shape for name, t in whole.items()}, self.model, ranks)
-        self.weights.load(whole)
+        source = open_weights(config, self.hf_config, dtype=self.dtype, seed=seed)
+        self.weights = WeightMap(self.hf_config, source.shapes, self.model, ranks)
+        self.weights.load(source)
         self.outputs = TokenOutputs(
             self.model,
             ranks,

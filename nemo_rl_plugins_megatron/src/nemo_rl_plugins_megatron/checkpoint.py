@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,19 +118,28 @@ def load(path: Path, model: PolicyModel, optimizer: Optimizer, identity: Mapping
     for number, share in enumerate(shares):
         for name in share.tensors:
             wanted["optimizer"][f"{number}.{name}"] = _empty(by_weight[id(share.weight)], name)
-    read: list[Any] = []
-    _on_all(
-        lambda: read.append(dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)),
-        f"read the checkpoint {folder}",
-    )
+    read = _read(wanted, folder)
     with torch.no_grad():
         for name, one in weights.items():
-            one.data.copy_(read[0]["weights"][name])
+            one.data.copy_(read["weights"][name])
         for number, share in enumerate(shares):
             for name, tensor in share.tensors.items():
-                tensor.copy_(read[0]["optimizer"][f"{number}.{name}"].view(-1)[share.part].view_as(tensor))
+                tensor.copy_(read["optimizer"][f"{number}.{name}"].view(-1)[share.part].view_as(tensor))
     optimizer.restored(int(index["num_steps"]))
     return index["rng"][dist.get_rank() % len(index["rng"])]
+
+
+def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What is wanted, each at the place that it names; no more is read than this rank's part."""
+    found: list[dict[str, Any]] = []
+
+    def read() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated")  # megatron-core's own
+            found.append(dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False))
+
+    _on_all(read, f"read the checkpoint {folder}")
+    return found[0]
 
 
 def _fitting(index: dict[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def _whole(share: Share, name: str, number: int) -> Tensor | None:
     writer = ranks[number % len(ranks)]
     # Bytes: a sum of floats makes zeros of negative zeros.
     dist.reduce(flat.view(torch.uint8), dst=writer, group=share.group)
-    return flat.view_as(share.weight) if dist.get_rank() == writer else None
+    return flat.view_as(share.weight).cpu() if dist.get_rank() == writer else None
 
 
 def _like(place: Any, name: str, data: Tensor, replica: Any) -> Any:
