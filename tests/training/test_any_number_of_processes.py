@@ -28,7 +28,7 @@ from nemo_rl_plugins_dtensor.config import DTensorConfig
 from nemo_rl_plugins_megatron.backend import MegatronBackend
 from nemo_rl_plugins_megatron.config import MegatronConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes"), pytest.mark.timeout(600)]
 
 BACKENDS = {"dtensor": (DTensorBackend, DTensorConfig), "megatron": (MegatronBackend, MegatronConfig)}
 DENSE = {
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
     ),
 }
 BUDGET = 20
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 
 
 class Anew:
