@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_rl_core.errors import CheckpointError
 
-__all__ = ["capture_rng", "check_fits", "read", "restore", "restore_rng", "write"]
+__all__ = ["capture_rng", "check_fits", "check_unchanged", "measure", "read", "restore", "restore_rng", "write"]
 
 _BLOCK = 1 << 22
 
@@ -36,7 +36,7 @@ def write(path: Path, state: Any) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        size, checksum = _measure(partial)
+        size, checksum = measure(partial)
         text = json.dumps({"file": path.name, "size": size, "crc32": checksum})
         seal_partial = seal.with_name(f".{seal.name}.partial")
         seal_partial.write_text(text + "\n", encoding="utf-8")
@@ -55,8 +55,7 @@ def read(path: Path, *, map_location: str | torch.device = "cpu") -> Any:
     Raises:
         CheckpointError: The file is missing, truncated, changed or not one of ours; names it.
     """
-    if not path.is_file():
-        raise CheckpointError(f"The checkpoint file {path} is missing. Give a folder that a finished save has written.")
+    _check_there(path)
     try:
         seal = json.loads(_seal_path(path).read_text(encoding="utf-8"))
         expected = (int(seal["size"]), int(seal["crc32"]))
@@ -65,17 +64,32 @@ def read(path: Path, *, map_location: str | torch.device = "cpu") -> Any:
             f"The checksum file {_seal_path(path)} of the checkpoint is missing or unreadable ({error}); the save was "
             "not finished. Resume from an older checkpoint."
         ) from error
-    found = _measure(path)
-    if found != expected:
-        what = "truncated" if found[0] < expected[0] else "damaged"
-        raise CheckpointError(
-            f"The checkpoint file {path} is {what}: it has {found[0]} bytes (CRC-32 {found[1]:08x}), written were "
-            f"{expected[0]} (CRC-32 {expected[1]:08x}). Resume from an older checkpoint."
-        )
+    check_unchanged(path, *expected)
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # whatever the unpickler meets, the file is at fault
         raise CheckpointError(f"The checkpoint file {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def check_unchanged(path: Path, size: int, checksum: int) -> None:
+    """Compare a file with what `measure` gave when it was written.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or changed; names it.
+    """
+    _check_there(path)
+    found = measure(path)
+    if found != (size, checksum):
+        what = "truncated" if found[0] < size else "damaged"
+        raise CheckpointError(
+            f"The checkpoint file {path} is {what}: it has {found[0]} bytes (CRC-32 {found[1]:08x}), written were "
+            f"{size} (CRC-32 {checksum:08x}). Resume from an older checkpoint."
+        )
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint file {path} is missing. Give a folder that a finished save has written.")
 
 
 def restore(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
@@ -120,8 +134,12 @@ def _seal_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.crc.json")
 
 
-def _measure(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
+def measure(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file.
+
+    Raises:
+        CheckpointError: It cannot be read; names it.
+    """
     size = checksum = 0
     try:
         with path.open("rb") as file:

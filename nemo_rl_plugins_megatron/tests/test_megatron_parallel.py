@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+
+import attrs
+import cloudpickle
 import pytest
 import torch
 
@@ -9,11 +14,13 @@ from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyCon
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import CheckpointError, InvariantViolation
 from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.testing.conformance.reference import WeightedLoss
 from nemo_rl_core.training.policy import Policy
 from nemo_rl_plugins_megatron.backend import MegatronBackend
 from nemo_rl_plugins_megatron.config import MegatronConfig
+from nemo_rl_plugins_megatron.pretrained import WeightFiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("megatron_parallel"), pytest.mark.timeout(300)]
 
@@ -28,31 +35,73 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)
 BUDGET = 20
 
 
+class Anew(MegatronBackend):
+    """A backend that is set up again in the same processes."""
+
+    def setup(self, config, context):
+        self.context = context
+
+    def become(self, config, port):
+        """At a port of its own: what the store of the last group still holds would be taken for the next one's."""
+        self.shutdown()
+        self.names, read = set(), WeightFiles._read
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                WeightFiles, "_read", lambda files, name, *rest: self.names.add(name) or read(files, name, *rest)
+            )
+            super().setup(config, attrs.evolve(self.context, master_port=port))
+
+    def names_read(self):
+        """Of the Hugging Face files."""
+        return self.names
+
+
 @pytest.fixture(scope="module")
-def launcher():
-    found = LocalLauncher()
-    found.setup(ClusterConfig(device="cpu", cpus_per_node=2))
-    yield found
-    found.shutdown()
+def group():
+    """Two processes, started once."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    launcher = LocalLauncher()
+    launcher.setup(ClusterConfig(device="cpu", cpus_per_node=2))
+    spec = WorkerSpec(role="policy", factory=Anew, config=PolicyConfig(), num_workers=2, timeout_s=60.0)
+    yield launcher.launch(spec)
+    launcher.shutdown()
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))
-def run(request, launcher, model_name):
-    """(shape, workers) of one layout."""
+def run(request, group, model_name, tmp_path_factory):
+    """(shape, workers) of one layout, whose weights come from files."""
     shape, options, tensor = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("files")
+    load_model(model_name(shape), dtype=torch.float32).save_pretrained(folder)
     config = PolicyConfig(
-        model_name=model_name(shape),
+        model_name=str(folder),
         num_workers=2,
         tensor_parallel_size=tensor,
         options=MegatronConfig(**options),
         optimizer=OPTIMIZER,
         max_grad_norm=0.5,
     )
-    group = launcher.launch(
-        WorkerSpec(role="policy", factory=MegatronBackend, config=config, num_workers=2, timeout_s=60.0)
-    )
-    yield shape, group
-    group.shutdown()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group.call("become", config, port, timeout_s=60.0)
+    return shape, group
+
+
+def test_a_rank_reads_only_the_weights_it_holds_a_part_of(run):
+    shape, group = run
+    first, second = group.call("names_read", timeout_s=60)
+    if shape == "qwen2":  # two stages, the second with a copy of the embedding as its output layer
+        assert first & second == {"model.embed_tokens.weight"}
+        assert all(".layers.0." in name for name in first - second)
+        assert all(".layers.1." in name for name in second - first - {"model.norm.weight"})
+    elif shape == "qwen3_moe":
+        assert all(".experts.0." in name or ".experts.1." in name for name in first - second)
+        assert all(".experts.2." in name or ".experts.3." in name for name in second - first)
+        assert len(first - second) == len(second - first) == 2 * 2 * 3  # layers, experts, weights of each
+    else:
+        assert first == second
+    assert len(first) > 10
 
 
 def test_steps_outputs_and_weights_are_those_of_one_process(run, make_backend, batch, tmp_path):
@@ -60,7 +109,7 @@ def test_steps_outputs_and_weights_are_those_of_one_process(run, make_backend, b
     ranks = Policy(group, token_budget=BUDGET, temperature=0.8)
     alone = make_backend(shape, optimizer=OPTIMIZER, max_grad_norm=0.5)
     single = Policy(InProcessGroup(alone), token_budget=BUDGET, temperature=0.8)
-    for _ in range(2):
+    for _ in range(3):
         found, expected = ranks.train_step(batch, WeightedLoss()), single.train_step(batch, WeightedLoss())
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
     plain = BatchedDataDict(batch.lengths, {"input_ids": batch["input_ids"]})
@@ -87,10 +136,42 @@ def test_resuming_is_bit_equal_and_a_damaged_file_is_named(run, batch, tmp_path)
     assert policy.train_step(batch, WeightedLoss()) == expected
     again = [t.clone() for _, t in group.iterate("export_weights", timeout_s=60)]
     assert all(map(torch.equal, weights, again))
-    file = tmp_path / "trainer-rank1.pt"
+    file = max((tmp_path / "trainer").iterdir(), key=lambda file: file.stat().st_size)
+    assert len(list((tmp_path / "trainer").glob("*.distcp"))) == 2 and file.suffix == ".distcp"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"\[policy rank 1\].*trainer-rank1\.pt is truncated"):
+    with pytest.raises(CheckpointError, match=rf"trainer/{file.name} is truncated"):
         policy.load(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=rf"trainer/{file.name} is missing"):
+        policy.load(tmp_path)
+
+
+def test_a_checkpoint_continues_in_another_layout(run, make_backend, batch, tmp_path):
+    shape, group = run
+    ranks = Policy(group, token_budget=BUDGET)
+    alone = make_backend(shape, optimizer=OPTIMIZER, max_grad_norm=0.5)
+    single = Policy(InProcessGroup(alone), token_budget=BUDGET)
+    for _ in range(2):
+        single.train_step(batch, WeightedLoss())
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    single.save(tmp_path / "one")
+    ranks.load(tmp_path / "one")
+    assert_equal(group, alone)
+    found, expected = ranks.train_step(batch, WeightedLoss()), single.train_step(batch, WeightedLoss())
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    ranks.save(tmp_path / "two")
+    single.load(tmp_path / "two")
+    assert_equal(group, alone)
+    found, expected = ranks.train_step(batch, WeightedLoss()), single.train_step(batch, WeightedLoss())
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def assert_equal(group, alone):
+    """The weights are the same bits."""
+    weights = {name: t.clone() for name, t in group.iterate("export_weights", timeout_s=60)}
+    for name, tensor in alone.export_weights():
+        assert torch.equal(weights[name], tensor), name
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_stops_all_and_changes_nothing(run, batch):

@@ -80,6 +80,10 @@ def test_a_layout_that_does_not_fit(make_backend, shape, world_size, options, po
             r"'torch\.optim\.Adagrad', which megatron-core does not have.*torch\.optim\.AdamW",
         ),
         ({"optimizer": OptimizerConfig(options={"rho": 1})}, r"take no rho\. Known are"),
+        (
+            {"optimizer": OptimizerConfig(name="torch.optim.SGD")},
+            r"'torch\.optim\.SGD', which megatron-core's distributed .*distributed_optimizer: false",
+        ),
         ({"scheduler": SchedulerConfig(name="linear")}, r"where the decay ends"),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
-from nemo_rl_plugins_megatron import weights
+from nemo_rl_plugins_megatron import pretrained, weights
 from nemo_rl_plugins_megatron.families import FAMILIES, Family
 from nemo_rl_plugins_megatron.mapping import Columns, FusedGate, Gate, Heads, QueryKeyValue, Rows, Vocabulary, Whole
 
@@ -79,3 +82,56 @@ def test_a_family_whose_rules_miss_a_weight_is_refused(make_backend, monkeypatch
     monkeypatch.setattr(weights, "family_of", lambda config: partial)
     with pytest.raises(ConfigError, match=message):
         make_backend("qwen3")
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_files(model_name, tmp_path):
+    """`in_files(shape, **options)` is the folder of a checkpoint, and its model in memory."""
+
+    def make(shape, **options):
+        model = load_model(model_name(shape), dtype=torch.float32)
+        model.save_pretrained(tmp_path, **options)
+        return str(tmp_path), model
+
+    return make
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+def test_files_are_read_as_the_hugging_face_library_does(make_backend, in_files, monkeypatch, shape, size):
+    folder, model = in_files(shape, max_shard_size=size)
+    monkeypatch.setattr(pretrained, "load_model", lambda *args, empty=False, **kw: load_model(*args, empty=True, **kw))
+    exported = dict(make_backend(model_name=folder).export_weights())
+    for name, tensor in model.named_parameters():
+        assert torch.equal(exported[name], tensor), name
+
+
+def test_a_head_that_files_do_not_have_is_drawn(make_backend, in_files):
+    folder, _ = in_files("qwen3")
+    exported = dict(make_backend(model_name=folder, head="scalar", seed=1).export_weights())
+    expected = dict(load_model(folder, dtype=torch.float32, head="scalar", seed=1).named_parameters())
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+def test_a_damaged_or_missing_file_is_named(make_backend, in_files, tmp_path, size):
+    folder, _ = in_files("qwen3", max_shard_size=size)
+    file = max(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=re.escape(folder)):
+        make_backend(model_name=folder)
+    file.unlink()
+    with pytest.raises(ConfigError, match=re.escape(folder)):
+        make_backend(model_name=folder)
+
+
+def test_files_of_another_size_are_refused(make_backend, in_files, tmp_path):
+    folder, _ = in_files("qwen3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(ConfigError, match=r"gate_proj\.weight has the shape \[48, 32\], but.*\[64, 32\]"):
+        make_backend(model_name=folder)

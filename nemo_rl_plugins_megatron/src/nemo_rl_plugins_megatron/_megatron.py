@@ -14,16 +14,19 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron.cpu import without_compiler
 
 __all__ = [
+    "CheckpointingException",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "GPTModel",
     "IdentityOp",
+    "LanguageModule",
     "LocalSpecProvider",
     "ModuleSpec",
     "OptimizerConfig",
     "PackedSeqParams",
     "SelfAttention",
     "SelfAttentionSubmodules",
+    "ShardedObject",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -38,6 +41,7 @@ __all__ = [
     "get_transformer_layer_offset",
     "mappings",
     "parallel_state",
+    "torch_strategy",
 ]
 
 _LOWEST, _TOO_HIGH = Version("0.16.1"), Version("0.17")
@@ -60,6 +64,8 @@ def check_version() -> None:
 with warnings.catch_warnings(), without_compiler():
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedObject
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -67,6 +73,7 @@ with warnings.catch_warnings(), without_compiler():
     )
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

@@ -23,6 +23,7 @@ from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
 from nemo_rl_core.training.step_metrics import StepMetrics
+from nemo_rl_plugins_megatron import checkpoint
 from nemo_rl_plugins_megatron._megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -37,6 +38,7 @@ from nemo_rl_plugins_megatron.model import build_model, check_sizes
 from nemo_rl_plugins_megatron.optimizer import Optimizer
 from nemo_rl_plugins_megatron.outputs import TokenOutputs
 from nemo_rl_plugins_megatron.parallel import Ranks, check_world
+from nemo_rl_plugins_megatron.pretrained import open_weights
 from nemo_rl_plugins_megatron.rows import Row
 from nemo_rl_plugins_megatron.weights import WeightMap
 
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MegatronBackend"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @frozen
@@ -99,10 +101,9 @@ class MegatronBackend(TrainingBackend):
         seed_rng_tracker(self.device, seed)
         self.model = build_model(self.hf_config, config, self.options, ranks)
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        source = load_model(str(config.model_name), dtype=self.dtype, seed=seed, head=config.head)
-        whole = dict(source.named_parameters())
-        self.weights = WeightMap(self.hf_config, {name: t.shape for name, t in whole.items()}, self.model, ranks)
-        self.weights.load(whole)
+        source = open_weights(config, self.hf_config, dtype=self.dtype, seed=seed)
+        self.weights = WeightMap(self.hf_config, source.shapes, self.model, ranks)
+        self.weights.load(source)
         self.outputs = TokenOutputs(
             self.model,
             ranks,
@@ -309,42 +310,36 @@ class MegatronBackend(TrainingBackend):
     # -- checkpoints --------------------------------------------------------------------------
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write this rank's weights, optimizer, schedule and RNG into the existing folder `path`."""
+        """Write weights, optimizer, schedule and RNG into the existing folder `path`, which all ranks share.
+
+        Raises:
+            CheckpointError: It cannot be written; raised on every rank.
+        """
         assert self.optimizer is not None
-        state = {
-            **self._identity(),
-            "weights": {name: p.detach() for name, p in self.weights.parameters.items()},
-            "optimizer": self.optimizer.state(),
-            "rng": sealed_file.capture_rng(self.device),
-        }
-        sealed_file.write(Path(path) / self.ranks.file_name, state)
+        rng = sealed_file.capture_rng(self.device)
+        with without_gpu(self.device):
+            checkpoint.save(Path(path), self.model, self.optimizer, self._identity(), rng)
 
     def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it continues; the layout is free."""
         return {
             "format": _FORMAT,
             "precision": self.config.precision,
-            "layout": self.ranks.layout,
-            "distributed_optimizer": self.options.distributed_optimizer,
+            "optimizer": self.config.optimizer.name,
+            "parameters": self.weights.shapes,
         }
 
     def load_checkpoint(self, path: Path) -> None:
-        """Restore what `save_checkpoint` wrote, into the tensors that are there.
+        """Restore what `save_checkpoint` wrote in any layout, into the tensors that are there.
 
         Raises:
-            CheckpointError: Names the file that is missing, damaged or of another model or layout.
+            CheckpointError: Names the file that is missing, damaged or of another model.
         """
-        sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
-
-    @torch.no_grad()
-    def _restore(self, state: dict[str, Any]) -> None:
-        sealed_file.check_fits(state, self._identity(), self.weights.parameters)
         assert self.optimizer is not None
         with without_gpu(self.device):
-            for name, parameter in self.weights.parameters.items():
-                parameter.copy_(state["weights"][name])
-            self.optimizer.restore(state["optimizer"])
+            rng = checkpoint.load(Path(path), self.model, self.optimizer, self._identity())
             self._forget_gradient()
-        sealed_file.restore_rng(state["rng"], self.device)
+        sealed_file.restore_rng(rng, self.device)
 
     # -- place --------------------------------------------------------------------------------
 

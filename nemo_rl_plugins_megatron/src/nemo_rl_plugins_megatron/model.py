@@ -11,6 +11,7 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron._megatron import (
     GPTModel,
     IdentityOp,
+    LanguageModule,
     LocalSpecProvider,
     ModuleSpec,
     SelfAttention,
@@ -112,6 +113,12 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             del self.output_layer
             self.score = nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
         return self
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The weights with their places in the whole model, for distributed checkpoints."""
+        if not hasattr(self, "output_layer") and self.post_process:
+            return super(LanguageModule, self).sharded_state_dict(*args, **kwargs)  # without its rules for that layer
+        return super().sharded_state_dict(*args, **kwargs)
 
     @property
     def vocabulary_weight(self) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
@@ -18,7 +19,7 @@ from nemo_rl_plugins_megatron._megatron import OptimizerConfig, get_megatron_opt
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "Share"]
 
 _KINDS: dict[str, dict[str, Any]] = {
     "torch.optim.AdamW": {"optimizer": "adam", "decoupled_weight_decay": True},
@@ -33,6 +34,11 @@ def _optimizer_config(policy: PolicyConfig, *, distributed: bool) -> Any:
         raise ConfigError(
             f"policy.optimizer.name is {ours.name!r}, which megatron-core does not have. Choose one of "
             f"{', '.join(_KINDS)}, or set policy.backend: dtensor."
+        )
+    if distributed and ours.name == "torch.optim.SGD":
+        raise ConfigError(
+            "policy.optimizer.name is 'torch.optim.SGD', which megatron-core's distributed optimizer does not do. Set "
+            "policy.options.distributed_optimizer: false, or use torch.optim.AdamW."
         )
     options = {"sgd_momentum" if name == "momentum" else name: value for name, value in ours.options.items()}
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
@@ -112,38 +118,85 @@ class Optimizer:
 
     # -- state --------------------------------------------------------------------------------
 
-    def _torch_optimizers(self) -> list[Any]:
+    def shares(self) -> Iterator[Share]:
+        """What this rank holds for each weight, in the same order on all ranks that share it."""
+        for part in self._parts():
+            self._fill(part)
+            yield from self._divided(part) if hasattr(part, "gbuf_ranges") else self._undivided(part)
+
+    def restored(self, num_steps: int) -> None:
+        """Say that the tensors of the shares are as they were after so many steps."""
+        self.num_steps = num_steps
+        for part in self._parts():
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    state["step"].fill_(num_steps)
+            if part.config.optimizer == "adam" and not _counts_per_tensor(part.optimizer):
+                for group in part.optimizer.param_groups:
+                    group["step"] = num_steps
+
+    def _parts(self) -> list[Any]:
+        """Megatron-core has an optimizer for the experts and one for the rest; a rank may have none of one."""
         chained = getattr(self.inner, "chained_optimizers", [self.inner])
-        return [one.optimizer for one in chained if one.optimizer is not None]
+        return [part for part in chained if part.optimizer is not None]
 
-    @staticmethod
-    def _stepped(optimizer: Any) -> list[Tensor]:
-        """What it updates: weights, or their float32 masters, or this rank's share of either."""
-        return [p for group in optimizer.param_groups for p in group["params"]]
+    def _fill(self, part: Any) -> None:
+        """Make the state that the first step would make; it starts at zero."""
+        state = part.optimizer.state
+        for stepped in (p for group in part.optimizer.param_groups for p in group["params"]):
+            for name in _state_names(part.config):
+                if state[stepped].get(name) is None:
+                    state[stepped][name] = torch.zeros_like(stepped)
+            if _counts_per_tensor(part.optimizer) and "step" not in state[stepped]:
+                state[stepped]["step"] = torch.zeros((), dtype=torch.float32)
 
-    def state(self) -> dict[str, Any]:
-        """This rank's part, ready for `torch.save`."""
-        return {
-            "num_steps": self.num_steps,
-            "parts": [
-                {"state": one.state_dict(), "stepped": [p.detach() for p in self._stepped(one)]}
-                for one in self._torch_optimizers()
-            ],
-        }
+    def _tensors(self, part: Any, stepped: Tensor) -> dict[str, Tensor]:
+        found = {name: part.optimizer.state[stepped][name] for name in _state_names(part.config)}
+        return {**found, "param": stepped.detach()} if self._has_masters else found
 
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        """Undo what happened since `state`.
+    @property
+    def _has_masters(self) -> bool:
+        """Whether it steps float32 copies of the weights; else the weights themselves."""
+        return self.policy.precision == "bfloat16"
 
-        Raises:
-            ValueError: It is of other weights.
-        """
-        optimizers = self._torch_optimizers()
-        for one, part in zip(optimizers, state["parts"], strict=True):
-            found, saved = self._stepped(one), part["stepped"]
-            if [p.shape for p in found] != [p.shape for p in saved]:
-                raise ValueError("the optimizer's tensors have other shapes")
-            for parameter, value in zip(found, saved, strict=True):
-                parameter.copy_(value)
-            one.load_state_dict(part["state"])
-        self.num_steps = int(state["num_steps"])
+    def _undivided(self, part: Any) -> Iterator[Share]:
+        groups = part.float16_groups if self._has_masters else [g["params"] for g in part.optimizer.param_groups]
+        for weight in (weight for group in groups for weight in group):
+            tensors = self._tensors(part, weight.main_param if self._has_masters else weight)
+            yield Share(weight=weight, part=slice(0, weight.numel()), group=None, tensors=tensors)
+
+    def _divided(self, part: Any) -> Iterator[Share]:
+        buckets = [bucket for types in part.gbuf_ranges for found in types.values() for bucket in found]
+        held = {weight: ranges["param"] for bucket in buckets for weight, ranges in bucket["param_map"].items()}
+        names = _state_names(part.config) + (("param",) if self._has_masters else ())
+        for weight in (weight for buffer in part.buffers for weight in buffer.param_index_map):
+            if weight in held:
+                group, position = part.model_param_group_index_map[weight]
+                tensors = self._tensors(part, part.optimizer.param_groups[group]["params"][position])
+                where = slice(held[weight].start, held[weight].end)
+            else:
+                where, tensors = slice(0, 0), {name: weight.new_empty(0, dtype=torch.float32) for name in names}
+            yield Share(weight=weight, part=where, group=part.data_parallel_group, tensors=tensors)
+
+
+@frozen(kw_only=True, eq=False)
+class Share:
+    """What a rank's optimizer holds for one weight."""
+
+    weight: Tensor
+    part: slice
+    """Of the flattened weight; empty if other ranks hold it all."""
+    group: Any
+    """The ranks that share it out; None if this one has it all."""
+    tensors: dict[str, Tensor]
+    """The optimizer's state by name, and the float32 master weight as `param` if there is one; as long as `part`."""
+
+
+def _state_names(config: Any) -> tuple[str, ...]:
+    """Of the tensors that an optimizer keeps for each weight."""
+    return ("exp_avg", "exp_avg_sq") if config.optimizer == "adam" else ("momentum_buffer",) * bool(config.sgd_momentum)
+
+
+def _counts_per_tensor(optimizer: Any) -> bool:
+    """PyTorch's Adam keeps the number of steps with each tensor; Transformer Engine's with each group."""
+    return isinstance(optimizer, torch.optim.Adam)  # AdamW is one

@@ -110,10 +110,6 @@ class Ranks:
         self.etp_group = state.get_expert_tensor_parallel_group()
         self.etp_size = state.get_expert_tensor_parallel_world_size()
         self.etp_index = state.get_expert_tensor_parallel_rank()
-        self.layout = (
-            f"tp{self.tp_size}-pp{self.pp_size}-cp{self.cp_size}-ep{self.ep_size}-etp{self.etp_size}-dp{self.dp_size}"
-        )
-        self.file_name = "trainer.pt" if context.world_size == 1 else f"trainer-rank{context.rank}.pt"
 
     @staticmethod
     def _join_world(context: WorkerContext, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from nemo_rl_plugins_megatron.mapping import Rule
 if TYPE_CHECKING:
     from nemo_rl_plugins_megatron.model import PolicyModel
     from nemo_rl_plugins_megatron.parallel import Ranks
+    from nemo_rl_plugins_megatron.pretrained import WeightSource
 
 __all__ = ["WeightMap"]
 
@@ -97,26 +98,23 @@ class WeightMap:
     # -- in -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load(self, source: Mapping[str, Tensor]) -> None:
-        """Set this rank's part from whole Hugging Face weights."""
+    def load(self, source: WeightSource) -> None:
+        """Set this rank's part; only what is in it is read, one weight after another."""
         ranks = self.ranks
-        for weight in self.weights:
-            if weight.stage != ranks.pp_index:
-                continue
-            whole = [source[name] for name in weight.theirs]
+        for weight in (weight for weight in self.weights if weight.stage == ranks.pp_index):
             for i, name in enumerate(self._names(weight)):
                 if weight.rule.per_expert:
                     expert = ranks.ep_index * self.num_local_experts + i
-                    part = weight.rule.form.cut(
-                        [tensor[expert] for tensor in whole], ranks.etp_index, ranks.etp_size, self.heads
-                    )
+                    whole = [source.read_expert(one, expert) for one in weight.theirs]
+                    part = weight.rule.form.cut(whole, ranks.etp_index, ranks.etp_size, self.heads)
                 else:
+                    whole = [source.read(one) for one in weight.theirs]
                     part = weight.rule.form.cut(whole, ranks.tp_index, ranks.tp_size, self.heads)
                 self.parameters[name].copy_(part)
         for name in self._tied_copy():
             embedding = next(weight for weight in self.weights if weight.ours.startswith("embedding."))
-            part = embedding.rule.form.cut([source[embedding.theirs[0]]], ranks.tp_index, ranks.tp_size, self.heads)
-            self.parameters[name].copy_(part)
+            whole = [source.read(embedding.theirs[0])]
+            self.parameters[name].copy_(embedding.rule.form.cut(whole, ranks.tp_index, ranks.tp_size, self.heads))
 
     # -- out ----------------------------------------------------------------------------------
 

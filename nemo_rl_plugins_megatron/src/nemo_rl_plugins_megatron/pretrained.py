@@ -1,0 +1,168 @@
+"""Where the weights of a model come from: tensor by tensor out of safetensors files, so that no rank holds the whole.
+
+What is not in such files under the names of the Hugging Face model is loaded whole by the Hugging Face library: random
+weights, adapters, older names, quantized checkpoints, a head that is to be drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.models import is_scratch, load_model
+from nemo_rl_core.models.adapter import base_of
+
+if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import PolicyConfig
+
+__all__ = ["WeightFiles", "WeightSource", "WholeModel", "open_weights"]
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""In files each expert has weights of its own; in the model they are one tensor, gate and up one after the other."""
+
+
+class WeightSource(Protocol):
+    """Gives whole Hugging Face weights by name."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """The weight."""
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """The part of one expert, of a weight whose first dimension are the experts."""
+
+
+class WholeModel:
+    """The weights of a model in memory."""
+
+    def __init__(self, model: Any) -> None:
+        self._weights = dict(model.named_parameters())
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The weight."""
+        return self._weights[name].detach()
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """The part of one expert."""
+        return self.read(name)[expert]
+
+
+class WeightFiles:
+    """The weights of a checkpoint on disk; a file of a hub model is fetched when it is first read.
+
+    Args:
+        model_name: Folder or hub name.
+        files: File of each tensor.
+        shapes: Shape of each weight of the model.
+        dtype: Of the tensors that are given.
+    """
+
+    def __init__(
+        self, model_name: str, files: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> None:
+        self.model_name = model_name
+        self.files = files
+        self.shapes = shapes
+        self.dtype = dtype
+
+    def covers(self, name: str) -> bool:
+        """Whether the files have this weight, as one or by expert."""
+        if name in self.files or ".experts." not in name:
+            return name in self.files
+        return all(part in self.files for expert in range(self.shapes[name][0]) for part in _of(name, expert))
+
+    def read(self, name: str) -> Tensor:
+        """The weight."""
+        return self._read(name, self.shapes[name])
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """The part of one expert."""
+        shape = self.shapes[name][1:]
+        if name in self.files:
+            return self._read(name, self.shapes[name], expert)
+        parts = _of(name, expert)
+        return torch.cat([self._read(part, (shape[0] // len(parts), *shape[1:])) for part in parts])
+
+    def _read(self, name: str, shape: tuple[int, ...], expert: int | None = None) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        path = _find(self.model_name, self.files[name]) or Path(self.model_name) / self.files[name]
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                found = tuple(file.get_slice(name).get_shape())
+                if found != shape:
+                    raise ConfigError(
+                        f"In {path} the weight {name} has the shape {list(found)}, but by the config.json of "
+                        f"{self.model_name!r} it is {list(shape)}. Files of two models are mixed up; get them anew."
+                    )
+                tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"Cannot read the weight {name} of model {self.model_name!r} from {path}: {error}. The file is damaged "
+                "or incomplete; get it anew."
+            ) from error
+        return tensor.to(self.dtype)
+
+
+def _of(name: str, expert: int) -> list[str]:
+    """Names in files for one expert of a weight of the model."""
+    stem, last = name.rsplit(".", 1)
+    return [f"{stem}.{expert}.{part}.weight" for part in _PARTS.get(last, (last,))]
+
+
+def _find(model_name: str, file: str) -> Path | None:
+    """A file of a folder or of the hub."""
+    folder = Path(model_name).expanduser()
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        model_name,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return Path(found) if found else None
+
+
+def _files(model_name: str) -> dict[str, str]:
+    """File of each tensor; none if there are no readable safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if index := _find(model_name, _INDEX):
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if single := _find(model_name, _SINGLE):
+            with safe_open(str(single), framework="pt") as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        pass  # the Hugging Face library says what is wrong
+    return {}
+
+
+def open_weights(policy: PolicyConfig, hf_config: Any, *, dtype: torch.dtype, seed: int) -> WeightSource:
+    """The weights of `policy.model_name`, file by file where that can be.
+
+    Raises:
+        ConfigError: No such model, or a folder that is not a readable checkpoint.
+    """
+    name = str(policy.model_name)
+    plain = not (is_scratch(name) or base_of(name) or getattr(hf_config, "quantization_config", None))
+    if plain and (files := _files(name)):
+        empty = load_model(name, dtype=dtype, head=policy.head, empty=True)
+        shapes = {name: tuple(tensor.shape) for name, tensor in empty.named_parameters()}
+        source = WeightFiles(name, files, shapes, dtype)
+        if all(source.covers(one) for one in shapes):
+            return source
+    return WholeModel(load_model(name, dtype=dtype, seed=seed, head=policy.head))
