@@ -33,7 +33,7 @@ from nemo_rl_plugins_megatron._megatron import (
 from nemo_rl_plugins_megatron.config import MegatronConfig
 from nemo_rl_plugins_megatron.cpu import seed_rng_tracker, without_gpu
 from nemo_rl_plugins_megatron.families import family_of
-from nemo_rl_plugins_megatron.model import build_model, check_sizes
+from nemo_rl_plugins_megatron.model import build_model, check_sizes, freeze_embedding_of
 from nemo_rl_plugins_megatron.optimizer import Optimizer
 from nemo_rl_plugins_megatron.outputs import TokenOutputs
 from nemo_rl_plugins_megatron.parallel import Ranks, check_world
@@ -103,6 +103,7 @@ class MegatronBackend(TrainingBackend):
         whole = dict(source.named_parameters())
         self.weights = WeightMap(self.hf_config, {name: t.shape for name, t in whole.items()}, self.model, ranks)
         self.weights.load(whole)
+        freeze_embedding_of(self.model, source.get_input_embeddings().padding_idx, ranks)
         self.outputs = TokenOutputs(
             self.model,
             ranks,
