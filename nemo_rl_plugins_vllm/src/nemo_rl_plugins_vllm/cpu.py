@@ -1,4 +1,4 @@
-"""What only vLLM without a GPU needs: threads that share the machine with the trainer, tied heads, and its sleep.
+"""What only vLLM without a GPU needs: threads that share the machine, tied heads, pipelines, and its sleep.
 
 vLLM's own sleep mode rests on the allocator of CUDA. On the CPU we take the pages of the KV cache back and give new
 ones, behind the tensors that the attention layers hold.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["KV_CACHE_GIB", "environment", "release_cache", "repack_tied_heads", "restore_cache"]
+__all__ = ["KV_CACHE_GIB", "environment", "prepare_pipeline", "release_cache", "repack_tied_heads", "restore_cache"]
 
 KV_CACHE_GIB = 1.0
 """Of `kv_cache_gib`, where vLLM itself would take most of the machine."""
@@ -49,6 +49,20 @@ def repack_tied_heads(model: Any) -> None:
         tied = any(other is not head and other.weight is head.weight for other in embeddings)
         if isinstance(head, ParallelLMHead) and tied:
             head.quant_method.process_weights_after_loading(head)
+
+
+def prepare_pipeline(model_runner: Any) -> None:
+    """Make the buffers in which a later stage of a pipeline receives hidden states.
+
+    vLLM makes them in its trial run, which it leaves out on a CPU when nothing is compiled; the first step would fail.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if get_pp_group().is_first_rank or model_runner.intermediate_tensors is not None:
+        return
+    model_runner.intermediate_tensors = model_runner.model.make_empty_intermediate_tensors(
+        batch_size=model_runner.max_num_tokens, dtype=model_runner.model_config.dtype, device=model_runner.device
+    )
 
 
 def _storages(model_runner: Any) -> list[Any]:
