@@ -1,8 +1,15 @@
 """Generation through the `vllm` backend against bare `vllm.LLM`: tokens per second, many requests at a time.
 
-Both sides run the same weights, prompts, sampling and lengths, ask for the logprob of each sampled token, and decode
-with as many threads. Each side runs in a process of its own, one after the other, and they take turns; the ratio is of
-the medians. The bare engine gets all prompts in one call, which is its fastest way.
+All sides run the same weights, prompts, sampling and lengths, ask for the logprob of each sampled token, and decode
+with as many threads. The bare engine gets all prompts in one call, its fastest way, and comes in three arrangements:
+
+- `bare`: the engine in one process of its own, as ours has it and as `LLM` has it on a GPU;
+- `bare_default`: as `LLM` starts it here; on a CPU that is two processes, one for the engine and one for its worker;
+- `bare_in_process`: the engine in the process that asks (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), where no other thread of
+  that process can run beside it.
+
+Each side lives in a process of its own, and they take turns, round by round, so that what else the machine does meets
+all of them. Ratios are medians over the rounds; the one with the bar is against `bare`.
 
     python benchmarks/vllm_overhead.py                        # 10 M parameters, 256 requests at a time
     python benchmarks/vllm_overhead.py --requests 64 --repeats 5
@@ -19,11 +26,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 BAR = 0.97
+WARM_UP = 1
+"""Rounds that do not count."""
+SIDES = ("ours", "bare", "bare_default", "bare_in_process")
 
 
 def arguments() -> argparse.Namespace:
@@ -35,9 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seeded", action="store_true", help="a seed for each request, as in training")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RESULTS / "vllm_overhead.json")
-    parser.add_argument("--side", choices=["ours", "bare"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -47,8 +59,8 @@ def prompts(options: argparse.Namespace) -> list[list[int]]:
     return [[3 + (i * 31 + j * 7) % 100 for j in range(length)] for i in range(options.requests)]
 
 
-def ours(options: argparse.Namespace) -> list[float]:
-    """Seconds of each repeat through the backend."""
+def ours(options: argparse.Namespace) -> tuple[Callable[[], float], Callable[[], None]]:
+    """Through the backend: what generates once and gives the seconds, and what ends the engine."""
     from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
     from nemo_rl_core.protocols.launcher import WorkerContext
@@ -78,21 +90,24 @@ def ours(options: argparse.Namespace) -> list[float]:
         assert all(len(c.token_ids) == len(c.logprobs) == options.new_tokens for c in found)
         return seconds
 
-    asyncio.run(once())
-    taken = [asyncio.run(once()) for _ in range(options.repeats)]
-    engine.shutdown()
-    return taken
+    return lambda: asyncio.run(once()), engine.shutdown
 
 
-def bare(options: argparse.Namespace) -> list[float]:
-    """Seconds of each repeat with `vllm.LLM`, as its documentation uses it."""
+def bare(options: argparse.Namespace) -> tuple[Callable[[], float], Callable[[], None]]:
+    """With `vllm.LLM`, as its documentation uses it."""
     import tempfile
 
     import torch
+
+    if options.side != "bare_default":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
     from nemo_rl_core.models import load_model
+
+    if options.side == "bare":
+        _engine_in_one_process()
 
     with tempfile.TemporaryDirectory() as folder:
         load_model(options.model, dtype=torch.float32).save_pretrained(folder)
@@ -125,17 +140,58 @@ def bare(options: argparse.Namespace) -> list[float]:
         assert all(len(f.outputs[0].token_ids) == options.new_tokens for f in found)
         return seconds
 
-    once()
-    return [once() for _ in range(options.repeats)]
+    return once, lambda: llm.llm_engine.engine_core.shutdown()
 
 
-def run_side(side: str) -> list[float]:
-    """Run one side in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--side", side], stdout=subprocess.PIPE, text=True, check=True
-    )
-    found: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+def _engine_in_one_process() -> None:
+    """The engine apart but its worker in it, which on a CPU no setting of `LLM` gives."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    make: Any = LLMEngine.from_engine_args
+    LLMEngine.from_engine_args = partial(make, enable_multiprocessing=True)
+
+
+class Side:
+    """One side in a process of its own, which takes a turn when it is told to."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seconds: list[float] = []
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--side", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _say(self, what: str) -> str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("seconds "):
+                return line.split()[1]
+        raise SystemExit(f"The side {self.name!r} has ended; what it printed above has the cause.")
+
+    def turn(self, *, counted: bool = True) -> None:
+        """Generate once."""
+        found = float(self._say("go"))
+        if counted:
+            self.seconds.append(found)
+
+    def end(self) -> None:
+        """End it and its engine."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def take_turns(options: argparse.Namespace) -> None:
+    """What a side's process does: set up, and generate once for each line that it is sent."""
+    once, end = (ours if options.side == "ours" else bare)(options)
+    for _ in sys.stdin:
+        print("seconds", once(), flush=True)
+    end()
 
 
 def environment() -> dict[str, Any]:
@@ -160,14 +216,24 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # both sides get the same cores
     if options.side:
-        print(json.dumps(ours(options) if options.side == "ours" else bare(options)), flush=True)
+        take_turns(options)
         return
     where = environment()
+    sides = [Side(name) for name in SIDES]
+    for number in range(options.rounds + WARM_UP):
+        order = sides if number % 2 else sides[::-1]
+        for side in order:
+            side.turn(counted=number >= WARM_UP)
+    for side in sides:
+        side.end()
     tokens = options.requests * options.new_tokens
-    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-    for side in ("bare", "ours", "ours", "bare"):
-        seconds[side] += run_side(side)
-    rates = {side: tokens / statistics.median(taken) for side, taken in seconds.items()}
+    seconds = {side.name: side.seconds for side in sides}
+    ratios = {
+        name: [theirs / mine for mine, theirs in zip(seconds["ours"], seconds[name], strict=True)]
+        for name in SIDES
+        if name != "ours"
+    }
+    medians = {name: round(statistics.median(found), 3) for name, found in ratios.items()}
     result = {
         "benchmark": "vllm backend against vllm.LLM",
         "model": options.model,
@@ -177,9 +243,11 @@ def main() -> None:
         "seeded": options.seeded,
         "threads": options.threads,
         "environment": where,
-        "tokens_per_s": {side: round(rate, 1) for side, rate in rates.items()},
-        "seconds": {side: [round(s, 3) for s in taken] for side, taken in seconds.items()},
-        "ratio": round(rates["ours"] / rates["bare"], 3),
+        "tokens_per_s": {name: round(tokens / statistics.median(taken), 1) for name, taken in seconds.items()},
+        "seconds": {name: [round(s, 3) for s in taken] for name, taken in seconds.items()},
+        "ratios": {name: [round(r, 3) for r in found] for name, found in ratios.items()},
+        "medians": medians,
+        "ratio": medians["bare"],
         "bar": BAR,
     }
     options.output.parent.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from cli_pages import command_line_markdown
 from config_pages import configuration_markdown, hooks_markdown
 from kind_pages import write_kind_pages
 from kit_pages import clauses_markdown
+from pair_pages import pairs_markdown
 
 __all__ = ["setup"]
 
@@ -31,6 +32,7 @@ def _generate(app: Any, _config: Any) -> None:
     (fragments / "configuration.md").write_text(configuration_markdown(root), encoding="utf-8")
     (fragments / "hooks.md").write_text(hooks_markdown(root), encoding="utf-8")
     (fragments / "clauses.md").write_text(clauses_markdown(root), encoding="utf-8")
+    (fragments / "backend_pairs.md").write_text(pairs_markdown(root), encoding="utf-8")
     (fragments / "commands.md").write_text(command_line_markdown(), encoding="utf-8")
     write_api_pages(root, pages)
     write_kind_pages(root, kinds)

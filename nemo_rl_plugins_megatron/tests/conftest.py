@@ -14,6 +14,7 @@ from nemo_rl_plugins_megatron.backend import MegatronBackend
 from nemo_rl_plugins_megatron.config import MegatronConfig
 
 VOCAB = 97  # odd: no tensor-parallel size divides it
+PADDING = 73  # a token of the tests' batch, as a policy may sample it
 _COMMON = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -44,8 +45,8 @@ _SCALED_ROPE = {
 SHAPES = {
     "llama": {**_COMMON, "model_type": "llama", "tie_word_embeddings": False},
     "llama_scaled_rope": {**_COMMON, "model_type": "llama", "rope_parameters": _SCALED_ROPE},
-    "qwen2": {**_COMMON, "model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {**_COMMON, "model_type": "qwen3", "tie_word_embeddings": False},
+    "qwen2": {**_COMMON, "model_type": "qwen2", "tie_word_embeddings": True, "pad_token_id": PADDING},
+    "qwen3": {**_COMMON, "model_type": "qwen3", "tie_word_embeddings": False, "pad_token_id": PADDING},
     "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
     "qwen3_moe_mixed": {**_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [0]},
     "mistral": {**_COMMON, "model_type": "mistral"},

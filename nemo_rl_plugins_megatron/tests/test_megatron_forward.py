@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_rl_core.config.schema import OptimizerConfig
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.protocols.training_backend import StepPlan
-from nemo_rl_core.testing.conformance.reference import WeightedLoss, forward_logits, forward_logprobs
+from nemo_rl_core.testing.conformance.reference import ReferenceTrainer, WeightedLoss, forward_logits, forward_logprobs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_megatron._megatron import _LOWEST, check_version
 from nemo_rl_plugins_megatron.attention import PackedAttention
@@ -41,6 +42,17 @@ def test_logits_and_logprobs_are_those_of_the_hugging_face_model(make_backend, m
     torch.testing.assert_close(loss.logits[mask], expected[mask], rtol=1e-4, atol=1e-4)
     found = backend.get_logprobs(batch, 0.7)
     torch.testing.assert_close(found[mask], forward_logprobs(model, batch, 0.7)[mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3"])
+def test_the_gradient_is_that_of_the_hugging_face_model_also_where_padding_was_sampled(
+    make_backend, model_name, batch, shape
+):
+    model = load_model(model_name(shape), dtype=torch.float32)
+    assert model.config.pad_token_id in (None, 73)
+    assert 73 in batch["input_ids"]
+    expected = ReferenceTrainer(model, OptimizerConfig(lr=0.0)).step(batch).grad_norm
+    assert _step(make_backend(shape, max_grad_norm=None), batch).grad_norm == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["qwen3", "qwen3_moe"])

@@ -85,10 +85,12 @@ def update_in_flight(engine, weights, *, at_version=1):
     """A completion of 600 tokens during which the weights change."""
 
     async def run():
-        call = asyncio.ensure_future(engine.generate(request(PROMPT, seed=3, max_new_tokens=600, ignore_eos=True)))
-        await engine.generate(request(PROMPT, seed=4, max_new_tokens=2, ignore_eos=True))
+        # The others make each step longer, so that the update is in time on a busy machine too.
+        asked = [request(PROMPT, seed=seed, max_new_tokens=600, ignore_eos=True) for seed in range(3, 35)]
+        calls = [asyncio.ensure_future(engine.generate(one)) for one in asked]
+        await engine.generate(request(PROMPT, seed=2, max_new_tokens=2, ignore_eos=True))
         await asyncio.to_thread(engine.update_weights, at_version, iter(weights.items()))
-        return await call
+        return (await asyncio.gather(*calls))[0]
 
     return asyncio.run(run())
 

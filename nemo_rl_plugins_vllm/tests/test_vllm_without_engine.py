@@ -54,9 +54,13 @@ def test_the_users_environment_wins(monkeypatch):
     assert alone == {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "GOMP_SPINCOUNT": "2000",
         "OMP_NUM_THREADS": "2",
     }
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment(2, single=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # the user's choice of how threads wait
+    assert "GOMP_SPINCOUNT" not in environment(2, single=True)
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")  # binding needs a process for each worker
     assert environment(None, single=True) == {}
 

@@ -1,17 +1,21 @@
-"""Runs whose rollouts vLLM samples: the engine is the trainer's policy, before and after each refit."""
+"""Runs whose rollouts vLLM samples, with both trainers, here and on Ray: the engine is the trainer's policy."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import nemo_rl
 from nemo_rl_core.config.schema import PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.rollouts.jsonl import read_groups
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pairs import Runs, check_pair, check_same_first_step, check_same_run
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -20,33 +24,30 @@ pytestmark = [
 ]
 
 
-def digits(response: str) -> float:
-    return float(any(c.isdigit() for c in response))
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture
+def run(runs):
     """Five steps of GRPO on `dtensor` and `vllm`."""
-    folder = tmp_path_factory.mktemp("vllm") / "run"
-    config = {
-        "model": "scratch:qwen2-tiny",
-        "seed": 7,
-        "learning_rate": 3e-3,
-        "num_prompts_per_step": 8,
-        "num_generations_per_prompt": 8,
-        "max_steps": 5,
-        "run_dir": str(folder),
-        "policy": {"max_sequence_length": 48, "backend": "dtensor"},
-        "generation": {
-            "backend": "vllm",
-            "max_new_tokens": 16,
-            "temperature": 0.8,
-            "options": {"kv_cache_gib": 0.25, "num_threads": 1},
-        },
-        "logging": {"progress": "none"},
-    }
-    rows = [{"prompt": f"{a}+{b}="} for a in range(5) for b in range(5)]
-    return nemo_rl.GRPOTrainer(config).fit(rows, digits)
+    return runs("dtensor", "vllm", "local")
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+@pytest.mark.parametrize("training", ["dtensor", "megatron"])
+def test_the_pair_trains(runs, training, launcher):
+    check_pair(training, "vllm", launcher, runs(training, "vllm", launcher))
+
+
+@pytest.mark.parametrize("training", ["dtensor", "megatron"])
+def test_ray_takes_the_steps_of_this_machine(runs, training):
+    check_same_run(runs(training, "vllm", "local"), runs(training, "vllm", "ray"))
+
+
+def test_both_trainers_take_the_same_first_step(runs):
+    check_same_first_step(runs("dtensor", "vllm", "local"), runs("megatron", "vllm", "local"))
 
 
 def test_engine_and_trainer_agree_in_every_step(run):

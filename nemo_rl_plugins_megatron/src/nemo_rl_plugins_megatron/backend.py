@@ -34,7 +34,7 @@ from nemo_rl_plugins_megatron._megatron import (
 from nemo_rl_plugins_megatron.config import MegatronConfig
 from nemo_rl_plugins_megatron.cpu import seed_rng_tracker, without_gpu
 from nemo_rl_plugins_megatron.families import family_of
-from nemo_rl_plugins_megatron.model import build_model, check_sizes
+from nemo_rl_plugins_megatron.model import build_model, check_sizes, freeze_embedding_of
 from nemo_rl_plugins_megatron.optimizer import Optimizer
 from nemo_rl_plugins_megatron.outputs import TokenOutputs
 from nemo_rl_plugins_megatron.parallel import Ranks, check_world
@@ -104,6 +104,7 @@ class MegatronBackend(TrainingBackend):
         source = open_weights(config, self.hf_config, dtype=self.dtype, seed=seed)
         self.weights = WeightMap(self.hf_config, source.shapes, self.model, ranks)
         self.weights.load(source)
+        freeze_embedding_of(self.model, getattr(self.hf_config, "pad_token_id", None), ranks)
         self.outputs = TokenOutputs(
             self.model,
             ranks,

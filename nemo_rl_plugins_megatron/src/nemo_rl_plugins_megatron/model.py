@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nemo_rl_plugins_megatron.config import MegatronConfig
     from nemo_rl_plugins_megatron.parallel import Ranks
 
-__all__ = ["PolicyModel", "build_model", "check_sizes", "transformer_config"]
+__all__ = ["PolicyModel", "build_model", "check_sizes", "freeze_embedding_of", "transformer_config"]
 
 
 class _RMSNorm(nn.Module):
@@ -234,6 +234,24 @@ def build_model(hf_config: Any, policy: PolicyConfig, options: MegatronConfig, r
         model.with_scalar_head()
     model.rotary_pos_emb.inv_freq = _frequencies(hf_config).to(ranks.device)
     return model.to(ranks.device)  # type: ignore[no-any-return]
+
+
+def freeze_embedding_of(model: PolicyModel, token: int | None, ranks: Ranks) -> None:
+    """Give the embedding of this token no gradient from where the token is read, as Hugging Face's padding index does.
+
+    A policy can sample its padding token; what it learns then must not depend on the backend. A head that is tied to
+    the embedding still gets its part of the gradient.
+    """
+    if token is None or not model.pre_process:
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], embedded: Tensor) -> Tensor:
+        frozen = (kwargs["input_ids"] == token).transpose(0, 1)[..., None]
+        if len(frozen) > len(embedded):  # tensor-parallel ranks share the tokens
+            frozen = frozen.chunk(ranks.tp_size)[ranks.tp_index]
+        return torch.where(frozen, embedded.detach(), embedded)
+
+    model.embedding.register_forward_hook(hook, with_kwargs=True)
 
 
 def _rope(hf_config: Any) -> dict[str, Any]:

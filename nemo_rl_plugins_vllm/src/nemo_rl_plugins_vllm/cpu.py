@@ -1,4 +1,4 @@
-"""What only vLLM without a GPU needs: threads that share the machine with the trainer, tied heads, and its sleep.
+"""What only vLLM without a GPU needs: threads that share the machine, tied heads, pipelines, and its sleep.
 
 vLLM's own sleep mode rests on the allocator of CUDA. On the CPU we take the pages of the KV cache back and give new
 ones, behind the tensors that the attention layers hold.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["KV_CACHE_GIB", "environment", "release_cache", "repack_tied_heads", "restore_cache"]
+__all__ = ["KV_CACHE_GIB", "environment", "prepare_pipeline", "release_cache", "repack_tied_heads", "restore_cache"]
 
 KV_CACHE_GIB = 1.0
 """Of `kv_cache_gib`, where vLLM itself would take most of the machine."""
+_SPIN_COUNT = "2000"
 _SIZES = "_nemo_rl_cache_sizes"
 
 
@@ -24,13 +25,19 @@ def environment(num_threads: int | None, *, single: bool) -> dict[str, str]:
     worker needs no process of its own beside the engine's, which it has only to have its threads bound: without it the
     engine starts faster and saves a hop in each step.
 
+    Threads that wait for each other spin for milliseconds by default, on cores that trainer, episodes and rewards need;
+    they spin shortly instead. Not to spin at all is slower again.
+
     Args:
         num_threads: Of each worker; None leaves the number to PyTorch.
         single: Whether an engine has one worker.
     """
     wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    if single and os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") == "nobind":
+    unbound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") == "nobind"
+    if unbound and single:
         wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if unbound and "OMP_WAIT_POLICY" not in os.environ:
+        wanted["GOMP_SPINCOUNT"] = _SPIN_COUNT
     wanted = {name: value for name, value in wanted.items() if name not in os.environ}
     if num_threads is not None:
         wanted["OMP_NUM_THREADS"] = str(num_threads)
@@ -49,6 +56,20 @@ def repack_tied_heads(model: Any) -> None:
         tied = any(other is not head and other.weight is head.weight for other in embeddings)
         if isinstance(head, ParallelLMHead) and tied:
             head.quant_method.process_weights_after_loading(head)
+
+
+def prepare_pipeline(model_runner: Any) -> None:
+    """Make the buffers in which a later stage of a pipeline receives hidden states.
+
+    vLLM makes them in its trial run, which it leaves out on a CPU when nothing is compiled; the first step would fail.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if get_pp_group().is_first_rank or model_runner.intermediate_tensors is not None:
+        return
+    model_runner.intermediate_tensors = model_runner.model.make_empty_intermediate_tensors(
+        batch_size=model_runner.max_num_tokens, dtype=model_runner.model_config.dtype, device=model_runner.device
+    )
 
 
 def _storages(model_runner: Any) -> list[Any]:

@@ -123,6 +123,8 @@ class EngineThread:
         self._llm = llm
         # vLLM's own reading of the checkpoint's tokenizer may differ from the one that the run uses.
         llm.output_processor.tokenizer = self._tokenizer
+        if self._arguments.pipeline_parallel_size > 1:
+            await llm.collective_rpc("nemo_rl_prepare_pipeline")
         await llm.update_weight_version(self.salt)
         await llm.get_supported_tasks()  # asked once, so that no request has to wait for the answer
 

@@ -27,6 +27,12 @@ class WorkerExtension:
             self.weight_transfer_engine.abandon()
         self._weight_update_active = False
 
+    def nemo_rl_prepare_pipeline(self) -> None:
+        """Before the first step of a pipeline."""
+        from nemo_rl_plugins_vllm.cpu import prepare_pipeline
+
+        prepare_pipeline(self.model_runner)
+
     def nemo_rl_release_cache(self) -> int:
         """Without a GPU: give the memory of the KV cache back. Returns its bytes."""
         from nemo_rl_plugins_vllm.cpu import release_cache

@@ -59,6 +59,7 @@ def test_the_report_is_one_file_without_references(tmp_path):
     sample = Sample(prompt="1 + <2> =", response="3", reward=1.0, step=10)
     quickstart = recipe.QuickstartResult(
         seed=0,
+        generation_backend="torch_engine",
         sft=result("sft"),
         grpo=result("grpo"),
         accuracy_before=0.25,

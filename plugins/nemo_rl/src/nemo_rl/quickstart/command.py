@@ -14,6 +14,9 @@ __all__ = ["command"]
 def command(
     run_dir: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("quickstart-run"),
     seed: Annotated[int, typer.Option(help="Seed of model, data and sampling.")] = 0,
+    generation_backend: Annotated[
+        str, typer.Option(help="What samples: `torch_engine`, or another that is installed, such as `vllm`.")
+    ] = "torch_engine",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end, for programs.")] = False,
 ) -> None:
     """Train a small model on this machine's CPU: warm start by SFT, then GRPO. No network, no GPU."""
@@ -24,6 +27,7 @@ def command(
         result = run_quickstart(
             run_dir,
             seed=seed,
+            generation_backend=generation_backend,
             progress="none" if as_json else "auto",
             announce=(lambda text: None) if as_json else typer.echo,
         )
@@ -34,6 +38,7 @@ def command(
             json.dumps(
                 {
                     "seed": result.seed,
+                    "generation_backend": result.generation_backend,
                     "accuracy_before": result.accuracy_before,
                     "accuracy_after": result.accuracy_after,
                     "greedy_before": result.greedy_before,

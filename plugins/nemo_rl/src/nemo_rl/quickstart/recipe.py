@@ -15,6 +15,7 @@ from typing import Any
 
 from attrs import frozen
 
+from nemo_rl_core.registry import get_registry
 from nemo_rl_core.training.state import RunResult, Sample
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymData, ReasoningGymSource
@@ -37,6 +38,7 @@ class QuickstartResult:
     """What the quickstart shows."""
 
     seed: int
+    generation_backend: str
     sft: RunResult
     grpo: RunResult
     accuracy_before: float
@@ -72,33 +74,42 @@ def arithmetic_data(*, seed: int, size: int) -> dict[str, Any]:
 
 
 def run_quickstart(
-    run_dir: Path, *, seed: int = 0, progress: str = "auto", announce: Callable[[str], None] = lambda text: None
+    run_dir: Path,
+    *,
+    seed: int = 0,
+    generation_backend: str = "torch_engine",
+    progress: str = "auto",
+    announce: Callable[[str], None] = lambda text: None,
 ) -> QuickstartResult:
     """Run both trainings and the evaluations, and write the report.
 
     Args:
         run_dir: Folder for everything that is written; a finished stage in it is not repeated.
         seed: Of the model, the data order and the sampling.
+        generation_backend: What samples, in GRPO and in the evaluations.
         progress: How the runs show themselves (`logging.progress`).
         announce: Called with a line at the start of each stage.
     """
     started = time.perf_counter()
+    get_registry().resolve("generation_backends", generation_backend)  # a name that nobody has is refused at once
     common = {"seed": seed, "logging": {"progress": progress}}
+    sampling = {"max_new_tokens": 6, "backend": generation_backend}
     announce(f"1/4  Warm start: supervised fine-tuning of a {MODEL} model made from scratch")
     sft = _warm_start(run_dir / "sft", common, seed)
     if sft.model_path is None:
         raise KeyboardInterrupt
     announce("2/4  Accuracy on held-out tasks after the warm start")
-    before, greedy_before, samples_before = _accuracy(sft.model_path, common)
+    before, greedy_before, samples_before = _accuracy(sft.model_path, common, sampling)
     announce(f"     sampled {before:.3f}, greedy {greedy_before:.3f}")
     announce("3/4  GRPO: the same tasks, nothing but the reward")
-    grpo = _grpo(run_dir / "grpo", common, sft.model_path, seed)
+    grpo = _grpo(run_dir / "grpo", common, sampling, sft.model_path, seed)
     if grpo.model_path is None:
         raise KeyboardInterrupt
     announce("4/4  Accuracy on held-out tasks after GRPO")
-    after, greedy_after, samples_after = _accuracy(grpo.model_path, common)
+    after, greedy_after, samples_after = _accuracy(grpo.model_path, common, sampling)
     result = QuickstartResult(
         seed=seed,
+        generation_backend=generation_backend,
         sft=sft,
         grpo=grpo,
         accuracy_before=before,
@@ -156,7 +167,7 @@ def _warm_start(run_dir: Path, common: dict[str, Any], seed: int) -> RunResult:
     return trainer.fit(demonstrations(seed=_first_row(seed, 1), size=NUM_ROWS))
 
 
-def _grpo(run_dir: Path, common: dict[str, Any], model: Path, seed: int) -> RunResult:
+def _grpo(run_dir: Path, common: dict[str, Any], sampling: dict[str, Any], model: Path, seed: int) -> RunResult:
     trainer = GRPOTrainer(
         {
             "model": str(model),
@@ -166,7 +177,7 @@ def _grpo(run_dir: Path, common: dict[str, Any], model: Path, seed: int) -> RunR
             "max_steps": 160,
             "run_dir": str(run_dir),
             "policy": _policy(5, "linear"),
-            "generation": {"max_new_tokens": 6},
+            "generation": sampling,
             "data": {"train": arithmetic_data(seed=_first_row(seed, 2), size=NUM_ROWS)},
             "environment": "reasoning_gym",
             "rollouts": {"record": False},
@@ -176,7 +187,7 @@ def _grpo(run_dir: Path, common: dict[str, Any], model: Path, seed: int) -> RunR
     return trainer.fit()
 
 
-def _accuracy(model: Path, common: dict[str, Any]) -> tuple[float, float, list[Sample]]:
+def _accuracy(model: Path, common: dict[str, Any], sampling: dict[str, Any]) -> tuple[float, float, list[Sample]]:
     """Held-out accuracy sampled as in training, greedily, and some answers."""
 
     def evaluate(temperature: float) -> Any:
@@ -185,7 +196,7 @@ def _accuracy(model: Path, common: dict[str, Any]) -> tuple[float, float, list[S
                 "algorithm": "grpo",
                 "model": str(model),
                 "policy": {"max_sequence_length": 32},
-                "generation": {"max_new_tokens": 6},
+                "generation": sampling,
                 "data": {"validation": arithmetic_data(seed=HELD_OUT_SEED, size=NUM_HELD_OUT)},
                 "validation": {"max_samples": NUM_HELD_OUT, "temperature": temperature},
                 "environment": "reasoning_gym",
