@@ -161,7 +161,9 @@ class RayWorkerGroup:
                 raise raised_by(self.role, rank, value)
         return [found[rank][1] for rank in sorted(refs)]
 
-    def _head(self, method: str, ref: Any, others: Mapping[int, Any], answered: Answers, timeout_s: float | None) -> Any:
+    def _head(
+        self, method: str, ref: Any, others: Mapping[int, Any], answered: Answers, timeout_s: float | None
+    ) -> Any:
         """Rank 0's answer, while the other ranks work too: what they answer goes into `answered`."""
         waiting = {0: ref, **{rank: other for rank, other in others.items() if rank not in answered}}
         answered.pop(0, None)
