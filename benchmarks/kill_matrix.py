@@ -55,7 +55,15 @@ def register(folder: str, kind: str) -> None:
     """This process is one of `kind`."""
     pids = Path(folder, "pids", kind)
     pids.mkdir(parents=True, exist_ok=True)
-    (pids / str(os.getpid())).touch()
+    (pids / str(os.getpid())).write_text(born("self"), encoding="ascii")
+
+
+def born(pid: object) -> str:
+    """When a process started, in clock ticks; empty if there is none. A number alone may come to be another's."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def trip(folder: str, stage: str, kinds: Sequence[str]) -> None:
@@ -68,14 +76,12 @@ def trip(folder: str, stage: str, kinds: Sequence[str]) -> None:
             continue
         mine = False
         for entry in Path(folder, "pids", kind).iterdir():
+            alive = born(entry.name) == entry.read_text(encoding="ascii")
             entry.unlink()
             if int(entry.name) == os.getpid():
                 mine = True
-                continue
-            try:
+            elif alive:
                 os.kill(int(entry.name), signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # ended long ago
         if mine:
             os.kill(os.getpid(), signal.SIGKILL)
 
