@@ -12,6 +12,7 @@ nothing happened to: the same prompts, the same sampled tokens, the same losses 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -267,34 +268,49 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 # -- the matrix --------------------------------------------------------------------------------------------
 
 
-def measure(work: str, cluster: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run for each kind and stage."""
-    attempt(f"{work}/undisturbed", [], cluster)
+def measure(
+    work: str, cluster: Mapping[str, Any], known: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[Mapping[str, Any]]:
+    """A run for each kind and stage, but for those in `known`."""
+    attempt(f"{work}/undisturbed", [], {"launcher": "local"})  # Ray takes the same steps
     expected = story(f"{work}/undisturbed")
     prompts = [prompt for step in expected["prompts"] for prompt in step]
     if expected["steps"] != list(range(1, NUM_STEPS + 1)) or len(set(prompts)) != len(prompts):
         raise RuntimeError(f"The undisturbed run is not what it should be: {expected['steps']}, {prompts}")
-    rows = []
+    done = {(row["kind"], row["stage"]): row for row in known}
     for kind in KINDS:
         for stage in STAGES:
+            if (kind, stage) in done:
+                yield done[kind, stage]
+                continue
             kill: Kill = (2 * SAVE_EVERY if stage == "save" else 2 * SAVE_EVERY + 2, stage, kind)
             folder = f"{work}/{kind}-{stage}"
             started = time.monotonic()
             stops = (campaign_elsewhere if kind == "driver" else campaign)(folder, [kill], cluster)
-            rows.append(
-                {
-                    "kind": kind,
-                    "stage": stage,
-                    "step": kill[0],
-                    "killed": fired(folder) == {"-".join(map(str, kill))},
-                    "stopped_with": stops,
-                    "differences": differences(story(folder), expected),
-                    "seconds": round(time.monotonic() - started, 1),
-                }
-            )
-            sys.stdout.write(json.dumps(rows[-1]) + "\n")
-            sys.stdout.flush()
-    return rows
+            yield {
+                "kind": kind,
+                "stage": stage,
+                "step": kill[0],
+                "killed": fired(folder) == {"-".join(map(str, kill))},
+                "stopped_with": stops,
+                "differences": differences(story(folder), expected),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+
+
+@contextlib.contextmanager
+def cluster_at(address: str | None) -> Iterator[str]:
+    """The Ray cluster there, or one for this benchmark."""
+    if address is not None:
+        yield address
+        return
+    from ray.cluster_utils import Cluster
+
+    head = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False})
+    try:
+        yield head.address
+    finally:
+        head.shutdown()
 
 
 def outcome(row: Mapping[str, Any]) -> str:
@@ -329,6 +345,8 @@ def main() -> None:
     """Run the matrix, one attempt, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="write the table from the results that are there")
+    parser.add_argument("--address", help="of a Ray cluster of at least two cores; none starts one")
+    parser.add_argument("--go-on", action="store_true", help="keep the rows of the results that are there")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--attempt", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -337,23 +355,21 @@ def main() -> None:
         attempt(folder, [tuple(kill) for kill in json.loads(kills)], json.loads(cluster))
         return
     if not options.table:
-        from ray.cluster_utils import Cluster
-
-        head = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False})
-        try:
-            with tempfile.TemporaryDirectory() as work:
-                rows = measure(work, {"launcher": "ray", "options": {"address": head.address}})
-        finally:
-            head.shutdown()
-        report = {
+        known = json.loads(options.results.read_text(encoding="utf-8"))["results"] if options.go_on else []
+        report: dict[str, Any] = {
             "benchmark": "kill_matrix",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"python": platform.python_version(), "system": platform.system(), "cpus": os.cpu_count()},
             "versions": {name: version(name) for name in ("torch", "ray", "nemo-rl-core", "nemo-rl-ray")},
             "steps": NUM_STEPS,
-            "results": rows,
+            "results": [],
         }
-        options.results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        with tempfile.TemporaryDirectory() as work, cluster_at(options.address) as address:
+            for row in measure(work, {"launcher": "ray", "options": {"address": address}}, known):
+                report["results"].append(row)
+                options.results.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                sys.stdout.write(json.dumps(row) + "\n")
+                sys.stdout.flush()
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(with_table(page, json.loads(options.results.read_text(encoding="utf-8"))), encoding="utf-8")
 
