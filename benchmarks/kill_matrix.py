@@ -330,7 +330,10 @@ def table(report: Mapping[str, Any]) -> str:
     """The outcomes as Markdown."""
     cells = {(row["kind"], row["stage"]): outcome(row) for row in report["results"]}
     lines = [f"| killed | {' | '.join(f'in {stage}' for stage in STAGES)} |", "|---" * (len(STAGES) + 1) + "|"]
-    lines += [f"| {NAMES[kind]} | {' | '.join(cells[kind, stage] for stage in STAGES)} |" for kind in KINDS]
+    lines += [
+        f"| {NAMES[kind]} | {' | '.join(cells.get((kind, stage), 'not tried yet') for stage in STAGES)} |"
+        for kind in KINDS
+    ]
     return "\n".join(lines) + "\n"
 
 
