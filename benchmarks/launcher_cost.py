@@ -73,7 +73,6 @@ def run_side(options: argparse.Namespace) -> None:
         "run_dir": options.run_dir,
         "policy": {"num_workers": options.num_workers},
         "generation": {"max_new_tokens": options.max_new_tokens},
-        "weight_sync": "object_store",
         "cluster": {"launcher": options.side, "device": "cpu", "cpus_per_node": max(2, os.cpu_count() or 1)},
         "checkpointing": {"enabled": False, "export_model": False},
         "logging": {"progress": "none"},

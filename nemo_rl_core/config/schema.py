@@ -415,8 +415,9 @@ class RunConfig:
     """Checks of a run."""
     cluster: ClusterConfig = Factory(ClusterConfig)
     """The machines."""
-    weight_sync: ComponentChoice = component("weight_syncs", "in_process")
-    """How new weights reach the engine."""
+    weight_sync: ComponentChoice = component("weight_syncs")
+    """How new weights reach the engine. None takes the default of where engines live: in the driver's process, or in
+    processes of their own."""
     plugins: dict[str, str] = Factory(dict)
     """Bare name to qualified `dist:name` where two distributions provide one, as `{grpo: my-dist:grpo}`."""
 

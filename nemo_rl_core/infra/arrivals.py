@@ -1,17 +1,58 @@
-"""A socket at which other processes arrive, each having proved that it knows a secret."""
+"""A socket at which other processes arrive, each having proved that it knows a secret, and arriving there."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import queue
 import socket
 import tempfile
 import threading
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Arrivals"]
+from nemo_rl_core.errors import DeadlineExceeded
+
+__all__ = ["Arrivals", "arrive"]
+
+
+def arrive(address: Any, key: bytes, *, who: str, timeout_s: float) -> Connection:
+    """Connect to the `Arrivals` at `address`.
+
+    Args:
+        address: Of the socket.
+        key: The secret.
+        who: Listens there, for the message.
+        timeout_s: Deadline of connecting and of the exchange of secrets.
+
+    Raises:
+        DeadlineExceeded: Nobody answered in time.
+        OSError: Nobody listens there.
+    """
+    future: concurrent.futures.Future[Connection] = concurrent.futures.Future()
+
+    def connect() -> None:
+        try:
+            connection = Client(address, authkey=key)
+        except BaseException as error:  # handed to the caller
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+                future.set_exception(error)
+            return
+        if not future.set_running_or_notify_cancel():
+            connection.close()
+            return
+        future.set_result(connection)
+
+    threading.Thread(target=connect, name="nemo-rl-arrive", daemon=True).start()
+    try:
+        return future.result(timeout_s)
+    except concurrent.futures.TimeoutError as error:
+        if not future.cancel():
+            return future.result()  # it came in this very moment, or failed
+        raise DeadlineExceeded(
+            f"{who} did not answer at {address} in {timeout_s:g} s. Look for a firewall between the machines."
+        ) from error
 
 
 class Arrivals:

@@ -11,13 +11,14 @@ import pickle
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from attrs import define
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.infra.arrivals import arrive
 from nemo_rl_core.infra.engine_host import Served
 from nemo_rl_core.infra.place import find_place
 from nemo_rl_core.infra.remote import raised_by
@@ -79,7 +80,9 @@ class EngineLink:
         self.version = 0
         """Weight version it samples from."""
         self.pending: dict[int, PendingRequest] = {}
-        self._connection: Connection = Client(served.address, authkey=key)
+        self._connection: Connection = arrive(
+            served.address, key, who=f"The engine {name} on {served.place.host}", timeout_s=timeout_s
+        )
         self._calls: dict[int, concurrent.futures.Future[Any]] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import evolve
 
-from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation, NemoRLError
+from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation, NemoRLError, WorkerDied
 from nemo_rl_core.infra.engine_link import EngineLink, PendingRequest
 from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
@@ -34,6 +34,8 @@ __all__ = ["EngineWorkers"]
 
 logger = logging.getLogger(__name__)
 
+_LATE_S = 60.0
+"""How late a refit may notice its own deadline."""
 _ROUTES_KEPT = 65536
 """Groups whose engine is remembered for their later turns."""
 
@@ -68,6 +70,8 @@ class EngineWorkers(GenerationBackend):
         self._paused = False
         self._refit: Refit | None = None
         self._refit_under_way = False
+        self._replacing: set[EngineLink] = set()
+        """Dead, and being started again."""
         self._was_refitted = False
         self._failure: BaseException | None = None
         self._closed = False
@@ -283,8 +287,11 @@ class EngineWorkers(GenerationBackend):
         return str(found[0])
 
     def metrics(self) -> Mapping[str, float]:
-        """Counters since the last call: summed over the engines, shares averaged, and the restarts so far."""
-        merged = merge_engine_metrics(self._ask("metrics"))
+        """Counters since the last call: summed over the engines, shares averaged, and the restarts so far.
+
+        What an engine had counted that died is lost; nobody waits here for one that is being started again.
+        """
+        merged = merge_engine_metrics(self._ask("metrics", of_all=False))
         return {**merged, "engines": float(len(self.links)), "engine_restarts": float(self.num_restarts)}
 
     def sleep(self) -> None:
@@ -304,27 +311,38 @@ class EngineWorkers(GenerationBackend):
             with concurrent.futures.ThreadPoolExecutor(len(self.links)) as pool:
                 list(pool.map(EngineLink.close, self.links))
 
-    def _ask(self, method: str) -> list[Any]:
+    def _ask(self, method: str, *, of_all: bool = True) -> list[Any]:
+        """Call a method of every engine, or of those that are there; again if one dies meanwhile and comes back."""
         deadline = time.monotonic() + self.timeout_s
-        links = self.wait_alive(self.timeout_s)
-        return [link.ask(method, timeout_s=max(0.0, deadline - time.monotonic())) for link in links]
+        while True:
+            links = self.wait_alive(max(0.0, deadline - time.monotonic()), of_all=of_all)
+            try:
+                return [link.ask(method, timeout_s=max(0.0, deadline - time.monotonic())) for link in links]
+            except WorkerDied:
+                if all(link.lost is None for link in links):
+                    raise
 
-    def wait_alive(self, timeout_s: float) -> list[EngineLink]:
-        """Every engine, when those that are being started again are there.
+    def wait_alive(self, timeout_s: float, *, of_all: bool = True) -> list[EngineLink]:
+        """Every engine, when those that are being started again are there; or without `of_all` those that are now.
 
         Raises:
             DeadlineExceeded: Names those that are not.
             WorkerDied: One is gone for good.
         """
+
+        def settled() -> bool:
+            gone = [link for link in self.links if link.lost is not None]
+            return self._failure is not None or (self._replacing.issuperset(gone) if not of_all else not gone)
+
         with self._changed:
-            back = self._changed.wait_for(
-                lambda: self._failure is not None or all(link.lost is None for link in self.links), timeout_s
-            )
+            if self._launch is None:  # nobody starts one again
+                self._failure = self._failure or next((link.lost for link in self.links if link.lost is not None), None)
+            back = self._changed.wait_for(settled, timeout_s)
             self._raise_failure()
             if not back:
                 gone = ", ".join(link.name for link in self.links if link.lost is not None)
                 raise DeadlineExceeded(f"The engines {gone} were not back after {timeout_s:g} s. See their logs.")
-            return list(self.links)
+            return [link for link in self.links if link.lost is None]
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -337,7 +355,10 @@ class EngineWorkers(GenerationBackend):
         """While the block runs, an engine that has come back is refitted with `refit`, which gets it alone.
 
         The run loop opens it where the trainer stands still, as while it waits for rollouts. The block ends when a
-        refit under way has ended, which has a deadline of its own.
+        refit under way has ended.
+
+        Raises:
+            DeadlineExceeded: That refit did not end, though it has a deadline of its own.
         """
         with self._changed:
             self._refit = refit
@@ -347,7 +368,9 @@ class EngineWorkers(GenerationBackend):
         finally:
             with self._changed:
                 self._refit = None
-                self._changed.wait_for(lambda: not self._refit_under_way)
+                limit = self.timeout_s + _LATE_S
+                if not self._changed.wait_for(lambda: not self._refit_under_way, limit):
+                    raise DeadlineExceeded(f"The refit of an engine that was started again did not end in {limit:g} s.")
 
     def _on_lost(self, link: EngineLink, reason: BaseException) -> None:
         """In the thread of the link's reader, which has nothing else to do any more."""
@@ -362,6 +385,7 @@ class EngineWorkers(GenerationBackend):
                 self._fail(reason, orphans)
                 return
             self.num_restarts += 1
+            self._replacing.add(link)
             self._send([one for one in orphans if not one.future.done()])
         logger.warning(
             "%s Starting it again (%d of %d); %d requests in flight are sampled anew.",
@@ -374,6 +398,7 @@ class EngineWorkers(GenerationBackend):
             self._replace(index, link)
         except BaseException as error:  # handed to everyone who waits for the engine
             with self._changed:
+                self._replacing.discard(link)
                 self._fail(error, [])
 
     def _replace(self, index: int, link: EngineLink) -> None:
@@ -383,6 +408,7 @@ class EngineWorkers(GenerationBackend):
         fresh.version = -1 if self._was_refitted else self.version  # it has the weights of its checkpoint
         with self._changed:
             self.links[index] = fresh
+            self._replacing.discard(link)
             if self._closed:
                 fresh.close()
                 return
@@ -393,7 +419,10 @@ class EngineWorkers(GenerationBackend):
         self._bring_back(fresh)
 
     def _bring_back(self, fresh: EngineLink) -> None:
-        """Refit an engine when the trainer has time for it, unless a refit of all of them comes first."""
+        """Refit an engine when the trainer has time for it, unless a refit of all of them comes first.
+
+        It may wait for long in this thread of its own; whoever waits for the engine has a deadline.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: self._done_with(fresh) or (self._refit is not None and not self._refit_under_way)
@@ -405,6 +434,10 @@ class EngineWorkers(GenerationBackend):
         alone = EngineWorkers([fresh], timeout_s=self.timeout_s)
         try:
             refit(alone)
+        except WorkerDied:
+            if fresh.lost is None:
+                raise
+            # it has died again, which the thread of its link takes care of
         finally:
             with self._changed:
                 self._refit_under_way = False

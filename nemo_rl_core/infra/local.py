@@ -26,6 +26,8 @@ class LocalConfig:
 
     start_timeout_s: float = field(default=300.0, validator=gt(0))
     """Deadline of starting a group's processes and of their `setup`."""
+    call_timeout_s: float = field(default=3600.0, validator=gt(0))
+    """Deadline of a call to workers in other processes that sets none itself: no wait is without one."""
     failure_grace_s: float = field(default=10.0, validator=gt(0))
     """When one worker raises, how long the others may take to answer before they are ended as well."""
 
@@ -171,6 +173,7 @@ class LocalLauncher:
             spec,
             contexts,
             start_timeout_s=self.config.start_timeout_s,
+            call_timeout_s=self.config.call_timeout_s,
             failure_grace_s=self.config.failure_grace_s,
         )
 

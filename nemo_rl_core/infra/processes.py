@@ -47,9 +47,10 @@ class ProcessGroup:
     cannot go on. Calls from several threads take turns.
     """
 
-    def __init__(self, role: str, *, size: int, failure_grace_s: float) -> None:
+    def __init__(self, role: str, *, size: int, failure_grace_s: float, call_timeout_s: float) -> None:
         self.role = role
         self.size = size
+        self.call_timeout_s = call_timeout_s
         self.failure_grace_s = failure_grace_s
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
@@ -65,6 +66,7 @@ class ProcessGroup:
         *,
         start_timeout_s: float,
         failure_grace_s: float,
+        call_timeout_s: float = 3600.0,
     ) -> ProcessGroup:
         """Start one process per context, compare its plugins with this process's, and run `setup` in each.
 
@@ -74,7 +76,7 @@ class ProcessGroup:
             DeadlineExceeded: A worker was not ready in time.
             Exception: What a worker's `setup` raised, with its rank.
         """
-        group = cls(spec.label, size=len(contexts), failure_grace_s=failure_grace_s)
+        group = cls(spec.label, size=len(contexts), failure_grace_s=failure_grace_s, call_timeout_s=call_timeout_s)
         port = _free_port()
         folder = log_folder(spec)
         try:
@@ -261,16 +263,16 @@ class ProcessGroup:
         """One message from each of `waiting`. Once a worker has raised, the others get the grace time."""
         left = dict(waiting)
         found: dict[int, tuple[str, Any]] = dict(failed or {})
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        limit = self.call_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
         if any(kind == "error" for kind, _ in found.values()):
             deadline = _sooner(deadline, self.failure_grace_s)
         while left:
             gone = {r for r, (kind, _) in found.items() if kind == "error" or method == "shutdown"}
             sentinels = {p.sentinel: r for r, p in enumerate(self._processes) if r not in gone}
-            pause = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait([*left.values(), *sentinels], pause)
+            ready = wait([*left.values(), *sentinels], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise self._overdue(method, sorted(left), found, timeout_s)
+                raise self._overdue(method, sorted(left), found, limit)
             for rank, connection in list(left.items()):
                 if connection in ready:
                     found[rank] = self._take(rank, method)
@@ -308,7 +310,7 @@ class ProcessGroup:
         return WorkerDied(message)
 
     def _overdue(
-        self, method: str, ranks: list[int], found: Mapping[int, tuple[str, Any]], timeout_s: float | None
+        self, method: str, ranks: list[int], found: Mapping[int, tuple[str, Any]], timeout_s: float
     ) -> BaseException:
         """The deadline, or the grace time after an error, has passed: the group cannot go on."""
         names = ", ".join(map(str, ranks))
@@ -324,9 +326,8 @@ class ProcessGroup:
         )
 
 
-def _sooner(deadline: float | None, grace_s: float) -> float:
-    limit = time.monotonic() + grace_s
-    return limit if deadline is None else min(deadline, limit)
+def _sooner(deadline: float, grace_s: float) -> float:
+    return min(deadline, time.monotonic() + grace_s)
 
 
 def _free_port() -> int:

@@ -112,9 +112,6 @@ class Launcher(Protocol):
         config_class: attrs class of `cluster.options` for this launcher.
         in_process: False if no worker ever lives in the driver's process (`WorkerGroup.local` is None). May be left
             out: a lone worker then lives there unless its spec says `own_process`.
-        drives_engines: True if the launcher starts the engines of a generation backend itself, on their share of
-            `cluster.roles`, and gives what stands for them as `WorkerGroup.local`. Then only
-            `generation.num_workers` has the core start them. May be left out.
     """
 
     config_class: ClassVar[type]

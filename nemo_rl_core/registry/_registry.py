@@ -179,10 +179,14 @@ class Registry:
         ref.check()
         return ref
 
-    def default(self, kind: str) -> str | None:
+    def default(self, kind: str, case: str | None = None) -> str | None:
         """Name used where a configuration names none.
 
         What the hook `nemo_rl_defaults` says, else the only component of the kind; None if none is installed.
+
+        Args:
+            kind: Such as "weight_syncs".
+            case: One in which another component is the default, such as "workers"; declared as "weight_syncs.workers".
 
         Raises:
             PluginConflict: Several are installed, and no default or more than one is declared.
@@ -192,7 +196,7 @@ class Registry:
         names = self.names(kind)
         declared: dict[str, object] = {}
         for plugin, defaults in self.hooks.call_each("nemo_rl_defaults"):
-            name = defaults.get(kind)
+            name = defaults.get(kind if case is None else f"{kind}.{case}")
             if name is not None and (name in names or ":" in name):
                 declared[name] = plugin
         if len(declared) > 1:

@@ -43,6 +43,8 @@ class _Call:
     answer: asyncio.Future[bytes]
     deadline: float = 0.0
     loading: bool = False
+    tried_before: bool = False
+    """Its first process ended under it."""
 
     def resolve(self, value: bytes | BaseException) -> None:
         """Hand the answer to the caller's event loop, from any thread."""
@@ -67,7 +69,8 @@ class ProcessPool:
     Workers start when first needed, import neither torch nor the user's `__main__`, and have a process
     group each: a kill reaches what the function itself started. A function travels once to each worker;
     functions of `__main__`, closures and lambdas go by value, as they were when first used. What a
-    function prints is kept out of the terminal and shown when its worker crashes.
+    function prints is kept out of the terminal and shown when its worker crashes. A call whose worker dies is made
+    once more in another: it may have been killed for no fault of its own, as when memory is short.
 
     Args:
         num_workers: Processes.
@@ -108,7 +111,7 @@ class ProcessPool:
 
         Raises:
             DeadlineExceeded: It did not answer in `timeout_s`; its process has been killed.
-            WorkerDied: Its process ended (exit status and last output in the message).
+            WorkerDied: Its process ended, and so did a second one (exit status and last output in the message).
             RewardError: Function or arguments cannot be sent to another process.
             Exception: Whatever the function raised, with the worker's traceback as a note.
         """
@@ -321,8 +324,12 @@ class ProcessPool:
         call = self._remove(worker)
         self.num_crashed += 1
         tail = f" Its last output:\n{worker.output_tail}" if worker.output_tail else " It printed nothing."
-        if call is not None:
-            call.resolve(WorkerDied(f"The worker process that ran {call.name} died ({status}).{tail}"))
+        if call is not None and not call.tried_before:
+            _log.warning("The worker process that ran %s died (%s); it is called once more.%s", call.name, status, tail)
+            call.tried_before = True
+            self._queue.appendleft(call)
+        elif call is not None:
+            call.resolve(WorkerDied(f"The worker process that ran {call.name} died ({status}), the second one.{tail}"))
         elif starting:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:

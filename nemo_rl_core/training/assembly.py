@@ -25,7 +25,7 @@ from nemo_rl_core.rollouts.engine import EnvironmentFactory, RolloutEngine
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
-from nemo_rl_core.training.engine_assembly import check_weight_sync, engine_placement, start_engine
+from nemo_rl_core.training.engine_assembly import choose_weight_sync, engine_placement, start_engine
 from nemo_rl_core.training.policy import InitialModel, Policy
 from nemo_rl_core.training.replay import RecordedRollouts, check_recorded
 
@@ -252,8 +252,7 @@ def _is_initial_policy(parts: RunParts, name: str) -> bool:
 def _check_engine(config: RunConfig, launcher: Launcher, resolver: _Resolver) -> None:
     """Find out before a model is loaded whether the run's engine can be refitted."""
     engine_class = resolver.resolve("generation_backends", config.generation.backend).load()
-    placement = engine_placement(config, engine_class, launcher)
-    check_weight_sync(config, placement, resolver.resolve("weight_syncs", config.weight_sync.name).load())
+    choose_weight_sync(config, engine_placement(config, engine_class, launcher))
 
 
 def _add_engine(
@@ -270,7 +269,7 @@ def _add_engine(
     engine = resolver.used[-1]
     placement = engine_placement(config, engine_class, launcher)
     if parts.policy is not None:
-        parts.weight_sync = resolver.build("weight_syncs", config.weight_sync)
+        parts.weight_sync = resolver.build("weight_syncs", choose_weight_sync(config, placement))
     parts.generation = start_engine(
         launcher,
         engine,

@@ -18,7 +18,7 @@ from typing import Any
 from attrs import frozen
 
 from nemo_rl_core._version import __version__
-from nemo_rl_core.errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError, DeadlineExceeded, WorkerDied
 
 __all__ = ["Checkpoint", "CheckpointStore"]
 
@@ -84,6 +84,8 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: The disk is full or the folder cannot be written; nothing was published.
+            WorkerDied: Who writes died; nothing was published.
+            DeadlineExceeded: Who writes did not answer; nothing was published.
         """
         final = self.folder / f"step_{step}"
         temporary = self.folder / f".writing-step_{step}-{os.getpid()}"
@@ -94,6 +96,8 @@ class CheckpointStore:
             _replace(temporary, final)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, (WorkerDied, DeadlineExceeded)):  # not a matter of the folder
+                raise
             kept = self.list()
             newest = f"The newest checkpoint, {kept[-1].path}, is untouched." if kept else "There is no earlier one."
             raise CheckpointError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
+from nemo_rl_core.config.schema import ComponentChoice
 from nemo_rl_core.errors import ConfigError, NemoRLError
 from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
 from nemo_rl_core.infra.engine_workers import EngineWorkers
@@ -17,9 +18,10 @@ from nemo_rl_core.registry import ComponentRef, get_registry
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import GenerationConfig, RunConfig
 
-__all__ = ["EnginePlacement", "check_weight_sync", "engine_placement", "start_engine"]
+__all__ = ["EnginePlacement", "choose_weight_sync", "engine_placement", "start_engine"]
 
 _ROLE = "generation"
+_SYNCS = "weight_syncs"
 
 
 @frozen(kw_only=True)
@@ -49,9 +51,6 @@ def engine_placement(config: RunConfig, engine_class: Any, launcher: Launcher) -
     devices = 1 if counted is None else int(counted(config.generation))
     if asked is not None:
         return EnginePlacement(num_workers=asked, devices_per_worker=devices, why=f"generation.num_workers is {asked}")
-    if getattr(launcher, "drives_engines", False):
-        why = f"the launcher {cluster.launcher!r} starts them itself, and stands for them there"
-        return EnginePlacement(num_workers=0, devices_per_worker=devices, why=why)
     share = None if cluster.colocated else cluster.roles.get(_ROLE)
     if share is not None:
         if share < devices:
@@ -73,15 +72,21 @@ def engine_placement(config: RunConfig, engine_class: Any, launcher: Launcher) -
     return EnginePlacement(num_workers=0, devices_per_worker=devices, why="generation.num_workers is not set")
 
 
-def check_weight_sync(config: RunConfig, placement: EnginePlacement, sync_class: Any) -> None:
-    """Refuse a weight sync that does not reach the engine.
+def choose_weight_sync(config: RunConfig, placement: EnginePlacement) -> ComponentChoice:
+    """The weight sync that is configured, or the default of where the engines live.
 
     Raises:
-        ConfigError: Names the syncs that do.
+        ConfigError: It does not reach the engines; names those that do.
+        PluginConflict: None is chosen, none is declared as the default, and several reach the engines.
     """
     needed = "driver" if placement.in_driver else "workers"
-    if needed in _placements(sync_class):
-        return
+    choice, registry = config.weight_sync, get_registry()
+    if choice.name is None:
+        choice = ComponentChoice(name="in_process" if placement.in_driver else registry.default(_SYNCS, needed))
+    if choice.name is not None:
+        sync_class = registry.resolve(_SYNCS, choice.name, plugins=config.plugins).load()
+        if needed in _placements(sync_class):
+            return choice
     fitting = _fitting(needed, config.plugins)
     where = "in the driver's process" if placement.in_driver else "in processes of their own"
     back = (
@@ -89,8 +94,7 @@ def check_weight_sync(config: RunConfig, placement: EnginePlacement, sync_class:
     )
     fix = f"Set weight_sync to one of: {', '.join(fitting)}." if fitting else "Install a package that provides one."
     raise ConfigError(
-        f"weight_sync: {config.weight_sync.name} does not reach the engines, which live {where} ({placement.why}). "
-        f"{fix}{back}"
+        f"weight_sync: {choice.name} does not reach the engines, which live {where} ({placement.why}). {fix}{back}"
     )
 
 
@@ -101,9 +105,9 @@ def _placements(sync_class: Any) -> frozenset[str]:
 def _fitting(needed: str, plugins: Mapping[str, str]) -> list[str]:
     """Names of the installed weight syncs that reach such an engine."""
     registry, found = get_registry(), []
-    for name in registry.names("weight_syncs"):
+    for name in registry.names(_SYNCS):
         try:
-            component = registry.resolve("weight_syncs", name, plugins=plugins).load()
+            component = registry.resolve(_SYNCS, name, plugins=plugins).load()
         except NemoRLError:  # a broken one is no advice
             continue
         if needed in _placements(component):

@@ -104,7 +104,7 @@ def test_default_backends_are_named_and_their_options_structured(registry, toy):
     assert (config.generation.backend, config.generation.options) == ("sampler", {})
     assert config.loss.options == toy.LossOptions()
     assert config.environment == ComponentChoice()
-    assert config.weight_sync == ComponentChoice(name="in_process", options={})
+    assert config.weight_sync == ComponentChoice()  # the run knows where its engines live
 
 
 def test_a_component_may_be_a_python_object(registry, toy):

@@ -54,7 +54,7 @@ def train(tmp_path_factory):
             "run_dir": str(tmp_path_factory.mktemp("run")),
             "policy": {"max_sequence_length": 32, "num_workers": num_policy_workers},
             "generation": {"max_new_tokens": 4, **generation},
-            "weight_sync": weight_sync,
+            **({} if weight_sync is None else {"weight_sync": weight_sync}),
             "logging": {"progress": "none"},
             "checkpointing": {"enabled": False},
             "cluster": {"device": "cpu", "cpus_per_node": 4},
@@ -95,6 +95,10 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost(train, in_process):
 def test_a_killed_engine_that_may_not_be_replaced_ends_the_run_by_name(train):
     with pytest.raises(WorkerDied, match=r"engine generation is gone.*ended by signal 9"):
         train("shared_memory", [KillsTheEngine("on_step_start")], num_workers=1, max_restarts=0)
+
+
+def test_no_weight_sync_named_takes_that_of_where_the_engine_lives(train, in_process):
+    assert train(None, num_workers=1) == in_process
 
 
 def test_a_sync_that_does_not_reach_the_engine_is_refused(train):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -14,6 +15,7 @@ import torch
 
 from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError, InvariantViolation, WorkerDied
+from nemo_rl_core.infra.arrivals import arrive
 from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
 from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
 from nemo_rl_core.infra.engine_workers import EngineWorkers
@@ -287,6 +289,7 @@ def test_an_engine_that_died_is_started_again_and_loses_no_request(tmp_path):
 
         completions = asyncio.run(work())
         assert [c.token_ids for c in completions] == [[i, 7, 5] for i in range(10)]
+        assert made.metrics()["engine_restarts"] == 1.0  # of those that are there: it does not wait for the other
         made.wait_alive(60)
         assert made.num_restarts == 1 and made.needs_refit  # it has the weights of its start
         complete(made, [ask(str(i), group=50 + i) for i in range(4)])
@@ -326,6 +329,41 @@ def test_a_lone_engine_that_died_is_refitted_before_it_samples(tmp_path):
             assert asyncio.run(work()).token_ids == [3, 7, 4]
     finally:
         made.shutdown()
+
+
+def test_an_engine_that_dies_again_in_its_refit_is_started_once_more(tmp_path):
+    made = start(tmp_path, num_workers=1, max_restarts=2)
+    refitted = []
+    try:
+        made.update_weights(3, iter([("w", torch.full((3,), 4.0))]))
+
+        def refit(engine):
+            refitted.append(engine.links[0].served.pid)
+            if len(refitted) == 1:
+                kill(engine.links[0])
+                engine.apply(sleep_for, 30.0)
+            engine.update_weights(3, iter([("w", torch.full((3,), 4.0))]))
+
+        async def work():
+            task = asyncio.create_task(made.generate(ask("long", milliseconds=300)))
+            await asyncio.sleep(0.1)
+            kill(made.links[0])
+            return await task
+
+        with made.refits(refit):
+            assert asyncio.run(work()).token_ids == [3, 7, 4]
+        assert made.num_restarts == 2 and len(set(refitted)) == 2
+    finally:
+        made.shutdown()
+
+
+def test_an_engine_that_does_not_answer_at_its_socket_is_named_at_the_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes the connection and says nothing
+        with pytest.raises(DeadlineExceeded, match=r"The engine generation-1 did not answer at .* in 0.2 s"):
+            arrive(silent.getsockname(), b"key", who="The engine generation-1", timeout_s=0.2)
+        silent.close()
+    with pytest.raises(OSError, match="refused"):
+        arrive(("127.0.0.1", 1), b"key", who="nobody", timeout_s=30)
 
 
 def test_a_start_that_fails_ends_the_others(tmp_path):

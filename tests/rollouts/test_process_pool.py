@@ -46,6 +46,18 @@ def leave():
     raise SystemExit(3)
 
 
+def slow_where(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def die_by(number, calls):
+    with open(calls, "a") as file:
+        file.write("x")
+    os.kill(os.getpid(), number)
+    time.sleep(20)
+
+
 def crash():
     print("last words", flush=True)
     os._exit(9)
@@ -160,16 +172,22 @@ def test_a_crash_names_exit_status_and_last_output(pool):
     assert asyncio.run(pool.run(add, 4)) == 4
 
 
-def test_a_killed_worker_names_the_signal(pool):
+def test_a_worker_that_is_killed_loses_no_call(pool):
     async def kill_it():
         pid = await pool.run(where)
-        call = asyncio.create_task(asyncio.wait_for(pool.run(time.sleep, 60), 30))
+        call = asyncio.create_task(pool.run(slow_where, 0.6))
         await asyncio.sleep(0.2)
-        os.kill(pid, signal.SIGTERM)
-        await call
+        os.kill(pid, signal.SIGKILL)
+        return pid, await call
 
-    with pytest.raises(WorkerDied, match="SIGTERM"):
-        asyncio.run(kill_it())
+    killed, answered = asyncio.run(kill_it())
+    assert answered != killed
+
+
+def test_a_call_that_ends_two_workers_names_the_signal(pool, tmp_path):
+    with pytest.raises(WorkerDied, match=r"die_by died \(signal SIGTERM\), the second one"):
+        asyncio.run(pool.run(die_by, signal.SIGTERM, str(tmp_path / "calls")))
+    assert (tmp_path / "calls").read_text() == "xx"
 
 
 def test_a_worker_killed_while_idle_is_replaced():

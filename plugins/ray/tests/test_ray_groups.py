@@ -6,37 +6,29 @@ import asyncio
 import os
 import signal
 import sys
-import threading
 import time
 from importlib.metadata import version
 
+import attrs
 import cloudpickle
 import numpy as np
 import pytest
 import ray
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig
-from nemo_rl_core.errors import (
-    DeadlineExceeded,
-    GenerationError,
-    InvariantViolation,
-    PluginIncompatible,
-    ResourceError,
-    WorkerDied,
-)
-from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
+from nemo_rl_core.errors import GenerationError, PluginIncompatible, ResourceError, WorkerDied
+from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
+from nemo_rl_core.infra.engine_workers import EngineWorkers
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.registry import get_registry, worker_rows
 from nemo_rl_core.registry._diagnosis import compare_nodes
-from nemo_rl_core.testing import WeightSyncContract
 from nemo_rl_core.testing.site import PluginSite
 from nemo_rl_plugins_ray.cluster import _check_address
-from nemo_rl_plugins_ray.config import ObjectStoreSyncConfig, RayConfig
+from nemo_rl_plugins_ray.config import RayConfig
 from nemo_rl_plugins_ray.launcher import RayLauncher
 from nemo_rl_plugins_ray.nodes import nemo_rl_node_manifests
-from nemo_rl_plugins_ray.weight_sync import ObjectStoreSync
 from nemo_rl_plugins_ray.wire import decode, encode
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
@@ -66,7 +58,6 @@ class Worker:
 class Engine:
     """A generation backend that answers with its process id and the request's prompt."""
 
-    kind = "generation_backends"
     capabilities = frozenset()
     dtype = None
 
@@ -105,10 +96,18 @@ class Engine:
         return f"{sum(float(t.sum()) for t in self.weights.values()):g}"
 
     def metrics(self):
-        return {"num_cancelled": self.cancelled, "fill": 0.5}
+        return {"num_cancelled": self.cancelled}
 
     def shutdown(self):
         pass
+
+
+def hold(engine):
+    engine.paused = True
+
+
+def node_of(engine):
+    return ray.get_runtime_context().get_node_id()
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def make_launcher(connected):
 
 
 def spec(role="policy", factory=Worker, **changes):
-    return WorkerSpec(role=role, factory=factory, config=None, num_workers=changes.pop("num_workers", 2), **changes)
+    return WorkerSpec(role=role, factory=factory, **{"config": None, "num_workers": 2, **changes})
 
 
 # -- places and dispatch -----------------------------------------------------------------------------------
@@ -194,9 +193,8 @@ def test_workers_that_do_not_fit_are_refused_with_the_fix(make_launcher):
         apart.launch(spec())
     with pytest.raises(ResourceError, match=r"has no 'critic'.*Add `critic: 2`"):
         apart.launch(spec("critic"))
-    uneven = make_launcher({"num_engines": 2}, colocated=False, roles={"policy": 1, "generation": 1})
-    with pytest.raises(ResourceError, match=r"2 engines .*cannot share evenly"):
-        uneven.launch(spec("generation", Engine))
+    with pytest.raises(ResourceError, match=r"asks for 2 devices; cluster.roles.generation is 1"):
+        apart.launch(spec("generation", num_workers=1, num_replicas=2))
 
 
 def test_places_that_others_hold_are_waited_for_and_then_refused(make_launcher):
@@ -280,139 +278,78 @@ def request(number, prompt):
     return GenerationRequest(request_id=str(number), prompt_ids=prompt, order=(number, 0, 0))
 
 
-def test_engines_in_actors_stand_behind_one_backend(make_launcher):
-    launcher = make_launcher({"num_engines": 2})
-    group = launcher.launch(spec("generation", Engine, num_workers=1))
-    engine = group.local
-    assert group.size == 2
-
-    async def some():
-        engine.pause()
-        asked = [asyncio.create_task(engine.generate(request(i, [10 + i]))) for i in range(6)]
-        await asyncio.sleep(0.3)
-        assert not any(task.done() for task in asked)
-        await asyncio.to_thread(engine.resume)
-        return await asyncio.gather(*asked)
-
-    found = asyncio.run(some())
-    assert [c.token_ids[1] for c in found] == [10, 11, 12, 13, 14, 15]
-    assert [c.token_ids[0] for c in found] == group.pids * 3  # group by group in turn
-
-    async def give_up():
-        with pytest.raises(GenerationError, match=r"\[generation rank 1\] the prompt is empty"):
-            await engine.generate(request(1, [0]))
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(engine.generate(request(0, [-1])), 0.2)
-
-    asyncio.run(give_up())
-    deadline = time.monotonic() + 20
-    while (told := engine.metrics()) != {"num_cancelled": 1.0, "fill": 0.5}:
-        assert time.monotonic() < deadline, told
-
-    engine.update_weights(3, iter([("a", torch.ones(30_000)), ("b", torch.ones(2))]))
-    assert engine.fingerprint() == "30002"
-
-    def failing():
-        yield "a", torch.ones(3)
-        raise KeyError("the trainer has no more")
-
-    with pytest.raises(KeyError, match="no more"):
-        engine.update_weights(4, failing())
-    engine.update_weights(5, iter([("a", torch.ones(4))]))
-    assert engine.fingerprint() == "4"
-
-    async def lose():
-        asked = asyncio.create_task(engine.generate(request(1, [-1])))
-        await asyncio.sleep(0.2)
-        threading.Timer(0.1, os.kill, (group.pids[1], signal.SIGKILL)).start()
-        with pytest.raises(WorkerDied, match=r"generation worker of rank 1 on .* was ended by signal 9"):
-            await asyncio.wait_for(asked, 30)
-        with pytest.raises(WorkerDied):
-            await engine.generate(request(1, [7]))
-
-    asyncio.run(lose())
+def start_engines(launcher, num_workers, **options):
+    hosted = spec(
+        "generation",
+        EngineHost,
+        num_workers=1,
+        own_process=True,
+        num_replicas=num_workers,
+        config=HostConfig(engine=Engine, generation=GenerationConfig(model_name="none")),
+    )
+    return EngineWorkers.start(
+        lambda index: launcher.launch(attrs.evolve(hosted, replica=index)),
+        num_workers=num_workers,
+        timeout_s=90.0,
+        **options,
+    )
 
 
-# -- weight sync -----------------------------------------------------------------------------------------------
+def test_engines_of_the_core_run_in_actors(make_launcher):
+    """Two engines on two nodes; one is killed, comes back where it was, and no request is lost."""
+    engines = start_engines(make_launcher(num_nodes=2), 2, max_restarts=1)
+    try:
+        pids = [link.served.pid for link in engines.links]
+        nodes = engines.apply(node_of)
+        assert len({os.getpid(), *pids}) == 3 and len(set(nodes)) == 2
+        engines.update_weights(3, iter([("a", torch.ones(30_000)), ("b", torch.ones(2))]))
+        assert engines.fingerprint() == "30002"
 
+        async def some():
+            engines.pause()
+            asked = [asyncio.create_task(engines.generate(request(i, [10 + i]))) for i in range(6)]
+            await asyncio.sleep(0.3)
+            assert not any(task.done() for task in asked)
+            await asyncio.to_thread(engines.resume)
+            return await asyncio.gather(*asked)
 
-class Trainer:
-    """Exports weights, of which every rank must take part; fails or hangs on demand."""
+        found = asyncio.run(some())
+        assert [c.token_ids[1] for c in found] == [10, 11, 12, 13, 14, 15]
+        assert sorted(c.token_ids[0] for c in found) == sorted(pids * 3)
 
-    def setup(self, config, context):
-        self.context = context
-        self.mode = "fine"
+        async def give_up():
+            with pytest.raises(GenerationError, match=r"\[generation-[01] rank 0\] the prompt is empty"):
+                await engines.generate(request(1, [0]))
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(engines.generate(request(0, [-1])), 0.2)
 
-    def be(self, mode):
-        self.mode = mode
+        asyncio.run(give_up())
+        deadline = time.monotonic() + 20
+        while (told := engines.metrics())["num_cancelled"] != 1.0:
+            assert time.monotonic() < deadline, told
 
-    def export_weights(self):
-        for i in range(4):
-            if i == 2 and self.context.rank == 0 and self.mode == "fail":
-                raise ArithmeticError("lost in the middle")
-            if i == 2 and self.context.rank == 1 and self.mode == "die":
-                os._exit(5)
-            if i == 2 and self.mode == "hang":
-                time.sleep(60)
-            yield f"w{i}", torch.full((70_000,), float(i + 1), dtype=torch.float64)
+        async def lose():
+            engines.apply(hold)
+            asked = [asyncio.create_task(engines.generate(request(i, [i]))) for i in (20, 21, 22, 23)]
+            await asyncio.sleep(0.2)
+            os.kill(pids[1], signal.SIGKILL)
+            while engines.num_restarts == 0:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(engines.wait_alive, 60)
+            await asyncio.to_thread(engines.resume)
+            return await asyncio.gather(*asked)
 
-    def shutdown(self):
-        pass
+        found = asyncio.run(lose())
+        assert [c.token_ids[1] for c in found] == [20, 21, 22, 23]
+        assert {c.token_ids[0] for c in found} == {pids[0]}, "the new one takes none before it has the weights"
+        assert engines.num_restarts == 1 and engines.needs_refit
+        assert engines.links[1].served.pid not in pids and engines.apply(node_of) == nodes
 
-
-class Keeper(Engine):
-    """An engine that digests as the core does; "wrong" loses a bit."""
-
-    dtype = torch.float32
-
-    def fingerprint(self):
-        if "w3" in self.weights and os.environ.get("KEEPER") == "wrong":
-            self.weights["w3"][5] += 1
-        return fingerprint(self.weights.items())
-
-
-def test_weights_go_from_actor_to_actor(make_launcher):
-    launcher = make_launcher({"num_engines": 2}, cpus_per_node=4)
-    trainer = launcher.launch(spec(factory=Trainer))
-    engine = launcher.launch(spec("generation", Keeper, num_workers=1)).local
-    sync = ObjectStoreSync(ObjectStoreSyncConfig(chunk_mib=1))  # two tensors of float32 make a chunk... and a bit
-
-    def go(**changes):
-        return sync.sync(trainer, engine, **{"version": 7, "share": True, "timeout_s": 60.0, **changes})
-
-    report = go()
-    expected = fingerprint((f"w{i}", torch.full((70_000,), float(i + 1))) for i in range(4))
-    assert report.fingerprint == expected == engine.fingerprint()
-    assert (report.version, report.num_tensors, report.num_bytes) == (7, 4, 4 * 70_000 * 4)
-
-    trainer.call("be", "fail")
-    with pytest.raises(ArithmeticError, match=r"\[policy rank 0\] lost in the middle"):
-        go()
-    trainer.call("be", "fine")
-    assert go(version=8).fingerprint == expected  # both sides go on
-
-    wrong = launcher.launch(spec("generation", Keeper, num_workers=1, env={"KEEPER": "wrong"})).local
-    with pytest.raises(InvariantViolation, match="weight version 7 the engines' weights differ"):
-        sync.sync(trainer, wrong, version=7, share=False, timeout_s=60.0)
-
-    trainer.call("be", "die")
-    with pytest.raises(WorkerDied, match=r"policy worker of rank 1 on .* exited with status 5 during export_weights"):
-        go()
-
-    slow = launcher.launch(spec(factory=Trainer, num_workers=1))
-    slow.call("be", "hang")
-    with pytest.raises(
-        DeadlineExceeded, match=r"export_weights on the policy workers passed its deadline.*rank\(s\) 0"
-    ):
-        sync.sync(slow, engine, version=9, share=False, timeout_s=1.5)
-
-
-class TestObjectStoreSyncElsewhere(WeightSyncContract):
-    """Between a trainer and an engine that are not in actors: the same configuration on another launcher."""
-
-    @pytest.fixture
-    def weight_sync(self):
-        return ObjectStoreSync()
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.raises(WorkerDied, match=r"engine generation-0 is gone.*worker of rank 0 on .* ended by signal 9"):
+            engines.fingerprint()
+    finally:
+        engines.shutdown()
 
 
 # -- the wire --------------------------------------------------------------------------------------------------

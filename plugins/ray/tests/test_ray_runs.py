@@ -82,7 +82,6 @@ def run(connected, tmp_path_factory):
             "generation": {"max_new_tokens": 4},
             "logging": {"progress": "none"},
             "checkpointing": {"every": 1},
-            "weight_sync": "object_store",
             "cluster": {"device": "cpu", "cpus_per_node": 4, **(cluster or {})},
         }
         inputs = RunInputs(train_rows=ROWS, reward=reward)
@@ -94,7 +93,7 @@ def run(connected, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(run):
-    """One process, the local launcher; the sync of the configuration is the object store's all the same."""
+    """One process, the local launcher; the configuration names no weight sync, as those under Ray."""
     return run()
 
 
@@ -121,7 +120,6 @@ def test_one_actor_takes_the_steps_of_one_process(run, alone):
 def test_tensor_parallel_actors_and_engines_of_their_own_devices_take_the_same_steps(run, alone):
     cluster = {
         "launcher": "ray",
-        "options": {"num_engines": 2},
         "colocated": False,
         "roles": {"policy": 2, "generation": 2},
     }

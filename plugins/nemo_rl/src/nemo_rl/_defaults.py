@@ -13,4 +13,5 @@ def nemo_rl_defaults() -> dict[str, str]:
         "generation_backends": "torch_engine",
         "launchers": "local",
         "weight_syncs": "in_process",
+        "weight_syncs.workers": "collective",
     }

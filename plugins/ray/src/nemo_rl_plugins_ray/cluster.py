@@ -135,7 +135,7 @@ def _init(failure: str, config: RayConfig, address: str | None, **settings: Any)
                 configure_logging=False,
                 **settings,
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises bare ones, such as for a node that is slow to start
             if ray.is_initialized():
                 ray.shutdown()
             notes = said.getvalue().strip()

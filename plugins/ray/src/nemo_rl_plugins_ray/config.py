@@ -1,4 +1,4 @@
-"""Options of the Ray launcher and of the weight sync through the object store."""
+"""Options of the Ray launcher."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from attrs import Factory, field, frozen
-from attrs.validators import ge, gt, optional
+from attrs.validators import gt, optional
 
-__all__ = ["ObjectStoreSyncConfig", "RayConfig"]
+__all__ = ["RayConfig"]
 
 
 @frozen(kw_only=True)
@@ -24,8 +24,6 @@ class RayConfig:
     """Ray runtime environment of every worker, such as `{env_vars: {A: b}, pip: [x], working_dir: .}`."""
     role_runtime_env: dict[str, dict[str, Any]] = Factory(dict)
     """Runtime environments by role, such as `{generation: {pip: [vllm]}}`; they go over `runtime_env`."""
-    num_engines: int = field(default=1, validator=ge(1))
-    """Generation engines, each in an actor with devices of its own; the groups of a step are dealt out to them."""
     object_store_gib: float | None = field(default=None, validator=optional(gt(0)))
     """Shared memory of a cluster that this run starts; None is Ray's own choice."""
     placement_timeout_s: float = field(default=60.0, validator=gt(0))
@@ -44,13 +42,3 @@ class RayConfig:
         merged = {**self.runtime_env, **own}
         merged.pop("env_vars", None)
         return {**merged, "env_vars": variables} if variables else merged
-
-
-@frozen(kw_only=True)
-class ObjectStoreSyncConfig:
-    """Options of the weight sync through Ray's object store."""
-
-    check_fingerprint: bool = True
-    """Compare the weights of both sides after each refit."""
-    chunk_mib: int = field(default=64, validator=ge(1))
-    """Size of one chunk; two are under way at a time."""

@@ -51,6 +51,11 @@ class RayWorkerGroup:
         return None
 
     @property
+    def is_running(self) -> bool:
+        """Whether it has not been ended."""
+        return self._ended is None
+
+    @property
     def pids(self) -> list[int]:
         """Process ids, by rank."""
         return [member.pid for member in self.members]
@@ -65,8 +70,8 @@ class RayWorkerGroup:
             WorkerDied: Names the rank, its node, how it ended and the tail of its standard error.
             Exception: What a worker raised, with its rank in the message.
         """
-        self.check_alive()
-        packet = self.put((args, kwargs))
+        self._check_alive()
+        packet = self._put((args, kwargs))
         return self.collect(method, {m.rank: m.actor.call.remote(method, packet) for m in self.members}, timeout_s)
 
     def call_each(
@@ -79,11 +84,11 @@ class RayWorkerGroup:
         """
         if len(arguments) != self.size:
             raise ValueError(f"{method}: {len(arguments)} tuples of arguments for {self.size} {self.role} workers.")
-        self.check_alive()
+        self._check_alive()
         stored: dict[int, Any] = {}
         for args in arguments:
             if id(args) not in stored:
-                stored[id(args)] = self.put((args, {}))
+                stored[id(args)] = self._put((args, {}))
         refs = {m.rank: m.actor.call.remote(method, stored[id(arguments[m.rank])]) for m in self.members}
         return self.collect(method, refs, timeout_s)
 
@@ -94,8 +99,8 @@ class RayWorkerGroup:
         own time left out. A caller that stops early still lets the workers run their generators to the end. Raises
         as `call`.
         """
-        self.check_alive()
-        packet = self.put((args, {}))
+        self._check_alive()
+        packet = self._put((args, {}))
         pull = self.members[0].actor.pull
         others = {m.rank: m.actor.drain.remote(method, packet) for m in self.members[1:]}
         head = pull.remote(method, packet)
@@ -105,7 +110,7 @@ class RayWorkerGroup:
             last = False
             while not last:
                 started = time.monotonic()
-                items, last = self.head(method, head, others, answered, left)
+                items, last = self._head(method, head, others, answered, left)
                 left = None if left is None else left - (time.monotonic() - started)
                 if not last:
                     head = pull.remote(None, None)
@@ -129,9 +134,9 @@ class RayWorkerGroup:
             _log.warning("Shutting down the %s workers: %s", self.role, error)
         self.end("it was shut down")
 
-    # -- for what drives the group in other ways ------------------------------------------------
+    # -- sending, receiving, ending -------------------------------------------------------------
 
-    def check_alive(self) -> None:
+    def _check_alive(self) -> None:
         """Raise if the group has been ended.
 
         Raises:
@@ -140,7 +145,7 @@ class RayWorkerGroup:
         if self._ended is not None:
             raise WorkerDied(f"The {self.role} workers are gone: {self._ended}. Start the run again to go on.")
 
-    def put(self, value: Any) -> Any:
+    def _put(self, value: Any) -> Any:
         """What to pass to actors for a value: a packet, or a reference to one that is stored once."""
         packet = encode(value)
         return packet if packet.num_bytes <= _INLINE_BYTES else ray.put(packet)
@@ -156,7 +161,9 @@ class RayWorkerGroup:
                 raise raised_by(self.role, rank, value)
         return [found[rank][1] for rank in sorted(refs)]
 
-    def head(self, method: str, ref: Any, others: Mapping[int, Any], answered: Answers, timeout_s: float | None) -> Any:
+    def _head(
+        self, method: str, ref: Any, others: Mapping[int, Any], answered: Answers, timeout_s: float | None
+    ) -> Any:
         """Rank 0's answer, while the other ranks work too: what they answer goes into `answered`."""
         waiting = {0: ref, **{rank: other for rank, other in others.items() if rank not in answered}}
         answered.pop(0, None)
@@ -171,7 +178,7 @@ class RayWorkerGroup:
             self._ended = reason
             kill(self.members)
 
-    def died(self, rank: int, method: str, error: BaseException) -> WorkerDied:
+    def _died(self, rank: int, method: str, error: BaseException) -> WorkerDied:
         """The error of a worker whose actor is gone; ends the group."""
         member = self.members[rank]
         ending = member.ending(error)
@@ -219,7 +226,7 @@ class RayWorkerGroup:
                 return "result", None
             if method == "start":
                 return "result", error  # the launcher knows better what it means
-            raise self.died(rank, method, error) from None
+            raise self._died(rank, method, error) from None
         kind, value = decode(packet)
         return kind, value
 

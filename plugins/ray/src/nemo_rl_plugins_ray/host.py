@@ -18,10 +18,10 @@ from typing import Any
 from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
-__all__ = ["ITEM_BYTES", "THREADS", "WorkerHost", "exit_record", "free_port"]
+__all__ = ["THREADS", "WorkerHost", "exit_record", "free_port"]
 
 THREADS = "OMP_NUM_THREADS"
-ITEM_BYTES = 16 * 2**20
+_ITEM_BYTES = 16 * 2**20
 """Items of an iteration travel together up to this size."""
 _MAX_ITEMS = 64
 
@@ -59,9 +59,9 @@ class WorkerHost:
         return _answer(begin)
 
     def setup(self, payload: bytes) -> Packet:
-        """Make the worker and run its `setup`; answers what the driver must know of it."""
+        """Make the worker and run its `setup`."""
 
-        def begin() -> dict[str, Any]:
+        def begin() -> None:
             import cloudpickle
 
             from nemo_rl_core.infra.local import kind_of, make_worker
@@ -79,7 +79,6 @@ class WorkerHost:
             self._worker = make_worker(factory)
             with PluginCall(self._kind, self._worker, "setup"):
                 self._worker.setup(config, context)
-            return {"dtype": getattr(self._worker, "dtype", None)}
 
         return _answer(begin)
 
@@ -114,27 +113,12 @@ class WorkerHost:
             found: list[Packet] = []
             for item in self._items or ():
                 found.append(encode(item))
-                if len(found) == _MAX_ITEMS or sum(p.num_bytes for p in found) >= ITEM_BYTES:
+                if len(found) == _MAX_ITEMS or sum(p.num_bytes for p in found) >= _ITEM_BYTES:
                     return found, False
             self._items = None
             return found, True
 
         return _answer(run)
-
-    def export(self, method: str | None, dtype: Any, chunk_bytes: int) -> tuple[Packet, Packet]:
-        """The next chunk of named tensors in `dtype`, for another actor, and what the driver must know of it."""
-        from nemo_rl_plugins_ray.export import Export
-
-        chunk: list[tuple[str, Any]] = []
-
-        def run() -> dict[str, Any]:
-            if method is not None:
-                self._items = iter(Export(self._call(method, encode(((), {}))), dtype))
-            assert isinstance(self._items, Export)
-            return self._items.take(chunk, chunk_bytes)
-
-        status = _answer(run)
-        return status, encode(chunk)
 
     def finish(self) -> Packet:
         """Run what was begun to its end."""

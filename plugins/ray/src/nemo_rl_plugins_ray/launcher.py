@@ -1,23 +1,22 @@
-"""The Ray launcher: every worker in an actor, seats by placement groups, engines driven from here."""
+"""The Ray launcher: every worker in an actor, seats by placement groups."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 from attrs import evolve
 
-from nemo_rl_core.errors import ResourceError
-from nemo_rl_core.infra.local import kind_of
+from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.infra.remote import expected_plugins, log_folder, worker_environment
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
 from nemo_rl_core.registry import check_nodes
 from nemo_rl_plugins_ray.cluster import Connection, connect
 from nemo_rl_plugins_ray.config import RayConfig
-from nemo_rl_plugins_ray.engine import EngineGroup
-from nemo_rl_plugins_ray.engine_host import EngineHost
 from nemo_rl_plugins_ray.group import RayWorkerGroup
 from nemo_rl_plugins_ray.host import THREADS, WorkerHost
 from nemo_rl_plugins_ray.members import Member, check_started
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["RayLauncher"]
 
 _log = logging.getLogger(__name__)
-_ENGINES = "generation_backends"
 
 
 class RayLauncher:
@@ -40,13 +38,16 @@ class RayLauncher:
     """
 
     config_class: ClassVar[type] = RayConfig
-    drives_engines: ClassVar[bool] = True
+    in_process: ClassVar[bool] = False
 
     def __init__(self, config: RayConfig | None = None) -> None:
         self.config = config or RayConfig()
         self._connection: Connection | None = None
         self._cluster: VirtualCluster | None = None
         self._groups: list[RayWorkerGroup] = []
+        self._numbers = itertools.count()
+        self._starting = 0
+        self._changed = threading.Condition()
 
     def setup(self, cluster: ClusterConfig) -> None:
         """Connect to the cluster, or start one on this machine, and look at what it has.
@@ -62,10 +63,7 @@ class RayLauncher:
             raise
 
     def launch(self, spec: WorkerSpec) -> WorkerGroup:
-        """Start the workers of `spec` and run their `setup`.
-
-        A generation backend becomes `num_engines` engines, and the group's `local` a `RemoteEngine` that stands for
-        them.
+        """Start the workers of `spec` and run their `setup`. Several threads may call it at once.
 
         Raises:
             ResourceError: More devices are asked for than there are, or than are free in `placement_timeout_s`.
@@ -73,33 +71,33 @@ class RayLauncher:
             WorkerDied: An actor ended during its start.
             DeadlineExceeded: A worker was not ready in `start_timeout_s`.
         """
-        if self._cluster is None:
-            raise RuntimeError("RayLauncher.setup(cluster) must come before launch().")
-        engines = kind_of(spec.factory) == _ENGINES and not spec.own_process
-        if engines:
-            spec = self._engine_spec(spec, self._cluster.cluster)
-        seats = self._cluster.place(spec.role, num_workers=spec.num_workers, devices_per_worker=spec.devices_per_worker)
-        group_class = EngineGroup if engines else RayWorkerGroup
-        group = group_class(
-            spec.label,
-            [self._actor(spec, rank, seat, EngineHost if engines else WorkerHost) for rank, seat in enumerate(seats)],
-            failure_grace_s=self.config.failure_grace_s,
-            call_timeout_s=self.config.call_timeout_s,
-        )
+        with self._changed:
+            cluster = self._cluster
+            if cluster is None:
+                raise RuntimeError("RayLauncher.launch() belongs between setup(cluster) and shutdown().")
+            self._starting += 1
         try:
-            self._start(group, spec, seats, alone=engines)
-        except BaseException:
-            group.end("its start failed")
-            raise
-        self._groups.append(group)
-        return group
+            return self._launch(spec, cluster)
+        finally:
+            with self._changed:
+                self._starting -= 1
+                self._changed.notify_all()
 
     def shutdown(self) -> None:
-        """End every group, give their places back and leave the cluster; does nothing the second time."""
-        groups, self._groups = self._groups, []
+        """End every group, give their places back and leave the cluster; does nothing the second time.
+
+        What other threads are starting is ended too, and these are waited for: a call to Ray that comes after its
+        end would connect again.
+        """
+        with self._changed:
+            cluster, self._cluster = self._cluster, None
+            groups, self._groups = self._groups, []
         for group in reversed(groups):
             group.shutdown()
-        cluster, self._cluster = self._cluster, None
+        limit = self.config.start_timeout_s
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._starting, limit):
+                _log.warning("Workers that were being started have not ended in %g s.", limit)
         if cluster is not None and ray.is_initialized():
             cluster.release()
         connection, self._connection = self._connection, None
@@ -108,31 +106,43 @@ class RayLauncher:
 
     # -- starting -------------------------------------------------------------------------------
 
-    def _engine_spec(self, spec: WorkerSpec, cluster: ClusterConfig) -> WorkerSpec:
-        """As many workers as there are engines; with devices of their own, these are divided among them."""
-        number = self.config.num_engines
-        devices = spec.devices_per_worker
-        if not cluster.colocated and spec.role in cluster.roles:
-            devices, rest = divmod(cluster.roles[spec.role], number)
-            if rest or not devices:
-                raise ResourceError(
-                    f"cluster.roles.{spec.role} is {cluster.roles[spec.role]}, which {number} engines "
-                    "(cluster.options.num_engines) cannot share evenly. Change one of them."
-                )
-        return evolve(spec, num_workers=number, devices_per_worker=devices)
+    def _launch(self, spec: WorkerSpec, cluster: VirtualCluster) -> WorkerGroup:
+        seats = cluster.place(
+            spec.role,
+            num_workers=spec.num_workers,
+            devices_per_worker=spec.devices_per_worker,
+            replica=spec.replica,
+            num_replicas=spec.num_replicas,
+        )
+        group = RayWorkerGroup(
+            spec.label,
+            [self._actor(spec, rank, seat) for rank, seat in enumerate(seats)],
+            failure_grace_s=self.config.failure_grace_s,
+            call_timeout_s=self.config.call_timeout_s,
+        )
+        with self._changed:
+            self._groups = [*(known for known in self._groups if known.is_running), group]
+            ended = self._cluster is None
+        try:
+            if ended:
+                raise WorkerDied(f"The {spec.label} workers were not started: the run ends.")
+            self._start(group, spec, seats)
+        except BaseException:
+            group.end("its start failed")
+            raise
+        return group
 
-    def _actor(self, spec: WorkerSpec, rank: int, seat: Seat, host_class: type) -> Member:
+    def _actor(self, spec: WorkerSpec, rank: int, seat: Seat) -> Member:
         runtime_env = self.config.environment_of(spec.role, spec.env)
-        groups = {"concurrency_groups": {"mail": 1}} if host_class is EngineHost else {}
-        actor_class: Any = ray.remote(num_cpus=0, max_restarts=0, **groups)(host_class)
+        actor_class: Any = ray.remote(num_cpus=0, max_restarts=0)(WorkerHost)
         actor = actor_class.options(
             scheduling_strategy=seat.strategy,
-            name=f"nemo-rl/{os.getpid()}/{id(self):x}/{spec.label}/{rank}/{len(self._groups)}",
+            name=f"nemo-rl/{os.getpid()}/{id(self):x}/{spec.label}/{rank}/{next(self._numbers)}",
             **({"runtime_env": runtime_env} if runtime_env else {}),
         ).remote()
         return Member(rank=rank, actor=actor, node_id=seat.node_id, host=seat.host)
 
-    def _start(self, group: RayWorkerGroup, spec: WorkerSpec, seats: list[Seat], *, alone: bool) -> None:
+    def _start(self, group: RayWorkerGroup, spec: WorkerSpec, seats: list[Seat]) -> None:
         """Compare plugins everywhere, agree on a rendezvous, and run `setup`."""
         limit = self.config.start_timeout_s
         folder, expected = log_folder(spec).absolute(), expected_plugins(spec)
@@ -150,16 +160,10 @@ class RayLauncher:
         check_nodes([difference for answer in answers for difference in answer["differences"]])
         address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}[seats[0].node_id]
         setups = {}
-        for member, context, answer in zip(group.members, contexts, answers, strict=True):
-            place = (
-                evolve(context, rank=0, world_size=1, local_rank=0, master_port=answer["port"])
-                if alone
-                else evolve(context, master_addr=address, master_port=answers[0]["port"])
-            )
+        for member, context in zip(group.members, contexts, strict=True):
+            place = evolve(context, master_addr=address, master_port=answers[0]["port"])
             setups[member.rank] = member.actor.setup.remote(_payload(spec, place))
-        facts = group.collect("setup", setups, limit)
-        if isinstance(group, EngineGroup):
-            group.connect(facts[0])
+        group.collect("setup", setups, limit)
 
 
 def _context(spec: WorkerSpec, rank: int, seat: Seat) -> WorkerContext:

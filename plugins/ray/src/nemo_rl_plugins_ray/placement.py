@@ -7,6 +7,7 @@ same machine, so that tensor-parallel peers do.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -72,6 +73,8 @@ class VirtualCluster:
         self.device: Literal["cpu", "cuda"] = _choose_device(cluster, max(gpus, default=0))
         self.capacity = self._capacity()
         self._pools: dict[str, _Pool] = {}
+        self._turn = threading.Lock()
+        """Held while a pool may grow: engines are placed by several threads."""
         self._groups: list[Any] = []
         if cluster.num_nodes > len(self.nodes):
             raise ResourceError(
@@ -84,34 +87,42 @@ class VirtualCluster:
         """Ray's name of the resource that a device is."""
         return "GPU" if self.device == "cuda" else "CPU"
 
-    def place(self, role: str, *, num_workers: int, devices_per_worker: int = 1) -> list[Seat]:
-        """Seats of the workers of `role`, by rank.
+    def place(
+        self, role: str, *, num_workers: int, devices_per_worker: int = 1, replica: int = 0, num_replicas: int = 1
+    ) -> list[Seat]:
+        """Seats of the workers of `role`, by rank, or of those of one of its `num_replicas` equal groups.
+
+        The same replica has the same seats when it is started again.
 
         Raises:
             ResourceError: More is asked for than the cluster, or the role's share, has; or others use it.
         """
         per_worker = devices_per_worker if self.device == "cuda" else 1
-        share = self._share(role, num_workers * per_worker)
+        num_all = num_workers * num_replicas
+        share = self._share(role, num_all * per_worker)
         num_nodes = self.cluster.num_nodes
         if share is not None:  # a role of its own devices takes as few machines as they fill
             num_nodes = min(num_nodes, -(-share // self.capacity))
-        workers_per_node = -(-num_workers // num_nodes)
+        workers_per_node = -(-num_all // num_nodes)
         if workers_per_node * per_worker > self.capacity:
             what = "GPU" if self.device == "cuda" else "CPU core"
             raise ResourceError(
-                f"Role {role!r} asks for {num_workers} workers of {per_worker} {what}(s) on {num_nodes} node(s), which "
+                f"Role {role!r} asks for {num_all} workers of {per_worker} {what}(s) on {num_nodes} node(s), which "
                 f"is {workers_per_node * per_worker} for each; a node has {self.capacity} for the run. The cluster:\n"
                 f"{self._listing()}\nLower {role}.num_workers, raise cluster.num_nodes, or set cluster."
                 f"{'gpus' if self.device == 'cuda' else 'cpus'}_per_node if a node has more."
             )
-        pool = self._pools.setdefault(role if share is not None else "", _Pool())
-        nodes = self._reserve(pool, role, -(-num_workers // workers_per_node), workers_per_node * per_worker)
-        num_threads = self._threads(num_workers, workers_per_node, share)
+        with self._turn:
+            pool = self._pools.setdefault(role if share is not None else "", _Pool())
+            nodes = self._reserve(pool, role, -(-num_all // workers_per_node), workers_per_node * per_worker)
+        num_threads = self._threads(num_all, workers_per_node, share)
+        first = replica * num_workers
         seats: list[Seat] = []
-        for rank in range(num_workers):
-            node_id, local = nodes[rank // workers_per_node], rank % workers_per_node
-            taken = pool.slots[node_id][local * per_worker : (local + 1) * per_worker]
-            seats.append(self._seat(node_id, local, taken, num_threads))
+        for number in range(first, first + num_workers):
+            node_id, place = nodes[number // workers_per_node], number % workers_per_node
+            taken = pool.slots[node_id][place * per_worker : (place + 1) * per_worker]
+            before = max(first, number - place)  # the first of this group on that machine
+            seats.append(self._seat(node_id, number - before, taken, num_threads))
         return seats
 
     def release(self) -> None:

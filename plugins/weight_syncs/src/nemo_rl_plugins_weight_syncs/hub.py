@@ -21,7 +21,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.infra.arrivals import Arrivals
+from nemo_rl_core.infra.arrivals import Arrivals, arrive
 
 __all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "call_off", "connect"]
 
@@ -219,9 +219,14 @@ class Hub:
 
 
 def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: Deadline) -> Wire:
-    """The engine's end of a wire to the trainer."""
+    """The engine's end of a wire to the trainer.
+
+    Raises:
+        DeadlineExceeded: It does not answer.
+        PeerGaveUp: It does not listen any more.
+    """
     try:
-        connection = Client(rendezvous.address, authkey=rendezvous.key)
+        connection = arrive(rendezvous.address, rendezvous.key, who="The trainer", timeout_s=max(deadline.left, 0.001))
     except (OSError, EOFError) as error:
         raise PeerGaveUp(f"the trainer does not listen at {rendezvous.address} ({error}).") from error
     wire = Wire(connection, deadline, "the trainer")
