@@ -115,7 +115,7 @@ def check_types(session: nox.Session) -> None:
 
 def build_docs(session: nox.Session) -> None:
     """The site, with every warning an error."""
-    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-j", "auto", "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session

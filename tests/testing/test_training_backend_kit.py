@@ -369,6 +369,26 @@ def renamed(weights):
     return [(f"module.{name}", tensor) for name, tensor in weights]
 
 
+class StatesOfTheNextToken(DTensorBackend):
+    """At each token the state that has read it, not the one that predicts it."""
+
+    def get_hidden_states(self, batch, micro_batches=None):
+        return super().get_hidden_states(batch, micro_batches).roll(-1, 0) * batch["loss_mask"][:, None]
+
+
+class StatesOfAllTokens(DTensorBackend):
+    def get_hidden_states(self, batch, micro_batches=None):
+        everywhere = batch.select(range(len(batch)))
+        everywhere.set_tokens("loss_mask", batch.position_ids > 0)
+        return super().get_hidden_states(everywhere, micro_batches)
+
+
+class HalvesTheLayer(DTensorBackend):
+    def get_output_layer(self):
+        layer = super().get_output_layer()
+        return evolve(layer, weight=layer.weight / 2)
+
+
 BROKEN = {
     "declares_itself": (Telepathic, WithoutConfigClass),
     "logprobs": (
@@ -402,6 +422,16 @@ BROKEN = {
     "scalar_head": (ReversesTheValues, ValuesOfTheSequence),
     "trains_the_scalar_head": (FreezesTheHead,),
     "top_logprobs": (TopOfTheLogits, TopOfTheNextToken),
+    "hidden_states": (StatesOfTheNextToken, StatesOfAllTokens, HalvesTheLayer),
+    "loss_over_the_vocabulary": (
+        showing(
+            lambda o, batch: o if o.over_vocabulary is None else evolve(o, over_vocabulary=o.over_vocabulary.roll(1, 0))
+        ),
+        showing(
+            lambda o, batch: o if o.over_vocabulary is None else evolve(o, over_vocabulary=o.over_vocabulary.detach())
+        ),
+        showing(lambda o, batch: o if o.over_vocabulary is None else evolve(o, over_vocabulary=2 * o.over_vocabulary)),
+    ),
     "step": (
         configured(lambda c: evolve(c, optimizer=evolve(c.optimizer, weight_decay=0.0))),
         configured(lambda c: evolve(c, optimizer=evolve(c.optimizer, betas=(0.9, 0.95)))),

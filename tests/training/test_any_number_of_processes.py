@@ -57,13 +57,10 @@ SHAPES = {"dense": DENSE, "experts": EXPERTS}
 LAYOUTS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
     # name: (backend, processes, shape, tensor_parallel_size, options)
     "dtensor dp2": ("dtensor", 2, "dense", 1, {}),
-    "dtensor tp2": ("dtensor", 2, "dense", 2, {}),
     "dtensor dp4": ("dtensor", 4, "dense", 1, {}),
     "dtensor tp2 dp2": ("dtensor", 4, "dense", 2, {}),
     "dtensor tp4": ("dtensor", 4, "dense", 4, {}),
     "megatron dp2": ("megatron", 2, "dense", 1, {}),
-    "megatron tp2": ("megatron", 2, "dense", 2, {}),
-    "megatron pp2": ("megatron", 2, "dense", 1, {"pipeline_parallel_size": 2}),
     "megatron dp4": ("megatron", 4, "dense", 1, {}),
     "megatron tp2 dp2": ("megatron", 4, "dense", 2, {}),
     "megatron pp2 dp2": ("megatron", 4, "dense", 1, {"pipeline_parallel_size": 2, "distributed_optimizer": False}),
