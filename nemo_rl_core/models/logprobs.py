@@ -21,9 +21,10 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.models.products import fast_linear, product
+from nemo_rl_core.models.output_gradients import OutputGradients
+from nemo_rl_core.models.products import fast_linear
 
-__all__ = ["LogitTransform", "VocabularyShard", "add_outer", "likeliest", "linear_logprobs", "transformed_logits"]
+__all__ = ["LogitTransform", "VocabularyShard", "likeliest", "linear_logprobs", "transformed_logits"]
 
 
 @frozen(kw_only=True)
@@ -223,15 +224,10 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, targets, here, lse, entropy, kept = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Chunks add up in float32: a bfloat16 sum over many chunks would lose the small ones.
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
+        gradients = OutputGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            chunk = hidden[rows]
-            logits = kept if kept is not None else transformed_logits(chunk, weight, bias, ctx.transform)
+            logits = kept if kept is not None else transformed_logits(hidden[rows], weight, bias, ctx.transform)
             grad = _softmax_gradient(
                 logits,
                 lse[rows],
@@ -240,28 +236,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 None if here is None else here[rows],
                 (entropy[rows], d_entropy[rows]) if ctx.with_entropy else None,
             )
-            grad = ctx.transform.backward(grad, logits)
-            if d_bias is not None:
-                d_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = product(grad, weight.T)
-            if d_weight is not None:
-                add_outer(d_weight, grad, chunk)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 5,
-        )
-
-
-def add_outer(total: Tensor, grad: Tensor, chunk: Tensor) -> None:
-    """`total += grad.T @ chunk`, [V, E]."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.T, chunk)
-    else:
-        total += grad.T @ chunk
+            gradients.add(rows, ctx.transform.backward(grad, logits))
+        return *gradients.sums(), *(None,) * 5
 
 
 def _softmax_gradient(

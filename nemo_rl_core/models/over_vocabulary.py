@@ -15,8 +15,8 @@ import torch
 from attrs import Factory, evolve, frozen
 from torch import Tensor
 
-from nemo_rl_core.models.logprobs import LogitTransform, add_outer, transformed_logits
-from nemo_rl_core.models.products import product
+from nemo_rl_core.models.logprobs import LogitTransform, transformed_logits
+from nemo_rl_core.models.output_gradients import OutputGradients
 
 __all__ = ["OutputLayer", "VocabularyFunction", "map_vocabulary"]
 
@@ -103,31 +103,14 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Chunks add up in float32: a bfloat16 sum over many chunks would lose the small ones.
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
+        gradients = OutputGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, len(hidden), ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            chunk = hidden[part]
-            logits = transformed_logits(chunk, weight, bias, ctx.transform)
+            logits = transformed_logits(hidden[part], weight, bias, ctx.transform)
             with torch.enable_grad():
                 leaf = logits.detach().requires_grad_()
                 values = ctx.function(torch.log_softmax(leaf, -1), _chunk(ctx.rows, part)).float()
                 (grad,) = torch.autograd.grad(values, leaf, d_out[part])
             del values, leaf
-            grad = ctx.transform.backward(grad, logits)
-            if d_bias is not None:
-                d_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = product(grad, weight.T)
-            if d_weight is not None:
-                add_outer(d_weight, grad, chunk)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 4,
-        )
+            gradients.add(part, ctx.transform.backward(grad, logits))
+        return *gradients.sums(), *(None,) * 4
