@@ -88,6 +88,9 @@ def engine_arguments(
         "disable_log_stats": True,
         "enable_log_requests": False,
     }
+    if not gpu and (options.max_num_batched_tokens or max_length) >= max_length:
+        # A prompt that is cut into pieces takes back a draw of its generator, which those of a CPU cannot do.
+        arguments["enable_chunked_prefill"] = False
     given = {name: value for name, value in arguments.items() if value is not None}
     return AsyncEngineArgs(**{**given, **options.engine_args})
 
