@@ -5,7 +5,7 @@ Legend: B sequences, N tokens of one micro-batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from attrs import define, field, frozen
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nemo_rl_core.data.batch import BatchedDataDict
 
-__all__ = ["Denominator", "Loss", "LossSums", "Metric", "ModelOutputs", "per_token"]
+__all__ = ["Denominator", "Loss", "LossSums", "Metric", "ModelOutputs", "VocabularyLoss", "per_token"]
 
 Denominator = Literal["tokens", "sequences", "groups"] | float
 """What a loss sum is divided by, over the whole global batch: trained tokens (`loss_mask` is True),
@@ -87,10 +87,7 @@ class Loss(Protocol):
     of a group (equal `group_ids`), as losses of preference pairs do. A group is then never cut apart by
     micro-batches or ranks. One that corrects the importance of rollouts which other weights sampled says so by
     `corrects_importance = True`; policy-gradient algorithms ask for it when `rollouts.staleness` is above 0.
-    One that compares whole distributions needs "over_vocabulary" and has the method `over_vocabulary(logprobs [C, V],
-    fields) -> [C, F]`, differentiable by torch, and `vocabulary_fields`, the names of the per-token fields of the batch
-    that it gets at the same C tokens. It is called with one chunk of tokens after another, in the forward and again in
-    the backward pass, so that no [N, V] matrix is held. Of the backends those with that capability serve it.
+    One that compares whole distributions needs "over_vocabulary" and is a `VocabularyLoss`.
     It may have `conformance`, what its kit should know,
     such as `{"differentiable": False}` where the gradient is on purpose not that of the value.
     """
@@ -108,6 +105,29 @@ class Loss(Protocol):
 
         Returns:
             The sum, and metrics as sums; zero (with zero gradient) when nothing is selected.
+        """
+        ...
+
+
+@runtime_checkable
+class VocabularyLoss(Loss, Protocol):
+    """A loss that compares whole distributions, which the backends with the capability "over_vocabulary" serve.
+
+    Attributes:
+        vocabulary_fields: Per-token fields of the batch that `over_vocabulary` gets.
+    """
+
+    vocabulary_fields: Sequence[str]
+
+    def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """What the loss wants to know of each token, [C, F], differentiable by torch.
+
+        Called with one chunk of tokens after another, in the forward and again in the backward pass, so that no [N, V]
+        matrix is held.
+
+        Args:
+            logprobs: [C, V] float32 of a chunk of trained tokens.
+            fields: The `vocabulary_fields` at the same tokens, [C, ...].
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from attrs import frozen
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_rl_core.data.batch import BatchedDataDict
-    from nemo_rl_core.protocols.loss import Loss, ModelOutputs
+    from nemo_rl_core.protocols.loss import Loss, ModelOutputs, VocabularyLoss
 
 __all__ = ["GlobalCounts", "NormalizedLoss", "count_trained"]
 
@@ -55,13 +55,12 @@ class NormalizedLoss:
         self.needs: frozenset[str] = frozenset(loss.needs)
         self.divisor: float = _divisor(loss, counts)
         if "over_vocabulary" in self.needs:
-            self.vocabulary_fields: tuple[str, ...] = tuple(loss.vocabulary_fields)  # type: ignore[attr-defined]
+            self.vocabulary_fields: tuple[str, ...] = tuple(cast("VocabularyLoss", loss).vocabulary_fields)
 
     def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """That of the loss, see `Loss`."""
+        """That of the loss, see `VocabularyLoss`."""
         with PluginCall("losses", self.loss, "over_vocabulary"):
-            found: Tensor = self.loss.over_vocabulary(logprobs, fields)  # type: ignore[attr-defined]
-            return found
+            return cast("VocabularyLoss", self.loss).over_vocabulary(logprobs, fields)
 
     def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
         """The divided loss of one micro-batch, and its metrics with `loss` added."""
