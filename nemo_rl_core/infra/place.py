@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import frozen
 
-__all__ = ["Place", "find_place", "place_of"]
+__all__ = ["Place", "find_place", "free_port", "place_of"]
 
 
 @frozen(kw_only=True)
@@ -45,6 +45,13 @@ def place_of(worker: Any) -> Place:
     """The place of the process that `worker` lives in; its device is that of its weights."""
     found = getattr(worker, "device", None)
     return find_place("cpu" if found is None else str(found))
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens on; with the address "" on none of its interfaces."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def _read(path: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from attrs import evolve
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra import _worker
 from nemo_rl_core.infra._wire import receive, send
+from nemo_rl_core.infra.place import free_port
 from nemo_rl_core.infra.remote import (
     expected_plugins,
     log_folder,
@@ -77,7 +77,7 @@ class ProcessGroup:
             Exception: What a worker's `setup` raised, with its rank.
         """
         group = cls(spec.label, size=len(contexts), failure_grace_s=failure_grace_s, call_timeout_s=call_timeout_s)
-        port = _free_port()
+        port = free_port()
         folder = log_folder(spec)
         try:
             for context in contexts:
@@ -328,12 +328,6 @@ class ProcessGroup:
 
 def _sooner(deadline: float, grace_s: float) -> float:
     return min(deadline, time.monotonic() + grace_s)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

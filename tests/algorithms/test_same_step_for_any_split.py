@@ -8,7 +8,6 @@ core's `Policy`, which shards, cuts and divides. Two processes are started once 
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ from pytest import approx
 from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.infra.place import free_port
 from nemo_rl_core.models import load_model, load_model_config
 from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
@@ -88,12 +88,6 @@ class Again(DTensorBackend):
     def set_up_again(self, config, port: int) -> None:
         """At a port of its own: what the store of the first group still holds would be taken for the second's."""
         super().setup(config, attrs.evolve(self.context, master_port=port))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

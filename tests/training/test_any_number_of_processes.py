@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 import sys
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.infra.place import free_port
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
 from nemo_rl_core.testing.conformance.reference import WeightedLoss, ragged_batch
 from nemo_rl_core.training.policy import Policy
@@ -99,12 +99,6 @@ class Anew:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

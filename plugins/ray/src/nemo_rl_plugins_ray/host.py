@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_core.infra.place import free_port
 from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
-__all__ = ["THREADS", "WorkerHost", "exit_record", "free_port"]
+__all__ = ["THREADS", "WorkerHost", "exit_record"]
 
 THREADS = "OMP_NUM_THREADS"
 _ITEM_BYTES = 16 * 2**20
@@ -53,7 +54,7 @@ class WorkerHost:
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "log": str(log),
-                "port": free_port(),
+                "port": free_port(""),
             }
 
         return _answer(begin)
@@ -139,13 +140,6 @@ class WorkerHost:
                 worker.shutdown()
 
         return _answer(run)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def exit_record(log: Path) -> Path:
