@@ -47,6 +47,12 @@ def test_a_conversation_reads_its_earlier_turns_from_the_cache(engine, pool):
     assert largest_difference(pool.tiny.model, longer, second) < 1e-4
 
 
+def test_more_seeded_prompts_than_a_batch_holds_are_all_sampled(engine, pool):
+    prompts = [(3 + i % 90, *(3 + (i + j) % 90 for j in range(199)), 3 + i // 90) for i in range(64)]  # 12,864 tokens
+    found = complete(engine, *(request(p, seed=i, max_new_tokens=2, ignore_eos=True) for i, p in enumerate(prompts)))
+    assert all(largest_difference(pool.tiny.model, p, c) < 1e-4 for p, c in zip(prompts, found, strict=True))
+
+
 def test_after_an_update_no_old_cache_is_read(engine, pool):
     prompt = tuple(3 + i % 90 for i in range(300))
     new = pool.tiny.changed_weights()
