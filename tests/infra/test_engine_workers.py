@@ -311,6 +311,18 @@ def test_an_engine_that_died_is_started_again_and_loses_no_request(tmp_path):
         made.shutdown()
 
 
+def killed_meanwhile(made):
+    """A completion in the middle of which its engine is killed."""
+
+    async def work():
+        task = asyncio.create_task(made.generate(ask("long", milliseconds=300)))
+        await asyncio.sleep(0.1)
+        kill(made.links[0])
+        return await task
+
+    return asyncio.run(work())
+
+
 def test_a_lone_engine_that_died_is_refitted_before_it_samples(tmp_path):
     made = start(tmp_path, num_workers=1, max_restarts=1)
     try:
@@ -319,14 +331,8 @@ def test_a_lone_engine_that_died_is_refitted_before_it_samples(tmp_path):
         def refit(engine):
             engine.update_weights(3, iter([("w", torch.full((3,), 4.0))]))
 
-        async def work():
-            task = asyncio.create_task(made.generate(ask("long", milliseconds=300)))
-            await asyncio.sleep(0.1)
-            kill(made.links[0])
-            return await task
-
         with made.refits(refit):
-            assert asyncio.run(work()).token_ids == [3, 7, 4]
+            assert killed_meanwhile(made).token_ids == [3, 7, 4]
     finally:
         made.shutdown()
 
@@ -344,14 +350,8 @@ def test_an_engine_that_dies_again_in_its_refit_is_started_once_more(tmp_path):
                 engine.apply(sleep_for, 30.0)
             engine.update_weights(3, iter([("w", torch.full((3,), 4.0))]))
 
-        async def work():
-            task = asyncio.create_task(made.generate(ask("long", milliseconds=300)))
-            await asyncio.sleep(0.1)
-            kill(made.links[0])
-            return await task
-
         with made.refits(refit):
-            assert asyncio.run(work()).token_ids == [3, 7, 4]
+            assert killed_meanwhile(made).token_ids == [3, 7, 4]
         assert made.num_restarts == 2 and len(set(refitted)) == 2
     finally:
         made.shutdown()

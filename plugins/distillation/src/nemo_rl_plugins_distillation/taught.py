@@ -113,7 +113,7 @@ class Taught(BaseAlgorithm):
             batch = batch_from_groups(groups)
             rows = [r.task for group in groups for r in group.valid for _ in r.segments]
         else:
-            rows = [dict(item) for item in items]  # type: ignore[call-overload]
+            rows = [dict(item) for item in items if not isinstance(item, RolloutGroup)]
             batch = self._encoder.batch(conversations(rows))
         self._teachers.assign(batch, rows)
         return batch

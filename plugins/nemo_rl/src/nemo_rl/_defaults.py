@@ -12,6 +12,5 @@ def nemo_rl_defaults() -> dict[str, str]:
         "training_backends": "dtensor",
         "generation_backends": "torch_engine",
         "launchers": "local",
-        "weight_syncs": "in_process",
         "weight_syncs.workers": "collective",
     }
