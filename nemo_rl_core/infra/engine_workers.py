@@ -264,6 +264,12 @@ class EngineWorkers(GenerationBackend):
         with self._changed:
             return any(link.lost is not None or link.version != self.version for link in self.links)
 
+    @property
+    def needs_all_weights(self) -> bool:
+        """Whether every engine died and was not refitted since: the requests that came wait for that."""
+        with self._changed:
+            return not any(self._ready(link) for link in self.links)
+
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
         """Load new weights into every engine, through this process.
 

@@ -61,11 +61,6 @@ class GroupBuffer:
             return len(self._groups)
 
     @property
-    def num_free(self) -> int:
-        """Groups that still fit."""
-        return self.capacity - len(self)
-
-    @property
     def group_ids(self) -> list[int]:
         """Ids of the groups held now, in order."""
         with self._changed:
@@ -122,6 +117,7 @@ class GroupBuffer:
         With `started`, whatever is there first is taken, the oldest before others, whether or not those of lower id
         have finished. With `num_per_step` too, the wait goes on until what would be left could still be trained within
         the bound: for each k, no more than k * `num_per_step` groups may become too old in the k steps that follow.
+        When all have finished there is nothing to wait for.
 
         Args:
             num_groups: How many.
@@ -175,6 +171,14 @@ class GroupBuffer:
             self.remove(group_id)
             self._mark_taken(group_id)
             self._changed.notify_all()
+
+    def give_back(self, group_id: int) -> None:
+        """A group that was handed out is not used: it may be sampled and put again."""
+        with self._changed:
+            if group_id < self._taken_below:
+                self._taken.update(range(group_id, self._taken_below))
+                self._taken_below = group_id
+            self._taken.remove(group_id)
 
     def take_evicted(self) -> list[RolloutGroup]:
         """Groups evicted as stale since the last call, so that they can be sampled again."""
@@ -264,7 +268,8 @@ class GroupBuffer:
         if len(self._groups) < num_groups:
             return None
         chosen = sorted(self._groups, key=lambda i: (self._oldest[i], i))[:num_groups]
-        if num_per_step is not None:
+        more_will_come = not started.keys() <= self._groups.keys()
+        if num_per_step is not None and more_will_come:
             left = Counter(started[i] for i in started.keys() - set(chosen))
             waiting = 0
             for version in sorted(left):

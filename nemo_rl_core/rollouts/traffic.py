@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.rollouts.clock import Clock, SystemClock
 
 __all__ = ["GenerationTraffic"]
+
+_ASK_EVERY_S = 1.0
 
 
 class GenerationTraffic:
@@ -26,7 +28,7 @@ class GenerationTraffic:
         self._held = False
         self._queue: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._idle_since: float | None = self._clock.now()
-        self._idle_s = 0.0
+        self._idle_s = self._stopping_s = 0.0
 
     @property
     def count(self) -> int:
@@ -60,25 +62,18 @@ class GenerationTraffic:
                 self._changed.notify_all()
 
     @contextmanager
-    def stopped(self, timeout_s: float) -> Iterator[None]:
+    def stopped(self, timeout_s: float, *, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """No request is with the engine inside the block; those that come wait for its end.
+
+        Args:
+            timeout_s: How long to wait for those that it has.
+            unless: Says that nobody works on them, so that they need not be waited for; asked once a second.
 
         Raises:
             DeadlineExceeded: The requests that the engine had were not answered in `timeout_s`.
         """
-        deadline = self._clock.now() + timeout_s
         try:
-            with self._changed:
-                self._held = True
-                while self._count:
-                    left = deadline - self._clock.now()
-                    if left <= 0:
-                        raise DeadlineExceeded(
-                            f"Before the weight update the engine should finish its requests; {self._count} were not "
-                            f"answered in {timeout_s:g} s. Shorten the completions, raise "
-                            "rollouts.generation_timeout_s, or set rollouts.weight_updates to in_flight."
-                        )
-                    self._changed.wait(left)
+            self._stop(timeout_s, unless)
             yield
         finally:
             self._release()
@@ -93,6 +88,12 @@ class GenerationTraffic:
                 self._idle_since = now
             return idle
 
+    def take_stopping_s(self) -> float:
+        """Seconds for which `stopped` waited for the engine's requests, since the last call."""
+        with self._changed:
+            seconds, self._stopping_s = self._stopping_s, 0.0
+            return seconds
+
     def reset(self) -> None:
         """Forget every request: the event loop that they belong to is gone."""
         with self._changed:
@@ -100,6 +101,23 @@ class GenerationTraffic:
             if self._count:
                 self._count, self._idle_since = 0, self._clock.now()
                 self._changed.notify_all()
+
+    def _stop(self, timeout_s: float, unless: Callable[[], bool]) -> None:
+        began = self._clock.now()
+        with self._changed:
+            self._held = True
+            try:
+                while self._count and not unless():
+                    left = began + timeout_s - self._clock.now()
+                    if left <= 0:
+                        raise DeadlineExceeded(
+                            f"Before the weight update the engine should finish its requests; {self._count} were not "
+                            f"answered in {timeout_s:g} s. Shorten the completions, raise "
+                            "rollouts.generation_timeout_s, or set rollouts.weight_updates to in_flight."
+                        )
+                    self._changed.wait(min(left, _ASK_EVERY_S))
+            finally:
+                self._stopping_s += self._clock.now() - began
 
     def _begin(self) -> None:
         self._count += 1

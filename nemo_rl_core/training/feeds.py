@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class RolloutFeed:
         runner: Runs the groups.
         algorithm: May refuse a group (`keep_group`), for which others are then sampled.
         config: Of the run.
-        max_batches: Batches of prompts that may be sampled for one step.
+        max_batches: Times the prompts of a step that may be sampled for one.
         last_step: Steps of the run; nothing is sampled for later ones. None if that is not known.
         clock: Of waits and deadlines; None is the machine's.
     """
@@ -102,25 +103,33 @@ class RolloutFeed:
             DeadlineExceeded: Groups did not finish within the deadlines of their turns; names them.
         """
         kept: list[RolloutGroup] = []
-        self.discarded = 0
+        self.discarded = num_sampled = 0
         self.all_groups = []
         limit = self.config.rollouts.max_failed_fraction
-        for _ in range(self.max_batches):
-            groups = self._take(self.num_prompts - len(kept), version)
+        while (left := self.max_batches * self.num_prompts - num_sampled) > 0:
+            groups = self._take(min(self._to_ask_for(len(kept)), left), version)
             if not groups:
                 raise StopIteration
-            self.all_groups += groups
-            check_failures(self.all_groups, limit, warn=False)
+            num_sampled += len(groups)
+            check_failures([*self.all_groups, *groups], limit, warn=False)
             with PluginCall("algorithms", self.algorithm, "keep_group"):
-                kept += [group for group in groups if group.valid and self.algorithm.keep_group(group)]
+                good = [group for group in groups if group.valid and self.algorithm.keep_group(group)]
+            missing = self.num_prompts - len(kept)
+            spare = {group.group_id for group in good[missing:]}
+            used = [group for group in groups if group.group_id not in spare]
+            self._pump.give_back(good[missing:])
+            self._pump.taken(used)
+            self.all_groups += used
+            kept += good[:missing]
             self.discarded = len(self.all_groups) - len(kept)
             if len(kept) == self.num_prompts:
                 check_failures(self.all_groups, limit)
                 return kept
         raise ConfigError(
-            f"After {self.max_batches} batches of prompts only {len(kept)} of {self.num_prompts} groups can be "
-            f"trained on ({self.discarded} were refused, for instance because all their rewards are equal). "
-            "Make the tasks easier or harder, sample more generations per prompt, or switch dynamic sampling off."
+            f"Of {num_sampled} groups, {self.max_batches} times what a step needs, only {len(kept)} of "
+            f"{self.num_prompts} can be trained on ({self.discarded} were refused, for instance because all their "
+            "rewards are equal). Make the tasks easier or harder, sample more generations per prompt, or switch "
+            "dynamic sampling off."
         )
 
     def rows(self) -> list[Any]:
@@ -132,7 +141,7 @@ class RolloutFeed:
     def start(self, version: int) -> None:
         """Start what may be sampled with new weights, before the trainer asks for it; with a bound of 0 nothing."""
         if self.staleness > 0 and (self.last_step is None or version < self.last_step):
-            self._give_up(self._overdue(version), version)
+            self._give_up(self._overdue(version))
             self._pump.fill(self._wanted(self.num_prompts, version), version)
 
     def metrics(self, version: int) -> dict[str, float]:
@@ -144,12 +153,15 @@ class RolloutFeed:
         Returns:
             `async/age_mean, age_max` (steps by which the oldest token of a group was behind); `carried_over_fraction`
             of its rollouts were sampled by more than one version; `buffer_groups` finished and `in_flight_groups`
-            not, when the step ends; `dropped_groups, resampled_groups` too old; `trainer_idle_s` waited for groups,
-            `engine_idle_s` without any request, and both as `_fraction` of the time since the last call.
+            not, when the step ends; `dropped_groups, resampled_groups` too old; `trainer_idle_s` waited for groups
+            or, `update_wait_s` of it, for the engine's requests to end before a weight update; `engine_idle_s` without
+            any request; idle times also as `_fraction` of the time since the last call.
         """
         now = self._clock.now()
         seconds, self._measured = max(now - self._measured, 1e-9), now
-        engine_idle_s = self._pump.runner.engine.traffic.take_idle_s()
+        traffic = self._pump.runner.engine.traffic
+        engine_idle_s, update_wait_s = traffic.take_idle_s(), traffic.take_stopping_s()
+        trainer_idle_s, self._idle_s = self._idle_s + update_wait_s, 0.0
         ages = [group_age(group, version) for group in self.all_groups]
         rollouts = [rollout for group in self.all_groups for rollout in group.valid]
         held = len(self._buffer)
@@ -159,15 +171,15 @@ class RolloutFeed:
             "in_flight_groups": float(len(self._pump) - held),
             "dropped_groups": float(self._dropped),
             "resampled_groups": float(self._resampled),
-            "trainer_idle_s": self._idle_s,
-            "trainer_idle_fraction": self._idle_s / seconds,
+            "trainer_idle_s": trainer_idle_s,
+            "trainer_idle_fraction": trainer_idle_s / seconds,
+            "update_wait_s": update_wait_s,
             "engine_idle_s": engine_idle_s,
             "engine_idle_fraction": engine_idle_s / seconds,
         }
         if ages:
             metrics.update(age_mean=sum(ages) / len(ages), age_max=float(max(ages)))
         self._dropped = self._resampled = 0
-        self._idle_s = 0.0
         return {f"async/{name}": value for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,6 +194,17 @@ class RolloutFeed:
         """Continue from `state_dict`; prompts that were under way are sampled again by the next step."""
         self._pump.load_state_dict(state)
 
+    def _to_ask_for(self, num_kept: int) -> int:
+        """Groups to sample in place of refused ones.
+
+        With a bound of 0 as many as the share kept so far leaves the missing ones of, so that few rounds are waited
+        for; above it those of later steps are under way already.
+        """
+        missing = self.num_prompts - num_kept
+        if self.staleness > 0 or num_kept == 0:
+            return missing
+        return min(math.ceil(missing * len(self.all_groups) / num_kept), self.num_prompts)
+
     def _wanted(self, missing: int, version: int) -> int:
         """Groups that may be under way: those of this step, and of the steps that the bound lets them reach."""
         ahead = self.staleness if self.last_step is None else min(self.staleness, max(self.last_step - version - 1, 0))
@@ -189,7 +212,7 @@ class RolloutFeed:
 
     def _take(self, missing: int, version: int) -> list[RolloutGroup]:
         """`missing` groups for this step (fewer at the end of the data); what is too old is given up first."""
-        self._give_up(self._overdue(version), version)
+        self._give_up(self._overdue(version))
         again: set[int] = set()
         while True:
             self._pump.fill(self._wanted(missing, version), version)
@@ -202,10 +225,9 @@ class RolloutFeed:
                 evicted = {group.group_id for group in self._buffer.take_evicted()}
                 if not evicted or evicted & again:  # sampled with the newest weights, and too old all the same
                     raise
-                self._give_up(evicted, version)
+                self._give_up(evicted)
                 again |= evicted
                 continue
-            self._pump.taken(groups)
             return groups
 
     def _wait_for(self, num: int, version: int) -> list[RolloutGroup]:
@@ -230,13 +252,13 @@ class RolloutFeed:
         """Groups that were started too long ago to be trained on, however soon they finish."""
         return [i for i, started in self._pump.started(version).items() if version - started > self.staleness]
 
-    def _give_up(self, group_ids: Iterable[int], version: int) -> None:
+    def _give_up(self, group_ids: Iterable[int]) -> None:
         for group_id in sorted(group_ids):
             if self.config.rollouts.too_old == "drop":
                 self._pump.drop(group_id)
                 self._dropped += 1
             else:
-                self._pump.restart(group_id, version)
+                self._pump.restart(group_id)
                 self._resampled += 1
 
     def _deadline_s(self) -> float:

@@ -214,15 +214,18 @@ class RunLoop:
     def _after_step(self, metrics: dict[str, float], guard: InterruptGuard) -> None:
         run, config = self.run_state, self.config
         self.saver.mark_boundary()
-        self._go_on_sampling()
-        if config.validation.every and run.step % config.validation.every == 0:
-            with self.timers("validation"):
-                metrics.update(self._validate())
-        metrics.update(self.timers.collect())
-        run.history.append({"step": float(run.step), **metrics})
-        self.record.log(metrics, step=run.step)
-        self.progress.step(run, metrics)
-        self.hooks.call("on_step_end", run=run, metrics=metrics)
+        try:
+            with guard.abandonable():
+                if config.validation.every and run.step % config.validation.every == 0:
+                    with self.timers("validation"):
+                        metrics.update(self._validate())
+                self._go_on_sampling()
+        finally:  # the step is done, and told, even if this was cut off
+            metrics.update(self.timers.collect())
+            run.history.append({"step": float(run.step), **metrics})
+            self.record.log(metrics, step=run.step)
+            self.progress.step(run, metrics)
+            self.hooks.call("on_step_end", run=run, metrics=metrics)
         every = config.checkpointing.every
         if run.checkpoint_requested or (every and run.step % every == 0):
             run.checkpoint_requested = False

@@ -55,7 +55,8 @@ class RolloutPump:
         self._chunk = config.num_items_per_step
         self._attempts: dict[int, _Attempt] = {}
         self._returned: list[TaskItem] = []
-        """Prompts of a resumed run that had not finished."""
+        """Prompts to sample before others: those given back or given up, and of a resumed run those that had not
+        finished."""
         self._exhausted = False
         self._lock = threading.Lock()
 
@@ -70,7 +71,9 @@ class RolloutPump:
 
     def fill(self, num: int, version: int) -> None:
         """Have `num` groups under way; fewer at the end of the data. New ones are started with weights `version`."""
-        items, self._returned = self._returned, []
+        room = max(num - len(self._attempts), 0)
+        waiting = sorted(self._returned, key=lambda item: item.index)
+        items, self._returned = waiting[:room], waiting[room:]
         while (missing := num - len(self._attempts) - len(items)) > 0 and not self._exhausted:
             try:
                 items += self.data.next(min(missing, self._chunk))
@@ -87,9 +90,9 @@ class RolloutPump:
         items, self._returned = self._returned[:num], self._returned[num:]
         return items + self.data.next(num - len(items)) if len(items) < num else items
 
-    def restart(self, group_id: int, version: int) -> None:
-        """Sample a group again, with weights `version`; what became of it so far is forgotten."""
-        self._start(self._abandon(group_id), version)
+    def restart(self, group_id: int) -> None:
+        """Have a group sampled again by a later `fill`; what became of it so far is forgotten."""
+        self._returned.append(self._abandon(group_id))
 
     def drop(self, group_id: int) -> None:
         """Give a group up; it will not be trained on."""
@@ -100,6 +103,12 @@ class RolloutPump:
         """The trainer has these now."""
         for group in groups:
             del self._attempts[group.group_id]
+
+    def give_back(self, groups: Sequence[RolloutGroup]) -> None:
+        """The trainer needs these no more, though it had asked for them; a later `fill` samples their prompts again."""
+        for group in groups:
+            self._returned.append(self._attempts.pop(group.group_id).item)
+            self.buffer.give_back(group.group_id)
 
     def mark(self) -> Callable[[], dict[str, Any]]:
         """State between two steps, made when the result is called; see `load_state_dict`."""

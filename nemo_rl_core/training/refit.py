@@ -80,4 +80,9 @@ class Refit:
         if rollouts.staleness == 0 or self.parts.in_flight_updates or self.parts.runner is None:
             return nullcontext()
         # Each request has a deadline of its own; only one that outlives it is worth stopping for.
-        return self.parts.runner.engine.traffic.stopped(1.1 * rollouts.generation_timeout_s + _LATE_S)
+        limit_s = 1.1 * rollouts.generation_timeout_s + _LATE_S
+        return self.parts.runner.engine.traffic.stopped(limit_s, unless=self._nobody_samples)
+
+    def _nobody_samples(self) -> bool:
+        """Every engine died: what was asked of them is answered after this refit."""
+        return bool(getattr(self.parts.generation, "needs_all_weights", False))

@@ -34,6 +34,9 @@ class KillsTheEngine(nemo_rl.Callback):
     def on_refit(self, run, version):
         self._kill("on_refit", run)
 
+    def on_batch(self, run, batch):
+        self._kill("on_batch", run)
+
     def _kill(self, event, run):
         if event == self.event and run.step == 1:
             (engine,) = (p for p in multiprocessing.active_children() if p.name.startswith("nemo-rl-generation"))
@@ -43,7 +46,7 @@ class KillsTheEngine(nemo_rl.Callback):
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    def run(weight_sync="in_process", callbacks=(), num_policy_workers=1, **generation):
+    def run(weight_sync="in_process", callbacks=(), num_policy_workers=1, changes=None, **generation):
         torch.set_num_threads(1)
         config = {
             "model": "scratch:qwen2-tiny",
@@ -58,6 +61,7 @@ def train(tmp_path_factory):
             "logging": {"progress": "none"},
             "checkpointing": {"enabled": False},
             "cluster": {"device": "cpu", "cpus_per_node": 4},
+            **(changes or {}),
         }
         history = nemo_rl.GRPOTrainer(config).fit(ROWS, reward, callbacks=list(callbacks)).history
         return [(entry["train/loss"], entry["train/grad_norm"], entry["reward/mean"]) for entry in history]
@@ -89,6 +93,17 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost(train, in_process):
     """The trainer stands still while rollouts wait for the engine, so it is refitted at once."""
     killer = KillsTheEngine("on_refit")
     assert train("shared_memory", [killer], num_workers=1) == in_process
+    assert len(killer.pids) == 1
+
+
+@pytest.mark.parametrize("weight_updates", ["in_flight", "between"])
+def test_an_engine_that_dies_beside_a_training_step_comes_back(train, weight_updates):
+    """With updates between requests, those that it had are answered after the update, not before."""
+    killer = KillsTheEngine("on_batch")
+    stale = {"staleness": 1, "weight_updates": weight_updates, "generation_timeout_s": 20, "max_failed_fraction": 0}
+    loss = {"name": "clipped_pg", "options": {"correction": "tis", "correction_max": 2.0}}
+    changes = {"rollouts": stale, "loss": loss, "max_steps": 4}
+    assert len(train("shared_memory", [killer], changes=changes, num_workers=1)) == 4
     assert len(killer.pids) == 1
 
 

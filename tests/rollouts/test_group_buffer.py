@@ -56,7 +56,6 @@ def test_a_wait_past_its_deadline_names_the_missing_groups():
 
 def test_no_more_groups_than_its_capacity():
     buffer = filled(0, 1, capacity=2)
-    assert buffer.num_free == 0
     with pytest.raises(DeadlineExceeded, match=r"full: 2 of 2 groups, and group 2 waited 0 s"):
         buffer.put(group(2))
     threading.Timer(0.1, lambda: taken(buffer, 1)).start()
@@ -207,6 +206,25 @@ def test_the_wait_looks_as_many_steps_ahead_as_the_bound():
         ready(buffer, 2, started, version=5, num_per_step=2)
     buffer.put(group(1, 4))
     assert ready(buffer, 2, started, version=5, num_per_step=2) == [1, 3]
+
+
+def test_when_all_have_finished_there_is_nothing_to_wait_for():
+    """As after a resume with a lower bound: more is held than later steps can take, and nothing will come."""
+    buffer = filled(0, 1, 2, 3, 4, staleness=1)
+    found = buffer.take(2, current_version=0, timeout_s=0.05, started=dict.fromkeys(range(5), 0), num_per_step=2)
+    assert [group.group_id for group in found] == [0, 1]
+    with pytest.raises(DeadlineExceeded):
+        buffer.take(1, current_version=0, timeout_s=0.05, started=dict.fromkeys((2, 3, 4, 5, 6), 0), num_per_step=1)
+
+
+def test_a_group_that_was_handed_out_may_be_given_back():
+    buffer = filled(0, 1, 2, 3)
+    taken(buffer, 4)
+    buffer.give_back(1)
+    assert [buffer.was_taken(i) for i in range(5)] == [True, False, True, True, False]
+    buffer.put(group(1))
+    assert taken(buffer, 1) == [1]
+    assert all(map(buffer.was_taken, range(4)))
 
 
 def test_what_is_evicted_while_someone_waits_for_it_is_told():

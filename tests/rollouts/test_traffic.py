@@ -67,6 +67,16 @@ def test_a_request_that_does_not_end_is_named_and_the_others_go_on(clock):
     assert began == {0: 0.0, 1: 11.0}
 
 
+def test_requests_that_nobody_works_on_are_not_waited_for(clock):
+    traffic = GenerationTraffic(clock)
+    requests(clock, traffic, (0.0, 1e6))
+    clock.sleep(1.0)
+    with traffic.stopped(timeout_s=1e5, unless=lambda: clock.now() > 4.5):  # when the engine is found dead
+        assert 4.5 < clock.now() < 6 and traffic.count == 1
+    assert traffic.take_stopping_s() == pytest.approx(clock.now() - 1)
+    assert traffic.take_stopping_s() == 0
+
+
 def test_a_request_that_gives_up_at_the_gate_leaves_nothing_behind(clock):
     traffic = GenerationTraffic(clock)
     with traffic.stopped(timeout_s=1.0):

@@ -15,6 +15,7 @@ from nemo_rl_core.rollouts.buffer import GroupBuffer
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
 from nemo_rl_core.testing.simulation import (
     EngineSpec,
+    Faults,
     ResponseLengths,
     SimulatedCluster,
     SimulatedKill,
@@ -292,6 +293,34 @@ def test_asynchronous_steps_overlap():
     slow_trainer = simulate(cluster(step_s=20.0, rollouts=RolloutConfig(staleness=1)))
     assert slow_trainer.step_s == pytest.approx(20.0)
     assert slow_trainer.trainer_idle == pytest.approx(0.0)
+
+
+def test_the_wait_before_an_update_counts_as_idle():
+    between = RolloutConfig(staleness=2, weight_updates="between")
+    steps = simulate(cluster(step_s=2.0, rollouts=between)).history
+    waits = [m["async/update_wait_s"] for m in steps]
+    assert max(waits) > 1 and all(m["async/trainer_idle_s"] >= m["async/update_wait_s"] for m in steps)
+    in_flight = simulate(cluster(step_s=2.0, rollouts=RolloutConfig(staleness=2)))
+    assert all(m["async/update_wait_s"] == 0 for m in in_flight.history)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_step_finds_its_groups_though_half_of_them_are_refused(staleness):
+    """One sampled batch takes 8 s; with replacements asked for one after another it would be ten times that."""
+    refusing = cluster(
+        num_steps=40,
+        num_prompts=64,
+        group_size=1,
+        max_batches=10,
+        engine=EngineSpec(max_batch=64, tokens_per_s=6400.0, sequence_tokens_per_s=12.5),
+        faults=Faults(refused=0.5),
+        rollouts=RolloutConfig(staleness=staleness),
+    )
+    result = simulate(refusing)
+    assert len(result.history) == 40
+    assert result.step_s < 8 * (5 if staleness == 0 else 2.5)
+    refused = [m["rollouts/discarded_groups"] for m in result.history]
+    assert 50 < sum(refused) / len(refused) < 80
 
 
 def test_a_batch_that_is_full_makes_the_others_wait():

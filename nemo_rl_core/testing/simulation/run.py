@@ -57,7 +57,7 @@ class SimulatedConfig(RunConfig):
 
     @property
     def max_batches_per_step(self) -> int:
-        """Enough for any fault."""
+        """See `SimulatedCluster`."""
         return self.max_batches
 
 
@@ -139,7 +139,7 @@ class SimulatedRun:
             generation=generation,  # type: ignore[arg-type]
             weight_sync=SimulatedSync(cluster, clock, rng),
             runner=runner,  # type: ignore[arg-type]
-            in_flight_updates=cluster.engine.in_flight_updates,
+            in_flight_updates=cluster.engine.in_flight_updates and cluster.rollouts.weight_updates != "between",
             clock=clock,
         )
         state = RunState(config=config, run_dir=folder, algorithm="simulated", max_steps=cluster.num_steps)
@@ -242,6 +242,7 @@ def _config(cluster: SimulatedCluster, seed: int) -> SimulatedConfig:
         seed=seed,
         num_prompts=cluster.num_prompts,
         size=cluster.group_size,
+        max_batches=cluster.max_batches,
         max_steps=cluster.num_steps,
         rollouts=_without_record(rollouts),
         checkpointing=CheckpointConfig(every=cluster.checkpoint_every, export_model=False),

@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from nemo_rl_core.config.schema import RolloutConfig
-from nemo_rl_core.errors import DeadlineExceeded, EnvironmentFailure, NemoRLError
+from nemo_rl_core.errors import ConfigError, DeadlineExceeded, EnvironmentFailure, NemoRLError
 from nemo_rl_core.registry import RunHooks
 from nemo_rl_core.rollouts.records import RolloutGroup
 from nemo_rl_core.testing.simulation.clock import SimulatedKill
@@ -70,6 +70,7 @@ def draw_cluster(seed: int) -> SimulatedCluster:
         jitter=rng.choice((0.0, 0.5)),
         checkpoint_every=rng.randint(0, 3),
         max_rows=rng.choice((None, None, rng.randint(1, 20))),
+        max_batches=rng.choice((1000, 1000, 4)),
         faults=Faults(
             request_error=chance(0.2),
             request_stuck=chance(0.05),
@@ -116,6 +117,10 @@ def run_schedule(seed: int, cluster: SimulatedCluster | None = None) -> Schedule
             lives += 1
             last = lives == _MAX_LIVES
             dies_at = now + rng.expovariate(1 / 40) if rng.random() < 0.4 and not last else float("inf")
+            if lives > 1 and rng.random() < 0.3:
+                cluster = _with_less_under_way(cluster, rng)
+                observer.was_narrowed = True
+            observer.cluster = cluster
             run = SimulatedRun.build(
                 _without_refit_faults(cluster) if last else cluster,
                 seed * _MAX_LIVES + lives,
@@ -145,6 +150,11 @@ def _live(run: SimulatedRun, observer: _Observer) -> str:
         return run.run()
     except SimulatedKill:
         return "died"
+    except ConfigError as error:
+        feed = run.loop.feed
+        most = run.cluster.max_batches * run.cluster.num_prompts
+        if not isinstance(feed, RolloutFeed) or len(feed.all_groups) < most or "refused" not in str(error):
+            observer.violations.append(f"ConfigError: {error}")
     except DeadlineExceeded as error:
         if "simulated: " in str(error):
             return "died"
@@ -172,6 +182,8 @@ class _Observer:
     finished: list[list[int]] = field(factory=list)
     """The same with those that were refused."""
     dropped: list[float] = field(factory=list)
+    was_narrowed: bool = False
+    """A life began with a lower bound or fewer prompts a step than the one before: what is too many is given up."""
     run: SimulatedRun = field(init=False)
 
     def begins(self, run: SimulatedRun, store: SimulatedStore) -> None:
@@ -214,7 +226,7 @@ class _Observer:
         """What was given up is counted."""
         self.dropped.append(metrics["async/dropped_groups"])
         rollouts = self.cluster.rollouts
-        waits = rollouts.order == "data" or rollouts.too_old == "wait"
+        waits = (rollouts.order == "data" or rollouts.too_old == "wait") and not self.was_narrowed
         given_up = metrics["async/dropped_groups"] + metrics["async/resampled_groups"]
         if waits and given_up:
             self.violations.append(f"{given_up:g} groups were given up, which {rollouts.too_old!r} must not do")
@@ -230,9 +242,10 @@ class _Observer:
         if doubled:
             self.violations.append(f"groups {doubled} were taken twice")
         left = set(range(self.run.data.delivered)) - set(seen)
-        if self.run.loop.run_state.step == self.cluster.num_steps and len(feed._pump):
-            self.violations.append(f"{len(feed._pump)} groups were sampled for steps that never come")
-        lost = left - feed._pump.started(0).keys()
+        under_way = feed._pump.started(0)
+        if self.run.loop.run_state.step == self.cluster.num_steps and under_way:
+            self.violations.append(f"{len(under_way)} groups were sampled for steps that never come")
+        lost = left - under_way.keys() - {item.index for item in feed._pump._returned}
         dropped = sum(self.dropped) + feed._dropped
         if len(lost) != dropped:
             self.violations.append(f"groups {sorted(lost)} are lost, of which {dropped:g} were dropped")
@@ -254,9 +267,13 @@ class _Observer:
             )
 
 
-def _without_refit_faults(cluster: SimulatedCluster) -> SimulatedCluster:
-    from attrs import evolve
+def _with_less_under_way(cluster: SimulatedCluster, rng: random.Random) -> SimulatedCluster:
+    """As a user may edit the configuration before a run is resumed."""
+    rollouts = evolve(cluster.rollouts, staleness=rng.randint(0, cluster.rollouts.staleness))
+    return evolve(cluster, num_prompts=rng.randint(1, cluster.num_prompts), rollouts=rollouts)
 
+
+def _without_refit_faults(cluster: SimulatedCluster) -> SimulatedCluster:
     return evolve(cluster, faults=evolve(cluster.faults, refit_error=0.0))
 
 

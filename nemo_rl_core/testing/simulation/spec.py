@@ -98,4 +98,6 @@ class SimulatedCluster:
     """Steps between checkpoints."""
     max_rows: int | None = field(default=None)
     """Prompts in the data; None is without end."""
+    max_batches: int = 1000
+    """Times the prompts of a step that may be sampled for one, where groups are refused."""
     faults: Faults = Factory(Faults)
