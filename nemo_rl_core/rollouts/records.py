@@ -53,7 +53,7 @@ class Rollout:
     """
 
     rollout_id: str
-    """`<task id>/<index in group>`, with the step it was asked for in front when resampled."""
+    """`<task id>/<index in group>`."""
     task_id: str
     index: int
     """Position in the group, 0-based."""

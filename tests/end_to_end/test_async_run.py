@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -221,6 +222,28 @@ def test_an_engine_that_cannot_is_not_asked_for_updates_in_flight(tiny, rows):
     )
     with pytest.raises(ConfigError, match=r"WithoutInFlight cannot take new weights while it samples.*between"):
         nemo_rl.GRPOTrainer(config).fit(rows, digits)
+
+
+class IsToldToStop(TorchEngine):
+    """Ctrl-C comes while it samples greedily, which only validation does here, and it never answers."""
+
+    async def generate(self, request):
+        if request.sampling.temperature == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(3600)
+        return await super().generate(request)
+
+
+def test_a_validation_is_cut_off_by_ctrl_c_and_its_step_is_kept(tiny, rows):
+    config = tiny(
+        validation={"every": 2, "at_start": False, "at_end": False, "temperature": 0.0, "max_samples": 1},
+        generation={"max_new_tokens": 4, "backend": IsToldToStop},
+        rollouts={"staleness": 1, "generation_timeout_s": 60},
+        loss=CORRECTED,
+    )
+    result = nemo_rl.GRPOTrainer(config).fit(rows, digits, validation_dataset=rows[:2])
+    assert (result.status, result.step) == ("interrupted", 2) and result.checkpoint is not None
+    assert [m["step"] for m in read_metrics(result.run_dir)] == [1, 2]
 
 
 def test_what_everyone_waited_for_is_in_the_metrics(tiny, rows):

@@ -27,7 +27,7 @@ class DynamicSamplingConfig:
     enabled: bool = False
     """Leave groups out whose rewards are all equal."""
     max_batches: int = field(default=10, validator=ge(1))
-    """The run stops when so many batches of prompts did not give one batch of varied groups."""
+    """The run stops when so many times the prompts of a step did not give enough varied groups."""
 
 
 @frozen(kw_only=True)
