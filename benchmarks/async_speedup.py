@@ -4,8 +4,8 @@ Two real processes with a core each: the GRPO trainer, and the PyTorch engine of
 model. Nothing sleeps; the lengths of prompts and responses are such that sampling a step's rollouts takes about as long
 as training on them, and what each took in the synchronous run is recorded. Bar: 1.7 times the steps per second.
 
-A second pair of runs stands for devices that this machine does not have: in one process, on the 0.08 M model, a sleep in
-each train step and each response, in which the thread computes nothing, as if a GPU did.
+A second pair of runs stands for devices that this machine does not have: in one process, on the 0.08 M model, a sleep
+in each train step and each response, in which the thread computes nothing, as if a GPU did.
 
     python benchmarks/async_speedup.py [--steps 12] [--device-s 3] [--output benchmarks/results/async_speedup.json]
 """
