@@ -166,7 +166,13 @@ def start(folder, *arguments):
     env = {**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder / "tmp")}
     env.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        [*command, *arguments], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *arguments],
+        env=env,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -187,7 +193,7 @@ def test_ctrl_c_saves_and_leaves_neither_processes_nor_files(folder):
     try:
         lines = [process.stdout.readline() for _ in range(2)]
         assert processes_of(folder), "its own Ray runs below the temporary folder"
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
