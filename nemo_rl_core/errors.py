@@ -26,6 +26,7 @@ __all__ = [
     "RunInterrupted",
     "ShapeMismatch",
     "WorkerDied",
+    "extend_message",
 ]
 
 
@@ -126,3 +127,11 @@ class RunInterrupted(NemoRLError, RuntimeError):
     """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state."""
 
     exit_code = 130
+
+
+def extend_message(error: Exception, text: str) -> None:
+    """Add a line to what `error` says; a note where the message is not a text of its own."""
+    if text and len(error.args) == 1 and str(error) == error.args[0]:
+        error.args = (f"{error.args[0]}\n{text}",)
+    elif text:
+        error.add_note(text)

@@ -289,7 +289,7 @@ class CheckpointConfig:
     enabled: bool = True
     """Write checkpoints."""
     every: int = field(default=0, validator=ge(0))
-    """Steps between checkpoints; 0 saves only at the end and on an interrupt."""
+    """Steps between checkpoints; 0 saves only at the end, on an interrupt and on a failure."""
     keep_last: int = field(default=2, validator=ge(1))
     """Newest checkpoints that are kept."""
     keep_best: int = field(default=0, validator=ge(0))

@@ -5,9 +5,11 @@ Importing this module must not import torch: plugins are verified and thread cou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import signal
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,6 +29,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
         log_path: File that receives standard output and error.
         manifest: Rows of the plugins that this process must have, as JSON; compared before all else.
     """
+    _leave_terminal()
     redirect_output(log_path)
     adopt_environment(environment)
     _die_with_parent()
@@ -112,6 +115,17 @@ def _stop(connection: Connection, worker: Any) -> None:
         send(connection, ("result", None))
     except BaseException as error:  # reported to the driver, which logs it
         send(connection, ("error", report_error(error)))
+
+
+def _leave_terminal() -> None:
+    """Leave Ctrl-C to the driver, which saves with this process's help and then ends it.
+
+    A terminal sends the signal to the whole process group of the command. In a session of its own this process does not
+    get it, nor do those that it starts (an engine's), whatever these do with a signal.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # it leads a session already
+        os.setsid()
 
 
 def _die_with_parent() -> None:

@@ -56,7 +56,8 @@ class ProcessGroup:
         self._connections: list[Connection] = []
         self._logs: list[Path] = []
         self._ended: str | None = None
-        self._turn = threading.RLock()
+        self._turn = threading.Lock()
+        self._turn_of = ""
 
     @classmethod
     def start(
@@ -107,7 +108,7 @@ class ProcessGroup:
             WorkerDied: Names the rank, its exit status and the tail of its standard error.
             Exception: What a worker raised, with its rank in the message.
         """
-        with self._turn:
+        with self._taking_turns(method, timeout_s):
             self._tell([("call", method, args, kwargs)] * self.size)
             return self._collect(method, timeout_s)
 
@@ -117,7 +118,7 @@ class ProcessGroup:
         """Call `method` on worker r with the positional arguments `arguments[r]`; raises as `call`."""
         if len(arguments) != self.size:
             raise ValueError(f"{method}: {len(arguments)} tuples of arguments for {self.size} {self.role} workers.")
-        with self._turn:
+        with self._taking_turns(method, timeout_s):
             self._tell([("call", method, args, {}) for args in arguments])
             return self._collect(method, timeout_s)
 
@@ -127,6 +128,10 @@ class ProcessGroup:
         The deadline holds for all of it, the caller's own time between items left out. A caller that stops early
         still lets the workers run their generators to the end. Raises as `call`.
         """
+        with self._taking_turns(method, timeout_s):
+            yield from self._iterate(method, args, timeout_s)
+
+    def _iterate(self, method: str, args: tuple[Any, ...], timeout_s: float | None) -> Iterator[Any]:
         self._tell([("iterate", method, args, rank == 0) for rank in range(self.size)])
         spent = 0.0
         finished = False
@@ -222,6 +227,21 @@ class ProcessGroup:
             connection.close()
 
     # -- talking --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _taking_turns(self, method: str, timeout_s: float | None) -> Iterator[None]:
+        """Wait for calls of other threads: of two at once, one would be taken for an answer to the other."""
+        limit = self.call_timeout_s if timeout_s is None else timeout_s
+        if not self._turn.acquire(timeout=limit):
+            raise DeadlineExceeded(
+                f"{method} on the {self.role} workers passed its deadline of {limit:g} s before it could begin: they "
+                f"are in {self._turn_of}."
+            )
+        self._turn_of = method
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _tell(self, messages: Sequence[Any]) -> None:
         if self._ended is not None:

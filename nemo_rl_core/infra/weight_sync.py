@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
@@ -63,14 +64,14 @@ class InProcessSync:
         """
         start = time.perf_counter()
         share = share and trainer.local is not None
-        source = iter(trainer.iterate("export_weights", timeout_s=timeout_s))
+        source = trainer.iterate("export_weights", timeout_s=timeout_s)
         outgoing = OutgoingWeights(source, getattr(engine, "dtype", None))
-        run_until(
-            lambda: engine.update_weights(version, iter(outgoing), share=share),
-            outgoing,
-            version=version,
-            timeout_s=timeout_s,
-        )
+
+        def move() -> None:
+            with closing(source):  # an engine that raises in the middle leaves trainers that take the next call
+                engine.update_weights(version, iter(outgoing), share=share)
+
+        run_until(move, outgoing, version=version, timeout_s=timeout_s)
         digest = outgoing.digest.hexdigest()
         if self.config.check_fingerprint:
             compare_fingerprints(digest, engine.fingerprint(), version=version, num_tensors=outgoing.num_tensors)

@@ -6,7 +6,16 @@ from nemo_rl_core.models.source import (
     load_model,
     load_model_config,
     load_tokenizer,
+    located,
     scratch_names,
 )
 
-__all__ = ["eos_token_ids", "is_scratch", "load_model", "load_model_config", "load_tokenizer", "scratch_names"]
+__all__ = [
+    "eos_token_ids",
+    "is_scratch",
+    "load_model",
+    "load_model_config",
+    "load_tokenizer",
+    "located",
+    "scratch_names",
+]

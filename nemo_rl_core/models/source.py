@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
     from nemo_rl_core.data.tokenizer import Tokenizer
 
-__all__ = ["eos_token_ids", "is_scratch", "load_model", "load_model_config", "load_tokenizer", "scratch_names"]
+__all__ = [
+    "eos_token_ids",
+    "is_scratch",
+    "load_model",
+    "load_model_config",
+    "load_tokenizer",
+    "located",
+    "scratch_names",
+]
 
 _PREFIX = "scratch:"
 _CLASSIFIER = "ForSequenceClassification"
@@ -48,6 +56,16 @@ def _scratch_folder(model_name: str) -> Path:
         f"model {model_name!r}: no shape of that name and no folder with a config.json at {target!r}. "
         f"Shapes shipped: {', '.join(_PREFIX + name for name in scratch_names())}."
     )
+
+
+def located(model_name: str) -> str:
+    """The name as a process with another working directory understands it: the path of a local folder is absolute."""
+    prefix = _PREFIX if is_scratch(model_name) else ""
+    target = model_name.removeprefix(prefix)
+    if prefix and (_SCRATCH / target).is_dir():
+        return model_name
+    folder = Path(target).expanduser()
+    return f"{prefix}{folder.absolute()}" if folder.is_dir() else model_name
 
 
 def _explain(model_name: str, what: str, error: Exception) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +15,7 @@ from nemo_rl_core.config.schema import ComponentChoice, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.models import load_tokenizer
+from nemo_rl_core.models import load_tokenizer, located
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole, feed_of
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.protocols.launcher import Launcher, WorkerSpec
@@ -173,6 +174,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
             "No model is given. Set `model:` (or policy.model_name) to a hub name, a local folder, or a model made "
             "from scratch such as scratch:qwen2-1m."
         )
+    run_dir = os.path.abspath(run_dir)  # workers may have another working directory
     with ExitStack() as stack:
         resolver = _Resolver(config)
         algorithm_class = resolver.load("algorithms", config.algorithm)
@@ -273,7 +275,11 @@ def _add_engine(
     parts.generation = start_engine(
         launcher,
         engine,
-        config=evolve(config.generation, options=_options(engine_class, config.generation.options)),
+        config=evolve(
+            config.generation,
+            model_name=config.generation.model_name and located(config.generation.model_name),
+            options=_options(engine_class, config.generation.options),
+        ),
         placement=placement,
         seed=config.seed,
         run_dir=run_dir,
@@ -343,7 +349,7 @@ def _model(
 ) -> Policy:
     made = evolve(
         role.config,
-        model_name=role.config.model_name or config.policy.model_name,
+        model_name=located(role.config.model_name or str(config.policy.model_name)),
         options=_options(backend.load(), role.config.options),
         trained=role.trained,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.config import to_dict
-from nemo_rl_core.errors import ConfigError, RunInterrupted
+from nemo_rl_core.errors import ConfigError, RunInterrupted, extend_message
 from nemo_rl_core.registry import PluginCall, RunHooks, get_registry
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.training.assembly import RunParts, sampling_params
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.algorithm import Update
     from nemo_rl_core.rollouts.records import RolloutGroup
-    from nemo_rl_core.training.checkpoint import CheckpointStore
+    from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
 
 __all__ = ["RunLoop"]
+
+logger = logging.getLogger(__name__)
 
 
 class RunLoop:
@@ -67,7 +70,7 @@ class RunLoop:
     # -- the run --------------------------------------------------------------------------------
 
     def run(self) -> RunResult:
-        """Run to the end, to a stop request, or to an interrupt; what is saved stays saved.
+        """Run to the end, to a stop request, to an interrupt or a failure; the last whole step is saved.
 
         Raises:
             NemoRLError: Whatever ended the run early, after the hooks have heard of it.
@@ -76,20 +79,10 @@ class RunLoop:
         status = "failed"
         with InterruptGuard() as guard:
             try:
-                run.manifest = get_registry().manifest(self.parts.components, self.hooks.plugins)
-                resumed = self.saver.resume()
-                if resumed is not None:
-                    self.progress.note(f"Resumed from {resumed.path}")
-                self.record.start(self.config.name or run.algorithm, to_dict(self.config), run.manifest)
-                self.progress.start(run)
-                self.hooks.call("on_run_start", run=run)
-                self.saver.mark_boundary()
-                status = self._steps(guard)
-            except RunInterrupted:
-                status = "interrupted"
-                self.progress.note("Stopping: saving the state of the last completed step.")
-                self._save()
+                status = self._work(guard)
             except BaseException as error:
+                if isinstance(error, Exception):  # not a second Ctrl-C
+                    self._rescue(error)
                 self.hooks.call("on_error", run=run, error=error)
                 raise
             finally:
@@ -98,6 +91,23 @@ class RunLoop:
                 self.progress.finish(run, status)
         return self._result(status)
 
+    def _work(self, guard: InterruptGuard) -> str:
+        run = self.run_state
+        try:
+            run.manifest = get_registry().manifest(self.parts.components, self.hooks.plugins)
+            resumed = self.saver.resume()
+            if resumed is not None:
+                self.progress.note(f"Resumed from {resumed.path}")
+            self.record.start(self.config.name or run.algorithm, to_dict(self.config), run.manifest)
+            self.progress.start(run)
+            self.hooks.call("on_run_start", run=run)
+            self.saver.mark_boundary()
+            return self._steps(guard)
+        except RunInterrupted:
+            self.progress.note("Stopping: saving the state of the last completed step.")
+            self._save()
+            return "interrupted"
+
     def _steps(self, guard: InterruptGuard) -> str:
         run, validation = self.run_state, self.config.validation
         if validation.at_start and run.step == 0:
@@ -105,6 +115,8 @@ class RunLoop:
                 first = self._validate()
             run.history.append({"step": 0.0, **first})
             self.record.log(first, step=0)
+        if run.step and self._validates_now() and not _was_validated(run.history[-1:]):
+            self._validate_last_step(guard)  # it failed after the step that the run went on from
         while not self._finished():
             guard.check()
             try:
@@ -112,12 +124,8 @@ class RunLoop:
             except StopIteration:
                 break
             self._after_step(metrics, guard)
-        if validation.at_end and not (validation.every and run.step % validation.every == 0):
-            with guard.abandonable():
-                last = self._validate()
-            self.record.log({**(run.history[-1] if run.history else {}), **last}, step=run.step)
-            if run.history:
-                run.history[-1].update(last)
+        if validation.at_end and not self._validates_now():
+            self._validate_last_step(guard)
         self._save()
         self.saver.export()
         return "completed"
@@ -193,6 +201,7 @@ class RunLoop:
             updates = algorithm.updates(batch)
         _check_trained(updates, self.parts)
         first_of_policy = True
+        self.saver.leave_boundary()
         with self.timers("train"):
             for update in updates:
                 whole = len(update.indices) == len(batch) and list(update.indices) == list(range(len(batch)))
@@ -212,21 +221,22 @@ class RunLoop:
         return {f"train/{name}": value for name, value in means.items()}
 
     def _after_step(self, metrics: dict[str, float], guard: InterruptGuard) -> None:
-        run, config = self.run_state, self.config
+        run = self.run_state
+        run.history.append({"step": float(run.step), **metrics})
         self.saver.mark_boundary()
         try:
             with guard.abandonable():
-                if config.validation.every and run.step % config.validation.every == 0:
+                if self._validates_now():
                     with self.timers("validation"):
                         metrics.update(self._validate())
                 self._go_on_sampling()
-        finally:  # the step is done, and told, even if this was cut off
+        finally:  # the step is done, and will be saved, whatever fails after it or cuts it off
             metrics.update(self.timers.collect())
-            run.history.append({"step": float(run.step), **metrics})
+            run.history[-1].update(metrics)
             self.record.log(metrics, step=run.step)
             self.progress.step(run, metrics)
             self.hooks.call("on_step_end", run=run, metrics=metrics)
-        every = config.checkpointing.every
+        every = self.config.checkpointing.every
         if run.checkpoint_requested or (every and run.step % every == 0):
             run.checkpoint_requested = False
             self._save()
@@ -247,6 +257,19 @@ class RunLoop:
         if isinstance(self.feed, RolloutFeed) and self.feed.staleness > 0 and not self._finished():
             self._refit()
             self.feed.start(self.run_state.weight_version)
+
+    def _validates_now(self) -> bool:
+        """Whether a validation belongs to the last step."""
+        every = self.config.validation.every
+        return bool(every) and self.run_state.step % every == 0
+
+    def _validate_last_step(self, guard: InterruptGuard) -> None:
+        run = self.run_state
+        with guard.abandonable():
+            found = self._validate()
+        last = run.history[-1] if run.history else {}
+        last.update(found)
+        self.record.log({**last}, step=run.step)
 
     def _validate(self) -> dict[str, float]:
         run, parts, config = self.run_state, self.parts, self.config.validation
@@ -283,9 +306,17 @@ class RunLoop:
             for rollout in rollouts
         ]
 
-    def _save(self) -> None:
+    def _rescue(self, error: Exception) -> None:
+        """Save the last whole step of a run that fails, and tell the reader of `error` where it is."""
+        try:
+            self._save(self.saver.rescue)
+        except Exception as second:  # who writes may be what died; the first error is the one to raise
+            logger.warning("Step %d could not be saved: %s", self.run_state.step, str(second).partition("\n")[0])
+        extend_message(error, self.saver.how_to_go_on())
+
+    def _save(self, save: Callable[[], Checkpoint | None] | None = None) -> None:
         with self.timers("checkpoint"):
-            checkpoint = self.saver.save()
+            checkpoint = (save or self.saver.save)()
         if checkpoint is not None:
             self.progress.note(f"Saved {checkpoint.path}")
             self.hooks.call("on_checkpoint", run=self.run_state, path=checkpoint.path)
@@ -304,6 +335,10 @@ class RunLoop:
             checkpoint=checkpoints[-1].path if checkpoints else None,
             samples=run.samples,
         )
+
+
+def _was_validated(history: Sequence[Mapping[str, float]]) -> bool:
+    return any(name.startswith("validation/") for metrics in history for name in metrics)
 
 
 def _check_trained(updates: Sequence[Update], parts: RunParts) -> None:

@@ -126,15 +126,15 @@ class Policy:
     def save(self, path: Path) -> None:
         """Write the backend's checkpoint into the new folder `path`."""
         path.mkdir(parents=True, exist_ok=True)
-        self.group.call("save_checkpoint", path)
+        self.group.call("save_checkpoint", path.absolute())  # workers may have another working directory
 
     def load(self, path: Path) -> None:
         """Restore the backend's checkpoint."""
-        self.group.call("load_checkpoint", path)
+        self.group.call("load_checkpoint", path.absolute())
 
     def export_model(self, path: Path) -> None:
         """Write a Hugging Face checkpoint."""
-        self.group.call("export_model", path)
+        self.group.call("export_model", path.absolute())
 
     def shutdown(self) -> None:
         """End the workers."""

@@ -6,14 +6,16 @@ import copy
 import logging
 import pickle
 import random
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nemo_rl_core.config import to_dict
-from nemo_rl_core.errors import CheckpointError
+from nemo_rl_core.errors import CheckpointError, DeadlineExceeded
 from nemo_rl_core.registry import report_changes
 from nemo_rl_core.training.checkpoint import Checkpoint, CheckpointStore
 from nemo_rl_core.training.export import export_model
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["RunSaver"]
 
 logger = logging.getLogger(__name__)
+_RESCUE_TIMEOUT_S = 600.0
+"""Of saving after a failure, when those who write may hang."""
 
 
 class RunSaver:
@@ -61,8 +65,11 @@ class RunSaver:
             metric=saving.metric,
             higher_is_better=saving.higher_is_better,
         )
+        self.newest: Checkpoint | None = None
+        """Written by this run, or the one it went on from."""
         self._boundary: Callable[[], dict[str, Any]] = dict
-        self._saved_step = -1
+        self._models_are_of_boundary = True
+        self._tried_step = -1
 
     def mark_boundary(self) -> None:
         """Remember the state between two steps: what a checkpoint holds, also one of an abandoned step."""
@@ -74,12 +81,22 @@ class RunSaver:
             "algorithm": _state_of(self.parts.algorithm),
         }
         self._boundary = lambda: {"feed": feed(), **rest}
+        self._models_are_of_boundary = True
+
+    def leave_boundary(self) -> None:
+        """The models are about to change: until the next boundary there is nothing whole to save."""
+        self._models_are_of_boundary = False
 
     def save(self) -> Checkpoint | None:
-        """Write a checkpoint of the last completed step; None if there is none, or it is saved already."""
+        """Write a checkpoint of the last completed step.
+
+        None if there is none, it is saved already, or the step under way has begun to change the models.
+        """
         run = self.run
-        if not self.config.enabled or run.step == 0 or run.step == self._saved_step:
+        saved = self.newest is not None and self.newest.step == run.step
+        if not self.config.enabled or run.step == 0 or saved or not self._models_are_of_boundary:
             return None
+        self._tried_step = run.step
 
         def write(folder: Path) -> None:
             for name, model in self.parts.trained.items():
@@ -94,9 +111,31 @@ class RunSaver:
             "manifest": run.manifest,
             "config": to_dict(self.parts.config),
         }
-        checkpoint = self.store.save(run.step, write, state)
-        self._saved_step = run.step
-        return checkpoint
+        self.newest = self.store.save(run.step, write, state)
+        return self.newest
+
+    def rescue(self) -> Checkpoint | None:
+        """`save` after a failure: within a deadline, and not where it was tried before.
+
+        Raises:
+            DeadlineExceeded: It was not done in time.
+            Exception: As `CheckpointStore.save`.
+        """
+        if self._tried_step == self.run.step:
+            return None
+        return _within(_RESCUE_TIMEOUT_S, self.save)
+
+    def how_to_go_on(self) -> str:
+        """For the reader of an error that ended the run: what is saved, and what to do; empty if there is nothing."""
+        step, newest = self.run.step, self.newest
+        if not self.config.enabled or (step == 0 and newest is None):
+            return ""
+        why = "saving failed" if self._models_are_of_boundary else "the models were changing"
+        if newest is None:
+            return f"Nothing is saved of its {step} steps ({why}). Set checkpointing.every to save on the way."
+        again = "" if self.config.resume != "never" else " with checkpointing.resume=auto"
+        lost = "" if newest.step == step and self._models_are_of_boundary else f" (nothing later: {why})"
+        return f"Step {newest.step} is saved in {newest.path}{lost}; the same command{again} goes on from there."
 
     def resume(self) -> Checkpoint | None:
         """Go on from the newest whole checkpoint; None if there is none, or none is wanted.
@@ -128,8 +167,9 @@ class RunSaver:
         if loop.get("algorithm") is not None:
             self.parts.algorithm.load_state_dict(loop["algorithm"])
         run.history = loop["history"]
-        run.step = self._saved_step = checkpoint.step
+        run.step = checkpoint.step
         run.weight_version = int(state["weight_version"])
+        self.newest = checkpoint
         return checkpoint
 
     def export(self) -> None:
@@ -160,3 +200,22 @@ def _state_of(algorithm: Any) -> Any:
     """What the algorithm keeps from step to step, copied; None if it keeps nothing."""
     state_dict = getattr(algorithm, "state_dict", None)
     return copy.deepcopy(state_dict()) if state_dict is not None else None
+
+
+def _within(timeout_s: float, save: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """Run `save` in a thread of its own; one that hangs is left behind."""
+    found: Future[Checkpoint | None] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(save())
+        except BaseException as error:  # handed to the caller's thread
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="nemo-rl-rescue", daemon=True).start()
+    try:
+        return found.result(timeout_s)
+    except TimeoutError as error:
+        if found.done():
+            raise
+        raise DeadlineExceeded(f"Saving was not done within {timeout_s:g} s.") from error

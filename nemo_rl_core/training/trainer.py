@@ -179,6 +179,7 @@ def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any]) -> RunR
     from nemo_rl_core.training.progress import make_progress
     from nemo_rl_core.training.record import RunRecord
     from nemo_rl_core.training.replay import replay_config
+    from nemo_rl_core.training.run_folder import check_run_folder
 
     if inputs.recorded is not None:
         config = replay_config(config)
@@ -190,6 +191,8 @@ def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any]) -> RunR
         max_steps = _last_step(config.max_steps, data_steps)
         state = RunState(config=config, run_dir=run_dir, algorithm=str(config.algorithm), max_steps=max_steps)
         record = RunRecord(run_dir, _loggers(config, parts.components))
+        if config.checkpointing.enabled:
+            check_run_folder([model.group for model in parts.trained.values()], run_dir)
         loop = RunLoop(parts, state, hooks, record, make_progress(config.logging.progress))
         return loop.run()
     finally:

@@ -120,6 +120,7 @@ reward: rewards:digits
 
 
 def test_ctrl_c_saves_leaves_with_130_and_the_same_command_goes_on(tmp_path):
+    """Sent to every process of the command, as a terminal does."""
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "rewards.py").write_text(
         "def digits(response):\n    return float(any(c.isdigit() for c in response))\n"
@@ -128,14 +129,19 @@ def test_ctrl_c_saves_leaves_with_130_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "nemo_rl_core.cli", "train", "config.yaml", "--run-dir", "run", "--json"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 90
         for line in process.stdout:
             event = json.loads(line)
             if event["event"] == "step" and event["step"] >= 2:
-                process.send_signal(signal.SIGINT)
+                os.killpg(process.pid, signal.SIGINT)
                 break
             assert time.monotonic() < deadline
         _, stderr = process.communicate(timeout=60)

@@ -188,12 +188,13 @@ def test_a_setup_that_raises_ends_the_start(launcher):
         launcher.launch(spec)
 
 
-def test_workers_die_with_a_driver_that_is_killed_and_scripts_need_no_main_guard(tmp_path):
+def test_workers_outlive_ctrl_c_and_die_with_their_driver_and_scripts_need_no_main_guard(tmp_path):
+    """A terminal sends Ctrl-C to every process of the command; the driver saves with its workers' help."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
             """
-            import os, sys, time
+            import os, signal, sys, time
             from nemo_rl_core.config.schema import ClusterConfig
             from nemo_rl_core.infra.local import LocalLauncher
             from nemo_rl_core.protocols.launcher import WorkerSpec
@@ -205,15 +206,18 @@ def test_workers_die_with_a_driver_that_is_killed_and_scripts_need_no_main_guard
             launcher = LocalLauncher()
             launcher.setup(ClusterConfig(device="cpu", cpus_per_node=2))
             group = launcher.launch(WorkerSpec(role="policy", factory=Worker, config=None, num_workers=2))
+            signal.signal(signal.SIGINT, lambda *_: print(*group.call("pid"), flush=True))
             print(*group.call("pid"), flush=True)
             time.sleep(60)
             """
         )
     )
-    driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         pids = [int(word) for word in driver.stdout.readline().split()]
         assert len(pids) == 2
+        os.killpg(driver.pid, signal.SIGINT)
+        assert [int(word) for word in driver.stdout.readline().split()] == pids
     finally:
         driver.kill()
         driver.communicate(timeout=30)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.models import eos_token_ids, load_model, load_model_config, load_tokenizer, scratch_names
+from nemo_rl_core.models import eos_token_ids, load_model, load_model_config, load_tokenizer, located, scratch_names
 
 
 def test_every_shipped_shape_loads_with_its_tokenizer():
@@ -41,6 +41,15 @@ def test_an_exported_model_folder_gives_the_same_tokens(tmp_path):
     again = load_tokenizer(str(tmp_path))
     assert again.encode("1 + 2 =") == tokenizer.encode("1 + 2 =")
     assert again.chat_template == tokenizer.chat_template
+
+
+def test_a_local_folder_is_named_so_that_any_process_finds_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mine").mkdir(parents=True)
+    assert located("models/mine") == str(tmp_path / "models/mine")
+    assert located("scratch:models/mine") == f"scratch:{tmp_path}/models/mine"
+    for name in ("scratch:qwen2-1m", "Qwen/Qwen2.5-3B-Instruct"):
+        assert located(name) == name
 
 
 def test_a_chat_template_may_be_text_or_a_file(tmp_path):

@@ -181,7 +181,6 @@ class _Observer:
     """Group ids of each step that counts: a step after the checkpoint of a run that died does not."""
     finished: list[list[int]] = field(factory=list)
     """The same with those that were refused."""
-    dropped: list[float] = field(factory=list)
     was_narrowed: bool = False
     """A life began with a lower bound or fewer prompts a step than the one before: what is too many is given up."""
     run: SimulatedRun = field(init=False)
@@ -190,7 +189,7 @@ class _Observer:
         """A new life begins, at the newest checkpoint."""
         self.run = run
         step = 0 if store.newest is None else store.newest.step
-        del self.steps[step:], self.finished[step:], self.dropped[step:]
+        del self.steps[step:], self.finished[step:]
         run.runner.on_submit = self.submitted
         feed = run.loop.feed
         assert isinstance(feed, RolloutFeed)
@@ -223,8 +222,7 @@ class _Observer:
             self.violations.append(f"step {run.step + 1} has {len(groups)} groups, not {self.cluster.num_prompts}")
 
     def on_step_end(self, run: RunState, metrics: dict[str, float]) -> None:
-        """What was given up is counted."""
-        self.dropped.append(metrics["async/dropped_groups"])
+        """What is only given up where it may be."""
         rollouts = self.cluster.rollouts
         waits = (rollouts.order == "data" or rollouts.too_old == "wait") and not self.was_narrowed
         given_up = metrics["async/dropped_groups"] + metrics["async/resampled_groups"]
@@ -246,7 +244,8 @@ class _Observer:
         if self.run.loop.run_state.step == self.cluster.num_steps and under_way and not self.was_narrowed:
             self.violations.append(f"{len(under_way)} groups were sampled for steps that never come")
         lost = left - under_way.keys() - {item.index for item in feed._pump._returned}
-        dropped = sum(self.dropped) + feed._dropped
+        history = self.run.loop.run_state.history
+        dropped = sum(metrics["async/dropped_groups"] for metrics in history) + feed._dropped
         if len(lost) != dropped:
             self.violations.append(f"groups {sorted(lost)} are lost, of which {dropped:g} were dropped")
 

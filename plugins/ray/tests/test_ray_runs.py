@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_rl_core import models
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.protocols.loss import LossSums
@@ -68,10 +70,10 @@ def one_thread():
 def run(connected, tmp_path_factory):
     bomb = tmp_path_factory.mktemp("bomb") / "here"
 
-    def go(*callbacks, run_dir=None, cluster=None, **policy):
+    def go(*callbacks, run_dir=None, cluster=None, model="scratch:qwen2-1m", **policy):
         config = {
             "algorithm": "grpo",
-            "model": "scratch:qwen2-1m",
+            "model": model,
             "learning_rate": 1e-4,
             "num_prompts_per_step": 4,
             "num_generations_per_prompt": 4,
@@ -122,14 +124,20 @@ def test_tensor_parallel_actors_and_engines_of_their_own_devices_take_the_same_s
     assert_same_run(run(cluster=cluster, num_workers=2, tensor_parallel_size=2), alone)
 
 
-def test_a_worker_killed_in_mid_step_ends_the_run_with_its_name_and_nothing_is_lost(run, alone, tmp_path):
-    """Two data-parallel actors; resumed after the kill, the run ends where the uninterrupted one does."""
+def test_a_worker_killed_in_mid_step_ends_the_run_with_its_name_and_nothing_is_lost(run, alone, tmp_path, monkeypatch):
+    """Two data-parallel actors; resumed after the kill, the run ends where the uninterrupted one does.
+
+    The paths are relative to the driver's working directory, which is not that of the cluster.
+    """
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(Path(models.__file__).parent / "scratch/qwen2-1m", "shape")
+    places = {"run_dir": "run", "model": "scratch:shape"}
     cluster = {"launcher": "ray", "options": {"failure_grace_s": 2.0}}
     host = os.uname().nodename
     with pytest.raises(WorkerDied, match=rf"policy worker of rank 1 on {host} was ended by signal 9 .*train_step"):
-        run(PlantBomb(run.bomb), run_dir=tmp_path, cluster=cluster, num_workers=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()) == ["step_1"]
-    resumed = run(run_dir=tmp_path, cluster=cluster, num_workers=2)
+        run(PlantBomb(run.bomb), **places, cluster=cluster, num_workers=2)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.is_dir()) == ["step_1"]
+    resumed = run(**places, cluster=cluster, num_workers=2)
     assert_same_run(resumed, alone)
 
 
@@ -166,7 +174,13 @@ def start(folder, *arguments):
     env = {**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder / "tmp")}
     env.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        [*command, *arguments], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *arguments],
+        env=env,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -187,7 +201,7 @@ def test_ctrl_c_saves_and_leaves_neither_processes_nor_files(folder):
     try:
         lines = [process.stdout.readline() for _ in range(2)]
         assert processes_of(folder), "its own Ray runs below the temporary folder"
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -77,6 +77,7 @@ class SeededGenerator:
             [sys.executable, "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is for the run, not for this process
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
         theirs.close()
