@@ -146,6 +146,8 @@ class GenerationConfig:
     launcher allows it, or, with `cluster.colocated: false`, as many as `cluster.roles.generation` has room for."""
     max_restarts: int = field(default=3, validator=ge(0))
     """Times in a run that an engine process that died is started again; its rollouts are sampled anew."""
+    heartbeat_timeout_s: float = field(default=60.0, validator=gt(0))
+    """An engine process that answers nothing for so long hangs, or its machine is gone: it counts as dead."""
     precision: Literal["float32", "bfloat16"] | None = None
     """None is the policy's."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))

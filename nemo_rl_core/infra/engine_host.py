@@ -6,9 +6,12 @@ and come back one by one; the launcher's own calls only start it, look after it 
 
 Messages to the host, in the order in which they take effect:
     ("generate", [(number, request), ...]), ("cancel", [number, ...]), ("pause",), ("resume",),
-    ("call", number, cloudpickled (function, args))
+    ("call", number, cloudpickled (function, args)), ("ping",)
 Messages from it:
-    ("done", [(number, completion or None, described error or None), ...]), ("answer", number, ok, payload)
+    ("done", [(number, completion or None, described error or None), ...]), ("answer", number, ok, payload),
+    ("pong",)
+
+A ping is answered by the threads of the connection, however long a step of the engine takes.
 """
 
 from __future__ import annotations
@@ -156,7 +159,9 @@ class _Server:
                 self._loop.call_soon_threadsafe(self._cancel, list(self._tasks))
                 self._out.put(None)
                 return
-            if kind == "call":
+            if kind == "ping":
+                self._out.put(("pong",))
+            elif kind == "call":
                 self._calls.submit(self._call, *rest)
             else:
                 self._loop.call_soon_threadsafe(handlers[kind], *rest)

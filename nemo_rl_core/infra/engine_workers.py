@@ -85,6 +85,7 @@ class EngineWorkers(GenerationBackend):
         role: str = "generation",
         seed: int = 0,
         timeout_s: float = 600.0,
+        heartbeat_timeout_s: float = 60.0,
         max_restarts: int = 0,
     ) -> EngineWorkers:
         """Start every engine and connect to it.
@@ -95,6 +96,7 @@ class EngineWorkers(GenerationBackend):
             role: Begins the engines' names.
             seed: Of requests that carry none.
             timeout_s: Deadline of any call to an engine but `generate`, whose caller sets its own.
+            heartbeat_timeout_s: An engine process that answers nothing for so long is ended, as if it had died.
             max_restarts: Engines that may be started again, in all.
 
         Raises:
@@ -107,7 +109,13 @@ class EngineWorkers(GenerationBackend):
             name = role if num_workers == 1 else f"{role}-{index}"
             group = launch(index)
             try:
-                return EngineLink(name, group, timeout_s=timeout_s, on_lost=made._on_lost)
+                return EngineLink(
+                    name,
+                    group,
+                    timeout_s=timeout_s,
+                    heartbeat_timeout_s=heartbeat_timeout_s,
+                    on_lost=made._on_lost,
+                )
             except BaseException:
                 group.shutdown()
                 raise
@@ -195,14 +203,18 @@ class EngineWorkers(GenerationBackend):
         self._changed.notify_all()
 
     def _route(self, request: GenerationRequest, chosen: Mapping[EngineLink, Sequence[Any]]) -> EngineLink | None:
-        """The engine that has the request's group; for a new group the one with the least in flight."""
+        """The engine that has the request's group; for a new group the one with the least in flight.
+
+        One that is late with its heartbeat gets nothing more where there is another: it may be about to be lost, and
+        requests that were given up leave it idle to the eye.
+        """
         group = request.order[0] if request.order else None
         link = self._routes.get(group) if group is not None else None
-        if link is None or not self._ready(link):
+        if link is None or link.is_late or not self._ready(link):
             ready = [link for link in self.links if self._ready(link)]
             if not ready:
                 return None
-            link = min(ready, key=lambda link: link.load + len(chosen.get(link, ())))
+            link = min(ready, key=lambda link: (link.is_late, link.load + len(chosen.get(link, ()))))
         if group is not None:
             self._routes[group] = link
             self._routes.move_to_end(group)

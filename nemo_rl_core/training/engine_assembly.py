@@ -166,5 +166,6 @@ def start_engine(
         role=_ROLE,
         seed=seed,
         timeout_s=spec.timeout_s,
+        heartbeat_timeout_s=config.heartbeat_timeout_s,
         max_restarts=config.max_restarts,
     )

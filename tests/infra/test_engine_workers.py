@@ -45,6 +45,8 @@ class CountingEngine(GenerationBackend):
         self.seen.append(request.request_id)
         if request.prompt_ids[0] == 13:
             raise GenerationError("thirteen is refused")
+        if request.prompt_ids[0] == 14:  # a step that takes long and holds the engine's loop
+            time.sleep(request.sampling.max_new_tokens / 1000)
         await self.going.wait()
         try:
             await asyncio.sleep(request.sampling.max_new_tokens / 1000)
@@ -97,7 +99,7 @@ def sleep_for(engine, seconds):
     time.sleep(seconds)
 
 
-def start(tmp_path, *, num_workers=2, max_restarts=0):
+def start(tmp_path, *, num_workers=2, **limits):
     launcher = LocalLauncher()
     launcher.setup(ClusterConfig(device="cpu", cpus_per_node=4))
     spec = WorkerSpec(
@@ -113,7 +115,7 @@ def start(tmp_path, *, num_workers=2, max_restarts=0):
         num_workers=num_workers,
         seed=5,
         timeout_s=60,
-        max_restarts=max_restarts,
+        **limits,
     )
 
 
@@ -250,8 +252,8 @@ def test_nothing_is_shared_between_processes(engines):
     assert engines.dtype is torch.float32
 
 
-def kill(link):
-    os.kill(link.served.pid, signal.SIGKILL)
+def kill(link, number=signal.SIGKILL):
+    os.kill(link.served.pid, number)
 
 
 def test_a_dead_engine_is_named_and_ends_what_waits_for_it(tmp_path):
@@ -307,6 +309,33 @@ def test_an_engine_that_died_is_started_again_and_loses_no_request(tmp_path):
         threading.Event().wait(0.2)
         with pytest.raises(WorkerDied, match="generation-0"):
             made.metrics()
+    finally:
+        made.shutdown()
+
+
+def test_an_engine_that_hangs_gets_nothing_more_and_is_started_again(tmp_path):
+    made = start(tmp_path, num_workers=2, max_restarts=1, heartbeat_timeout_s=3.0)
+    try:
+        hangs, other = made.links
+
+        async def work():
+            tasks = [asyncio.create_task(made.generate(ask(str(i), group=i, seed=i))) for i in range(2)]
+            kill(hangs, signal.SIGSTOP)
+            while not hangs.is_late:
+                await asyncio.sleep(0.01)
+            tasks += [asyncio.create_task(made.generate(ask(str(i), group=i, seed=i))) for i in range(2, 12)]
+            await asyncio.gather(*tasks[2:])  # none of them waits for the one that hangs
+            assert hangs.lost is None and made.links == [hangs, other]
+            tasks += [asyncio.create_task(made.generate(ask("12", group=12, seed=12, prompt=(14,), milliseconds=4000)))]
+            return await asyncio.gather(*tasks)
+
+        assert [c.token_ids[0] for c in asyncio.run(work())] == list(range(13))
+        made.wait_alive(60)
+        assert made.links[0] is not hangs and made.links[1] is other and not made.needs_refit
+        assert "generation-0" in str(hangs.lost) and "answered nothing for 3 s" in str(hangs.lost)
+        assert len(complete(made, [ask(str(i), group=20 + i) for i in range(4)])) == 4
+        with pytest.raises(ProcessLookupError):
+            kill(hangs)
     finally:
         made.shutdown()
 
