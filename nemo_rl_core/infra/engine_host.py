@@ -11,7 +11,8 @@ Messages from it:
     ("done", [(number, completion or None, described error or None), ...]), ("answer", number, ok, payload),
     ("pong",)
 
-A ping is answered by the threads of the connection, however long a step of the engine takes.
+When the engine raises `WorkerDied` (a process that it had started is gone), this process ends as well: then it is
+started again, and its requests are sampled anew, as after any death. A ping is answered by the threads of the connection, however long a step of the engine takes.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from attrs import frozen
 
-from nemo_rl_core.errors import GenerationError
+from nemo_rl_core.errors import GenerationError, WorkerDied
 from nemo_rl_core.infra.arrivals import Arrivals
 from nemo_rl_core.infra.local import make_worker
 from nemo_rl_core.infra.place import Place, find_place
@@ -44,6 +47,8 @@ __all__ = ["EngineHost", "HostConfig", "Served"]
 
 _KIND = "generation_backends"
 _CALL_THREADS = 4
+_LAST_WORDS_S = 5.0
+"""How long a process that ends may take to hand over what is done."""
 
 
 @frozen(kw_only=True)
@@ -123,6 +128,7 @@ class _Server:
         self.engine = engine
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._out: SimpleQueue[Any] = SimpleQueue()
+        self._writer: threading.Thread | None = None
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="nemo-rl-engine-call")
         where = None if same_machine else place.address
         self._arrivals = Arrivals(key, address=where, name="nemo-rl-engine-arrivals")
@@ -142,7 +148,10 @@ class _Server:
 
     def _accept(self) -> None:
         while (connection := self._arrivals.next()) is not None:
-            threading.Thread(target=self._write, args=(connection,), name="nemo-rl-engine-out", daemon=True).start()
+            self._writer = threading.Thread(
+                target=self._write, args=(connection,), name="nemo-rl-engine-out", daemon=True
+            )
+            self._writer.start()
             self._read(connection)
 
     def _read(self, connection: Connection) -> None:
@@ -204,6 +213,8 @@ class _Server:
             if number not in self._tasks:  # the driver has given it up
                 return
             error = report_error(GenerationError(f"Request {request.request_id!r}: the engine cancelled it."))
+        except WorkerDied as died:
+            self._end(died)
         except BaseException as raised:  # reported to the driver, which raises it
             error = report_error(raised)
         self._tasks.pop(number, None)
@@ -235,7 +246,20 @@ class _Server:
         try:
             function, args = pickle.loads(payload)
             answer = cloudpickle.dumps(function(self.engine, *args))
+        except WorkerDied as died:
+            self._end(died)
         except BaseException as error:  # reported to the driver, which raises it
             self._out.put(("answer", number, False, cloudpickle.dumps(report_error(error))))
         else:
             self._out.put(("answer", number, True, answer))
+
+    # -- its end -----------------------------------------------------------------------------------
+
+    def _end(self, died: WorkerDied) -> NoReturn:
+        """A process of the engine is gone, and without it this one is of no use; who waits is answered by its end."""
+        traceback.print_exception(died)  # into the log, of which the driver tells the end
+        sys.stderr.flush()
+        self._out.put(None)
+        if self._writer is not None:
+            self._writer.join(_LAST_WORDS_S)
+        os._exit(1)

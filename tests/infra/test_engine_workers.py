@@ -41,7 +41,10 @@ class CountingEngine(GenerationBackend):
         self.seen = []
         self.cancelled = 0
 
+    broken = False
+
     async def generate(self, request):
+        self._check_alive()
         self.seen.append(request.request_id)
         if request.prompt_ids[0] == 13:
             raise GenerationError("thirteen is refused")
@@ -77,7 +80,12 @@ class CountingEngine(GenerationBackend):
     def fingerprint(self):
         return f"{float(self.weights['w'].sum()):g}"
 
+    def _check_alive(self):
+        if self.broken:
+            raise WorkerDied("the process that decodes has ended")
+
     def metrics(self):
+        self._check_alive()
         return {"requests": float(len(self.seen)), "batch_fill": 0.5}
 
 
@@ -93,6 +101,10 @@ def process_id(engine):
 
 def change_weight(engine, number):
     engine.weights["w"] += number
+
+
+def break_down(engine):
+    engine.broken = True
 
 
 def sleep_for(engine, seconds):
@@ -309,6 +321,20 @@ def test_an_engine_that_died_is_started_again_and_loses_no_request(tmp_path):
         threading.Event().wait(0.2)
         with pytest.raises(WorkerDied, match="generation-0"):
             made.metrics()
+    finally:
+        made.shutdown()
+
+
+def test_an_engine_that_lost_a_process_of_its_own_is_started_again(tmp_path):
+    made = start(tmp_path, num_workers=1, max_restarts=2)
+    try:
+        for num_restarts, use in enumerate((lambda: complete(made, [ask("one")])[0].token_ids, made.metrics), 1):
+            (link,) = made.links
+            made.apply(break_down)
+            assert use()  # without an error: it is asked of the new one
+            assert made.num_restarts == num_restarts
+            assert "generation is gone" in str(link.lost) and "exited with status 1" in str(link.lost)
+            assert str(link.lost).endswith("the process that decodes has ended")  # its last words
     finally:
         made.shutdown()
 
