@@ -11,8 +11,9 @@ Messages from it:
     ("done", [(number, completion or None, described error or None), ...]), ("answer", number, ok, payload),
     ("pong",)
 
-When the engine raises `WorkerDied` (a process that it had started is gone), this process ends as well: then it is
-started again, and its requests are sampled anew, as after any death. A ping is answered by the threads of the connection, however long a step of the engine takes.
+A ping is answered by the threads of the connection, however long a step of the engine takes. When the engine raises
+`WorkerDied` (a process that it had started is gone), this process ends as well: then it is started again, and its
+requests are sampled anew, as after any death.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def sleep_for(engine, seconds):
     time.sleep(seconds)
 
 
-def start(tmp_path, *, num_workers=2, **limits):
+def start(tmp_path, *, num_workers=2, around=lambda index, launch: launch(), **limits):
+    """`around(index, launch)` launches engine `index`."""
     launcher = LocalLauncher()
     launcher.setup(ClusterConfig(device="cpu", cpus_per_node=4))
     spec = WorkerSpec(
@@ -123,7 +124,7 @@ def start(tmp_path, *, num_workers=2, **limits):
         run_dir=str(tmp_path),
     )
     return EngineWorkers.start(
-        lambda index: launcher.launch(attrs.evolve(spec, replica=index)),
+        lambda index: around(index, lambda: launcher.launch(attrs.evolve(spec, replica=index))),
         num_workers=num_workers,
         seed=5,
         timeout_s=60,
@@ -321,6 +322,34 @@ def test_an_engine_that_died_is_started_again_and_loses_no_request(tmp_path):
         threading.Event().wait(0.2)
         with pytest.raises(WorkerDied, match="generation-0"):
             made.metrics()
+    finally:
+        made.shutdown()
+
+
+def test_an_engine_that_dies_while_others_start_is_started_again_also_where_a_start_fails(tmp_path):
+    groups = {0: [], 1: []}
+    others = set(threading.enumerate())
+
+    def readers():
+        return [t for t in threading.enumerate() if t.name == "nemo-rl-generation-0" and t not in others]
+
+    def around(index, launch):
+        if index == 1:  # starts when the other has been up and has died
+            while not readers():  # it is connected
+                time.sleep(0.01)
+            os.kill(groups[0][0].pids[0], signal.SIGKILL)
+            while readers():
+                time.sleep(0.01)
+        elif len(groups[0]) == 1:
+            groups[0].append(None)
+            raise ConfigError("no device is free yet")
+        groups[index].append(launch())
+        return groups[index][-1]
+
+    made = start(tmp_path, num_workers=2, around=around, max_restarts=2)
+    try:
+        assert len(made.apply(process_id)) == 2
+        assert made.num_restarts == 2 and [len(found) for found in groups.values()] == [3, 1]
     finally:
         made.shutdown()
 
