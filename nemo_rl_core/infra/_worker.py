@@ -5,9 +5,11 @@ Importing this module must not import torch: plugins are verified and thread cou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import signal
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
@@ -115,7 +117,10 @@ def _stop(connection: Connection, worker: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process when the driver's ends, however it ends, also in the middle of a call."""
+    """End this process and all that it started when the driver's ends, however it ends, also in the middle of a call.
+
+    It gets a session of its own, so that whoever ends it can end its children with it.
+    """
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -124,9 +129,13 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    with contextlib.suppress(OSError):  # it leads one already
+        os.setsid()
 
     def watch() -> None:
         wait([parent.sentinel])
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
+import signal
 import sys
 import threading
 import time
@@ -208,7 +210,7 @@ class ProcessGroup:
         check_nodes([difference for rank in sorted(answered) for difference in answered[rank][1]])
 
     def _end(self, reason: str) -> None:
-        """End every process, at once for those that hang."""
+        """End every process, at once for those that hang, and whatever these had started."""
         if self._ended is None:
             self._ended = reason
         for process in self._processes:
@@ -218,6 +220,7 @@ class ProcessGroup:
             if process.is_alive():
                 process.kill()
                 process.join()
+            _end_children(process.pid)
         for connection in self._connections:
             connection.close()
 
@@ -324,6 +327,17 @@ class ProcessGroup:
             f"{method} on the {self.role} workers passed its deadline of {timeout_s:g} s; no answer from rank(s) "
             f"{names} of {self.size}. The group was ended. The end of their logs:\n{tails}"
         )
+
+
+def _end_children(pid: int) -> None:
+    """End what a worker had started that is gone itself: the rest of its session."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        with contextlib.suppress(OSError):  # nothing is left
+            os.killpg(pid, signal.SIGKILL)
+    except OSError:
+        pass  # its id is another process's by now: then nothing was left either
 
 
 def _sooner(deadline: float, grace_s: float) -> float:

@@ -32,6 +32,9 @@ class Worker:
     def rank(self):
         return self.context.rank
 
+    def start_child(self):
+        return subprocess.Popen(["sleep", "60"]).pid
+
     def double(self, tensor, *, plus=0):
         return tensor * 2 + plus
 
@@ -171,12 +174,14 @@ def test_what_a_worker_raises_keeps_its_type_and_names_the_rank(group):
 def test_a_group_that_cannot_go_on_is_ended_and_says_why(launcher, method, error, message):
     group = launcher.launch(_spec(num_workers=2))
     pids = group.pids
+    children = group.call("start_child")
     group.call_timeout_s = 1 if method == "hang" else 30  # as by cluster.options: a call that sets none has one
     with pytest.raises(error, match=message):
         group.call(method)
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+    wait_for_end(children)  # such as an engine's own processes, which would keep the device's memory
     with pytest.raises(WorkerDied, match=f"workers are gone.*{method}"):
         group.call("rank")
     group.shutdown()
@@ -193,19 +198,19 @@ def test_workers_die_with_a_driver_that_is_killed_and_scripts_need_no_main_guard
     script.write_text(
         textwrap.dedent(
             """
-            import os, sys, time
+            import os, subprocess, sys, time
             from nemo_rl_core.config.schema import ClusterConfig
             from nemo_rl_core.infra.local import LocalLauncher
             from nemo_rl_core.protocols.launcher import WorkerSpec
 
             class Worker:
                 def setup(self, config, context): pass
-                def pid(self): return os.getpid()
+                def pids(self): return f"{os.getpid()} {subprocess.Popen(['sleep', '60']).pid}"
 
             launcher = LocalLauncher()
             launcher.setup(ClusterConfig(device="cpu", cpus_per_node=2))
             group = launcher.launch(WorkerSpec(role="policy", factory=Worker, config=None, num_workers=2))
-            print(*group.call("pid"), flush=True)
+            print(*group.call("pids"), flush=True)
             time.sleep(60)
             """
         )
@@ -213,13 +218,17 @@ def test_workers_die_with_a_driver_that_is_killed_and_scripts_need_no_main_guard
     driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     try:
         pids = [int(word) for word in driver.stdout.readline().split()]
-        assert len(pids) == 2
+        assert len(pids) == 4
     finally:
         driver.kill()
         driver.communicate(timeout=30)
+    wait_for_end(pids)
+
+
+def wait_for_end(pids):
     deadline = time.monotonic() + 20
     while any(_runs(pid) for pid in pids):
-        assert time.monotonic() < deadline, "the workers outlived their driver"
+        assert time.monotonic() < deadline, "workers, or what they had started, outlived their group or driver"
         time.sleep(0.05)
 
 
