@@ -152,6 +152,18 @@ class ProcessGroup:
                 self._collect(method, timeout_s)
             raise
 
+    def check_alive(self) -> None:
+        """Raise `WorkerDied` if a worker has died while nobody called it; returns at once."""
+        if not self._turn.acquire(blocking=False):
+            return  # a call is under way, which notices it
+        try:
+            self._check_not_ended()
+            sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
+            for sentinel in wait(list(sentinels), 0):
+                raise self._died(sentinels[sentinel], "between two calls")
+        finally:
+            self._turn.release()
+
     def shutdown(self) -> None:
         """Call `shutdown` on the workers and end their processes; does nothing the second time."""
         if self._ended is not None:
@@ -226,14 +238,17 @@ class ProcessGroup:
 
     # -- talking --------------------------------------------------------------------------------
 
-    def _tell(self, messages: Sequence[Any]) -> None:
+    def _check_not_ended(self) -> None:
         if self._ended is not None:
             raise WorkerDied(f"The {self.role} workers are gone: {self._ended}. Start the run again to go on.")
+
+    def _tell(self, messages: Sequence[Any]) -> None:
+        self._check_not_ended()
         for rank, (connection, message) in enumerate(zip(self._connections, messages, strict=True)):
             try:
                 send(connection, message)
             except OSError as error:
-                raise self._died(rank, str(message[1]) if len(message) > 1 else "shutdown") from error
+                raise self._died(rank, f"during {message[1] if len(message) > 1 else 'shutdown'}") from error
 
     def _reply(self, word: str) -> None:
         with contextlib.suppress(OSError):  # a dead worker is noticed by the wait that follows
@@ -287,7 +302,7 @@ class ProcessGroup:
                     continue  # its last message is still to be read
                 if method != "shutdown":
                     if found.get(rank, ("", None))[0] != "error":
-                        raise self._died(rank, method)
+                        raise self._died(rank, f"during {method}")
                 elif left.pop(rank, None) is not None:
                     found[rank] = ("result", None)
         return found
@@ -296,20 +311,20 @@ class ProcessGroup:
         try:
             kind, value = receive(self._connections[rank])
         except (EOFError, OSError) as error:
-            raise self._died(rank, method) from error
+            raise self._died(rank, f"during {method}") from error
         return kind, value
 
     # -- errors ---------------------------------------------------------------------------------
 
-    def _died(self, rank: int, method: str) -> WorkerDied:
+    def _died(self, rank: int, when: str) -> WorkerDied:
         process = self._processes[rank]
         process.join(5.0)
         status = status_text(process.exitcode)
         message = (
-            f"The {self.role} worker of rank {rank} {status} during {method}. Its log is {self._logs[rank]}; "
+            f"The {self.role} worker of rank {rank} {status} {when}. Its log is {self._logs[rank]}; "
             f"the end of it:\n{log_tail(self._logs[rank])}"
         )
-        self._end(f"rank {rank} {status} during {method}")
+        self._end(f"rank {rank} {status} {when}")
         return WorkerDied(message)
 
     def _overdue(

@@ -26,6 +26,7 @@ __all__ = ["RolloutRunner"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _WATCH_EVERY_S = 0.5
+_CHECK_EVERY_S = 5.0
 
 
 class RolloutRunner:
@@ -49,6 +50,7 @@ class RolloutRunner:
         self._loop = asyncio.new_event_loop()
         self._last_beat = time.monotonic()
         self._closing = threading.Event()
+        self._check: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._serve, name="nemo-rl-rollouts", daemon=True)
         self._thread.start()
         self._watch = threading.Thread(target=self._watch_loop, name="nemo-rl-rollouts-watch", daemon=True)
@@ -117,6 +119,13 @@ class RolloutRunner:
         future.add_done_callback(self._forget)
         return future
 
+    def watch_over(self, check: Callable[[], None]) -> None:
+        """Call `check` every few seconds, in a thread of its own; what it raises, everyone who waits for rollouts gets.
+
+        So a trainer that dies is not noticed only when the rollouts that it waits for are done.
+        """
+        self._check = check
+
     def cancel_all(self) -> None:
         """Cancel every group under way; their environments are closed, their futures cancelled."""
         with self._lock:
@@ -136,6 +145,7 @@ class RolloutRunner:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             _log.warning("the rollout loop did not end in %g s; it stands at %s", timeout_s, self._position())
+        self._watch.join(timeout_s)  # it looks at workers that may be ended next
         self._fail(WorkerDied("The rollout runner was shut down."))
 
     # -- the loop's thread ------------------------------------------------------------------------
@@ -177,7 +187,14 @@ class RolloutRunner:
 
     def _watch_loop(self) -> None:
         every = min(_WATCH_EVERY_S, self._blocked_timeout_s / 2)
+        checked = time.monotonic()
         while not self._closing.wait(every):
+            if self._check is not None and time.monotonic() - checked > _CHECK_EVERY_S:
+                checked = time.monotonic()
+                try:
+                    self._check()
+                except Exception as error:  # handed to everyone who waits
+                    self._fail(error)
             if not self._thread.is_alive():
                 self._fail(WorkerDied("The rollout loop ended unexpectedly."))
                 return
