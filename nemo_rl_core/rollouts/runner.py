@@ -114,9 +114,11 @@ class RolloutRunner:
             if failure is not None:
                 work.close()
                 raise failure
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
+            future: concurrent.futures.Future[_T] = concurrent.futures.Future()
             self._pending.add(future)
-        future.add_done_callback(self._forget)
+        future.add_done_callback(lambda _: under_way.cancel())  # given up, or failed by the watch
+        under_way.add_done_callback(lambda done: self._hand_over(done, future))
         return future
 
     def watch_over(self, check: Callable[[], None]) -> None:
@@ -154,9 +156,20 @@ class RolloutRunner:
     def _closed(self) -> bool:
         return self._closing.is_set()
 
-    def _forget(self, future: concurrent.futures.Future[Any]) -> None:
+    def _hand_over(self, done: concurrent.futures.Future[_T], future: concurrent.futures.Future[_T]) -> None:
         with self._lock:
+            if future not in self._pending:  # the watch has failed it
+                return
             self._pending.discard(future)
+        if done.cancelled():
+            future.cancel()
+        if not future.set_running_or_notify_cancel():
+            return
+        error = done.exception()
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(done.result())
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -90,7 +90,7 @@ def test_an_error_of_the_engine_reaches_who_waits(make_runner):
         make_runner("a").run(fail()).result(20)
 
 
-def test_what_a_watch_finds_reaches_everyone_who_waits(make_runner, tokenizer, monkeypatch):
+def test_what_a_watch_finds_reaches_everyone_who_waits(make_runner, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr("nemo_rl_core.rollouts.runner._CHECK_EVERY_S", 0.1)
     died = threading.Event()
 
@@ -106,6 +106,8 @@ def test_what_a_watch_finds_reaches_everyone_who_waits(make_runner, tokenizer, m
     for future in futures:
         with pytest.raises(WorkerDied, match="rank 0 is gone"):
             future.result(20)
+    runner.shutdown()
+    assert not caplog.records  # what was under way has ended in silence
 
 
 def test_a_blocked_loop_fails_every_waiter_and_names_the_line(make_runner, tokenizer):
