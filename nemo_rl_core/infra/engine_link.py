@@ -180,7 +180,7 @@ class EngineLink:
                 raise
             raise DeadlineExceeded(
                 f"{what} on the engine {self.name} (pid {self.served.pid} on {self.served.place.host}) passed its "
-                f"deadline of {timeout_s:g} s. Look at that worker's log, or raise the deadline."
+                f"deadline of {timeout_s:g} s. Look at that worker's log, or raise generation.call_timeout_s."
             ) from error
 
     def close(self) -> None:

@@ -348,11 +348,11 @@ class EngineWorkers(GenerationBackend):
     # -- engines that die --------------------------------------------------------------------------
 
     @contextmanager
-    def refits(self, refit: Refit) -> Iterator[None]:
+    def refits(self, refit: Refit, *, timeout_s: float | None = None) -> Iterator[None]:
         """While the block runs, an engine that has come back is refitted with `refit`, which gets it alone.
 
         The run loop opens it where the trainer stands still, as while it waits for rollouts. The block ends when a
-        refit under way has ended.
+        refit under way has ended, for which it waits a little longer than `timeout_s` (None: that of calls).
 
         Raises:
             DeadlineExceeded: That refit did not end, though it has a deadline of its own.
@@ -365,7 +365,7 @@ class EngineWorkers(GenerationBackend):
         finally:
             with self._changed:
                 self._refit = None
-                limit = self.timeout_s + _LATE_S
+                limit = (self.timeout_s if timeout_s is None else timeout_s) + _LATE_S
                 if not self._changed.wait_for(lambda: not self._refit_under_way, limit):
                     raise DeadlineExceeded(f"The refit of an engine that was started again did not end in {limit:g} s.")
 

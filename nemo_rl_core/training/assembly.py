@@ -366,6 +366,7 @@ def _model(
             num_workers=made.num_workers,
             seed=config.seed,
             run_dir=run_dir,
+            timeout_s=made.collective_timeout_s,
             manifest=manifest,
         )
     )
