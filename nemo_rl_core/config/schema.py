@@ -123,6 +123,8 @@ class PolicyConfig:
     """The optimizer of the policy."""
     scheduler: SchedulerConfig = Factory(SchedulerConfig)
     """The learning rate over optimizer steps."""
+    collective_timeout_s: float = field(default=600.0, validator=gt(0))
+    """Deadline of one collective operation of the workers: how far apart they may come to it."""
     trained: bool = True
     """Filled from the model's role; do not set it. One that is not trained holds no optimizer and no gradients."""
 
@@ -146,6 +148,12 @@ class GenerationConfig:
     launcher allows it, or, with `cluster.colocated: false`, as many as `cluster.roles.generation` has room for."""
     max_restarts: int = field(default=3, validator=ge(0))
     """Times in a run that an engine process that died is started again; its rollouts are sampled anew."""
+    heartbeat_timeout_s: float = field(default=60.0, validator=gt(0))
+    """An engine process that answers nothing for so long hangs, or its machine is gone: it counts as dead."""
+    refit_timeout_s: float = field(default=600.0, validator=gt(0))
+    """Deadline of one weight sync: of bringing all engines to new weights."""
+    call_timeout_s: float = field(default=600.0, validator=gt(0))
+    """Deadline of any other call to an engine in a process of its own, but for completions, and of its coming back."""
     precision: Literal["float32", "bfloat16"] | None = None
     """None is the policy's."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))

@@ -121,7 +121,7 @@ def _leave_terminal() -> None:
     """Leave Ctrl-C to the driver, which saves with this process's help and then ends it.
 
     A terminal sends the signal to the whole process group of the command. In a session of its own this process does not
-    get it, nor do those that it starts (an engine's), whatever these do with a signal.
+    get it, nor do those that it starts (an engine's), whatever these do with a signal; and whoever ends it can end them too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # it leads a session already
@@ -129,7 +129,7 @@ def _leave_terminal() -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process when the driver's ends, however it ends, also in the middle of a call."""
+    """End this process and all that it started when the driver's ends, however it ends, also in the middle of a call."""
     import multiprocessing
     from multiprocessing.connection import wait
 
@@ -141,6 +141,8 @@ def _die_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

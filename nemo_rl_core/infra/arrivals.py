@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl_core.errors import DeadlineExceeded
+from nemo_rl_core.infra.heartbeat import keep_alive
 
 __all__ = ["Arrivals", "arrive"]
 
@@ -35,6 +36,7 @@ def arrive(address: Any, key: bytes, *, who: str, timeout_s: float) -> Connectio
     def connect() -> None:
         try:
             connection = Client(address, authkey=key)
+            keep_alive(connection)
         except BaseException as error:  # handed to the caller
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
                 future.set_exception(error)
@@ -101,9 +103,11 @@ class Arrivals:
     def _accept(self) -> None:
         while not self._closed:
             try:
-                self._arrived.put(self._listener.accept())
+                connection = self._listener.accept()
             except Exception:  # somebody without the key, or one who left at once
                 continue
+            keep_alive(connection)
+            self._arrived.put(connection)
         self._arrived.put(None)
         self._listener.close()
         if self._folder is not None:

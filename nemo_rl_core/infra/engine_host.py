@@ -6,9 +6,14 @@ and come back one by one; the launcher's own calls only start it, look after it 
 
 Messages to the host, in the order in which they take effect:
     ("generate", [(number, request), ...]), ("cancel", [number, ...]), ("pause",), ("resume",),
-    ("call", number, cloudpickled (function, args))
+    ("call", number, cloudpickled (function, args)), ("ping",)
 Messages from it:
-    ("done", [(number, completion or None, described error or None), ...]), ("answer", number, ok, payload)
+    ("done", [(number, completion or None, described error or None), ...]), ("answer", number, ok, payload),
+    ("pong",)
+
+A ping is answered by the threads of the connection, however long a step of the engine takes. When the engine raises
+`WorkerDied` (a process that it had started is gone), this process ends as well: then it is started again, and its
+requests are sampled anew, as after any death.
 """
 
 from __future__ import annotations
@@ -16,16 +21,18 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from attrs import frozen
 
-from nemo_rl_core.errors import GenerationError
+from nemo_rl_core.errors import GenerationError, WorkerDied
 from nemo_rl_core.infra.arrivals import Arrivals
 from nemo_rl_core.infra.local import make_worker
 from nemo_rl_core.infra.place import Place, find_place
@@ -41,6 +48,8 @@ __all__ = ["EngineHost", "HostConfig", "Served"]
 
 _KIND = "generation_backends"
 _CALL_THREADS = 4
+_LAST_WORDS_S = 5.0
+"""How long a process that ends may take to hand over what is done."""
 
 
 @frozen(kw_only=True)
@@ -120,6 +129,7 @@ class _Server:
         self.engine = engine
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._out: SimpleQueue[Any] = SimpleQueue()
+        self._writer: threading.Thread | None = None
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="nemo-rl-engine-call")
         where = None if same_machine else place.address
         self._arrivals = Arrivals(key, address=where, name="nemo-rl-engine-arrivals")
@@ -139,7 +149,10 @@ class _Server:
 
     def _accept(self) -> None:
         while (connection := self._arrivals.next()) is not None:
-            threading.Thread(target=self._write, args=(connection,), name="nemo-rl-engine-out", daemon=True).start()
+            self._writer = threading.Thread(
+                target=self._write, args=(connection,), name="nemo-rl-engine-out", daemon=True
+            )
+            self._writer.start()
             self._read(connection)
 
     def _read(self, connection: Connection) -> None:
@@ -156,7 +169,9 @@ class _Server:
                 self._loop.call_soon_threadsafe(self._cancel, list(self._tasks))
                 self._out.put(None)
                 return
-            if kind == "call":
+            if kind == "ping":
+                self._out.put(("pong",))
+            elif kind == "call":
                 self._calls.submit(self._call, *rest)
             else:
                 self._loop.call_soon_threadsafe(handlers[kind], *rest)
@@ -199,6 +214,8 @@ class _Server:
             if number not in self._tasks:  # the driver has given it up
                 return
             error = report_error(GenerationError(f"Request {request.request_id!r}: the engine cancelled it."))
+        except WorkerDied as died:
+            self._end(died)
         except BaseException as raised:  # reported to the driver, which raises it
             error = report_error(raised)
         self._tasks.pop(number, None)
@@ -230,7 +247,20 @@ class _Server:
         try:
             function, args = pickle.loads(payload)
             answer = cloudpickle.dumps(function(self.engine, *args))
+        except WorkerDied as died:
+            self._end(died)
         except BaseException as error:  # reported to the driver, which raises it
             self._out.put(("answer", number, False, cloudpickle.dumps(report_error(error))))
         else:
             self._out.put(("answer", number, True, answer))
+
+    # -- its end -----------------------------------------------------------------------------------
+
+    def _end(self, died: WorkerDied) -> NoReturn:
+        """A process of the engine is gone, and without it this one is of no use; who waits is answered by its end."""
+        traceback.print_exception(died)  # into the log, of which the driver tells the end
+        sys.stderr.flush()
+        self._out.put(None)
+        if self._writer is not None:
+            self._writer.join(_LAST_WORDS_S)
+        os._exit(1)

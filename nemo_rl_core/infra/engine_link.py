@@ -11,6 +11,7 @@ import pickle
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from attrs import define
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra.arrivals import arrive
 from nemo_rl_core.infra.engine_host import Served
+from nemo_rl_core.infra.heartbeat import Heartbeat, keep_alive, shut
 from nemo_rl_core.infra.place import find_place
 from nemo_rl_core.infra.remote import raised_by
 
@@ -31,6 +33,8 @@ __all__ = ["EngineLink", "PendingRequest"]
 
 _ASK_S = 10.0
 """Deadline of asking a launcher what became of a worker."""
+_ASK_SILENT_S = 1.0
+"""The same for one that has been silent for long: it is ended all the same."""
 
 
 @define(eq=False)
@@ -61,7 +65,12 @@ class EngineLink:
         name: In messages and metrics, such as `generation-1`.
         group: Its worker, one `EngineHost`.
         timeout_s: Deadline of connecting.
+        heartbeat_timeout_s: An engine process that answers nothing for so long is ended, and is lost.
         on_lost: Called once, in a thread of its own, with this link and the reason when the process is gone.
+
+    Raises:
+        WorkerDied: The process ended meanwhile.
+        DeadlineExceeded: It did not answer.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class EngineLink:
         group: WorkerGroup,
         *,
         timeout_s: float,
+        heartbeat_timeout_s: float,
         on_lost: Callable[[EngineLink, BaseException], None],
     ) -> None:
         self.name = name
@@ -80,9 +90,13 @@ class EngineLink:
         self.version = 0
         """Weight version it samples from."""
         self.pending: dict[int, PendingRequest] = {}
-        self._connection: Connection = arrive(
-            served.address, key, who=f"The engine {name} on {served.place.host}", timeout_s=timeout_s
-        )
+        self._silent = False
+        try:
+            who = f"The engine {name} on {served.place.host}"
+            self._connection: Connection = arrive(served.address, key, who=who, timeout_s=timeout_s)
+        except (OSError, EOFError) as error:
+            raise self._reason() from error
+        keep_alive(self._connection, timeout_s=heartbeat_timeout_s)
         self._calls: dict[int, concurrent.futures.Future[Any]] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -90,8 +104,19 @@ class EngineLink:
         self._on_lost = on_lost
         self._closing = False
         self.lost: BaseException | None = None
+        self._heartbeat = Heartbeat(
+            ping=partial(self._out.put, ("ping",)),
+            on_silence=self._give_up,
+            timeout_s=heartbeat_timeout_s,
+            name=f"nemo-rl-{name}-heartbeat",
+        )
         for target in (self._read, self._write):
             threading.Thread(target=target, name=f"nemo-rl-{name}", daemon=True).start()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it is slow to show that it lives: better not to give it more to do."""
+        return self._heartbeat.is_late
 
     @property
     def load(self) -> int:
@@ -155,12 +180,13 @@ class EngineLink:
                 raise
             raise DeadlineExceeded(
                 f"{what} on the engine {self.name} (pid {self.served.pid} on {self.served.place.host}) passed its "
-                f"deadline of {timeout_s:g} s. Look at that worker's log, or raise the deadline."
+                f"deadline of {timeout_s:g} s. Look at that worker's log, or raise generation.call_timeout_s."
             ) from error
 
     def close(self) -> None:
         """Leave the engine and end its process; may be called twice."""
         self._closing = True
+        self._heartbeat.stop()
         self._out.put(None)
         self.group.shutdown()
         with contextlib.suppress(OSError):
@@ -181,10 +207,12 @@ class EngineLink:
                 kind, *rest = pickle.loads(self._connection.recv_bytes())
             except (EOFError, OSError, TypeError):  # TypeError: closed by this side while it was read
                 break
+            self._heartbeat.heard()
             if kind == "done":
                 self._settle(rest[0])
-            else:
+            elif kind == "answer":
                 self._answer(*rest)
+        self._heartbeat.stop()
         if not self._closing:
             self._lose()
 
@@ -213,6 +241,11 @@ class EngineLink:
         else:
             future.set_exception(raised_by(self.name, 0, value))
 
+    def _give_up(self) -> None:
+        """In the heartbeat's thread: the process is silent. What follows is as if it had died, in the reader's."""
+        self._silent = True
+        shut(self._connection)
+
     def _lose(self) -> None:
         reason = self._reason()
         with self._lock:
@@ -224,14 +257,23 @@ class EngineLink:
         self._on_lost(self, reason)
 
     def _reason(self) -> BaseException:
-        """What became of the process, as its launcher tells it."""
+        """What became of the process, as its launcher tells it; one that is silent is ended."""
+        served = self.served
+        if self._silent:
+            with contextlib.suppress(Exception):  # a worker that misses a deadline is ended by its launcher
+                self.group.call("ping", timeout_s=_ASK_SILENT_S)
+            with contextlib.suppress(Exception):
+                self.group.shutdown()
+            return WorkerDied(
+                f"The engine {self.name} (pid {served.pid} on {served.place.host}) answered nothing for "
+                f"{self._heartbeat.timeout_s:g} s (generation.heartbeat_timeout_s) and was ended: its process hangs, "
+                "or its machine is gone."
+            )
         try:
             self.group.call("ping", timeout_s=_ASK_S)
         except Exception as error:  # whatever the launcher says of a worker that is gone
             return WorkerDied(f"The engine {self.name} is gone. {error}".replace(" during ping", ""))
-        return WorkerDied(
-            f"The engine {self.name} (pid {self.served.pid} on {self.served.place.host}) closed its connection."
-        )
+        return WorkerDied(f"The engine {self.name} (pid {served.pid} on {served.place.host}) closed its connection.")
 
 
 def _settle_all(settled: Sequence[tuple[PendingRequest, Any, Any]]) -> None:

@@ -13,7 +13,6 @@ import logging
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +22,7 @@ from attrs import evolve
 from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation, NemoRLError, WorkerDied
 from nemo_rl_core.infra.engine_link import EngineLink, PendingRequest
 from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
+from nemo_rl_core.infra.engine_routes import EngineRoutes
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 _LATE_S = 60.0
 """How late a refit may notice its own deadline."""
-_ROUTES_KEPT = 65536
-"""Groups whose engine is remembered for their later turns."""
+_BETWEEN_STARTS_S = 1.0
+"""Before a start that failed is repeated: what the dead process held (a device's memory) may come free late."""
 
 Refit = Callable[["EngineWorkers"], None]
 
@@ -66,12 +66,14 @@ class EngineWorkers(GenerationBackend):
         self._changed = threading.Condition(threading.RLock())
         self._queued: dict[asyncio.AbstractEventLoop, list[PendingRequest]] = {}
         self._stranded: list[PendingRequest] = []
-        self._routes: OrderedDict[Any, EngineLink] = OrderedDict()
+        self._routes = EngineRoutes()
         self._paused = False
         self._refit: Refit | None = None
         self._refit_under_way = False
         self._replacing: set[EngineLink] = set()
         """Dead, and being started again."""
+        self._lost_early: dict[EngineLink, BaseException] = {}
+        """Dead before they were in `links`."""
         self._was_refitted = False
         self._failure: BaseException | None = None
         self._closed = False
@@ -85,6 +87,7 @@ class EngineWorkers(GenerationBackend):
         role: str = "generation",
         seed: int = 0,
         timeout_s: float = 600.0,
+        heartbeat_timeout_s: float = 60.0,
         max_restarts: int = 0,
     ) -> EngineWorkers:
         """Start every engine and connect to it.
@@ -95,6 +98,7 @@ class EngineWorkers(GenerationBackend):
             role: Begins the engines' names.
             seed: Of requests that carry none.
             timeout_s: Deadline of any call to an engine but `generate`, whose caller sets its own.
+            heartbeat_timeout_s: An engine process that answers nothing for so long is ended, as if it had died.
             max_restarts: Engines that may be started again, in all.
 
         Raises:
@@ -107,7 +111,13 @@ class EngineWorkers(GenerationBackend):
             name = role if num_workers == 1 else f"{role}-{index}"
             group = launch(index)
             try:
-                return EngineLink(name, group, timeout_s=timeout_s, on_lost=made._on_lost)
+                return EngineLink(
+                    name,
+                    group,
+                    timeout_s=timeout_s,
+                    heartbeat_timeout_s=heartbeat_timeout_s,
+                    on_lost=made._on_lost,
+                )
             except BaseException:
                 group.shutdown()
                 raise
@@ -116,7 +126,9 @@ class EngineWorkers(GenerationBackend):
         with concurrent.futures.ThreadPoolExecutor(max(1, num_workers)) as pool:
             started = [pool.submit(connect, index) for index in range(num_workers)]
         failed = [error for future in started if (error := future.exception()) is not None]
-        made.links = [future.result() for future in started if future.exception() is None]
+        with made._changed:
+            made.links = [future.result() for future in started if future.exception() is None]
+            made._handle_early()
         if failed:
             made.shutdown()
             raise failed[0]
@@ -182,9 +194,10 @@ class EngineWorkers(GenerationBackend):
 
     def _send(self, requests: Sequence[PendingRequest]) -> None:
         """Give each request to an engine; what finds none that is ready waits for one to come back."""
+        ready = {link: None for link in self.links if self._ready(link)}
         chosen: dict[EngineLink, list[PendingRequest]] = {}
         for one in requests:
-            link = self._route(one.request, chosen)
+            link = self._routes.choose(one.request, ready, chosen)
             if link is None:
                 self._stranded.append(one)
             else:
@@ -193,22 +206,6 @@ class EngineWorkers(GenerationBackend):
             if not link.generate(sent):
                 self._stranded.extend(sent)
         self._changed.notify_all()
-
-    def _route(self, request: GenerationRequest, chosen: Mapping[EngineLink, Sequence[Any]]) -> EngineLink | None:
-        """The engine that has the request's group; for a new group the one with the least in flight."""
-        group = request.order[0] if request.order else None
-        link = self._routes.get(group) if group is not None else None
-        if link is None or not self._ready(link):
-            ready = [link for link in self.links if self._ready(link)]
-            if not ready:
-                return None
-            link = min(ready, key=lambda link: link.load + len(chosen.get(link, ())))
-        if group is not None:
-            self._routes[group] = link
-            self._routes.move_to_end(group)
-            if len(self._routes) > _ROUTES_KEPT:
-                self._routes.popitem(last=False)
-        return link
 
     def _ready(self, link: EngineLink) -> bool:
         return link.lost is None and link.version == self.version
@@ -357,11 +354,11 @@ class EngineWorkers(GenerationBackend):
     # -- engines that die --------------------------------------------------------------------------
 
     @contextmanager
-    def refits(self, refit: Refit) -> Iterator[None]:
+    def refits(self, refit: Refit, *, timeout_s: float | None = None) -> Iterator[None]:
         """While the block runs, an engine that has come back is refitted with `refit`, which gets it alone.
 
         The run loop opens it where the trainer stands still, as while it waits for rollouts. The block ends when a
-        refit under way has ended.
+        refit under way has ended, for which it waits a little longer than `timeout_s` (None: that of calls).
 
         Raises:
             DeadlineExceeded: That refit did not end, though it has a deadline of its own.
@@ -374,55 +371,88 @@ class EngineWorkers(GenerationBackend):
         finally:
             with self._changed:
                 self._refit = None
-                limit = self.timeout_s + _LATE_S
+                limit = (self.timeout_s if timeout_s is None else timeout_s) + _LATE_S
                 if not self._changed.wait_for(lambda: not self._refit_under_way, limit):
                     raise DeadlineExceeded(f"The refit of an engine that was started again did not end in {limit:g} s.")
 
     def _on_lost(self, link: EngineLink, reason: BaseException) -> None:
         """In the thread of the link's reader, which has nothing else to do any more."""
         with self._changed:
-            if self._closed or link not in self.links:
+            if link not in self.links:  # of a start that is under way, or of one that this object has done with
+                self._lost_early[link] = reason
+                return
+            if self._closed:
                 return
             index = self.links.index(link)
             orphans, link.pending = list(link.pending.values()), {}
             for one in orphans:
                 one.link = None
-            if self.num_restarts >= self._max_restarts or self._launch is None:
+            if not self._may_restart():
                 self._fail(reason, orphans)
                 return
             self.num_restarts += 1
             self._replacing.add(link)
             self._send([one for one in orphans if not one.future.done()])
-        logger.warning(
-            "%s Starting it again (%d of %d); %d requests in flight are sampled anew.",
-            reason,
-            self.num_restarts,
-            self._max_restarts,
-            len(orphans),
-        )
+        self._tell_of(reason, f"; {len(orphans)} requests in flight are sampled anew")
         try:
-            self._replace(index, link)
+            fresh = self._start_again(index, link)
+            if fresh is not None:
+                self._bring_back(fresh)
         except BaseException as error:  # handed to everyone who waits for the engine
             with self._changed:
                 self._replacing.discard(link)
                 self._fail(error, [])
 
-    def _replace(self, index: int, link: EngineLink) -> None:
+    def _handle_early(self) -> None:
+        """An engine that died before it was one of `links` is treated as one that dies now."""
+        for link in [link for link in self.links if link in self._lost_early]:
+            lost = (link, self._lost_early.pop(link))
+            threading.Thread(target=self._on_lost, args=lost, name=f"nemo-rl-{link.name}-lost", daemon=True).start()
+
+    def _may_restart(self) -> bool:
+        return self._launch is not None and self.num_restarts < self._max_restarts
+
+    def _tell_of(self, reason: BaseException, what_follows: str) -> None:
+        logger.warning(
+            "%s Starting it again (%d of %d)%s.", reason, self.num_restarts, self._max_restarts, what_follows
+        )
+
+    def _start_again(self, index: int, link: EngineLink) -> EngineLink | None:
+        """A new engine in the place of a dead one; a start that fails counts as a restart and is repeated.
+
+        Returns:
+            Its link; None if nobody wants it any more.
+
+        Raises:
+            Exception: Of the start that failed, when no restart is left.
+        """
         assert self._launch is not None
         link.group.shutdown()
-        fresh = self._launch(index)
+        while True:
+            try:
+                fresh = self._launch(index)
+                break
+            except Exception as error:
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closed, _BETWEEN_STARTS_S):
+                        return None
+                    if not self._may_restart():
+                        raise
+                    self.num_restarts += 1
+                self._tell_of(error, "")
         fresh.version = -1 if self._was_refitted else self.version  # it has the weights of its checkpoint
         with self._changed:
             self.links[index] = fresh
             self._replacing.discard(link)
             if self._closed:
                 fresh.close()
-                return
+                return None
+            self._handle_early()
             if self._paused:
                 fresh.tell("pause")
             waiting, self._stranded = self._stranded, []
             self._send(waiting)
-        self._bring_back(fresh)
+        return fresh
 
     def _bring_back(self, fresh: EngineLink) -> None:
         """Refit an engine when the trainer has time for it, unless a refit of all of them comes first.

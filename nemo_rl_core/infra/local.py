@@ -75,6 +75,9 @@ class InProcessGroup:
         with PluginCall(self._kind, worker, method):
             yield from getattr(worker, method)(*args)
 
+    def check_alive(self) -> None:
+        """Nothing: the worker lives as long as this process does."""
+
     def shutdown(self) -> None:
         """Shut the worker down; does nothing the second time."""
         worker, self._worker = self._worker, None

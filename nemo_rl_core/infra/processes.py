@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
+import signal
 import sys
 import threading
 import time
@@ -155,6 +157,18 @@ class ProcessGroup:
                 self._collect(method, timeout_s)
             raise
 
+    def check_alive(self) -> None:
+        """Raise `WorkerDied` if a worker has died while nobody called it; returns at once."""
+        if not self._turn.acquire(blocking=False):
+            return  # a call is under way, which notices it
+        try:
+            self._check_not_ended()
+            sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
+            for sentinel in wait(list(sentinels), 0):
+                raise self._died(sentinels[sentinel], "between two calls")
+        finally:
+            self._turn.release()
+
     def shutdown(self) -> None:
         """Call `shutdown` on the workers and end their processes; does nothing the second time."""
         if self._ended is not None:
@@ -213,7 +227,7 @@ class ProcessGroup:
         check_nodes([difference for rank in sorted(answered) for difference in answered[rank][1]])
 
     def _end(self, reason: str) -> None:
-        """End every process, at once for those that hang."""
+        """End every process, at once for those that hang, and whatever these had started."""
         if self._ended is None:
             self._ended = reason
         for process in self._processes:
@@ -223,6 +237,7 @@ class ProcessGroup:
             if process.is_alive():
                 process.kill()
                 process.join()
+            _end_children(process.pid)
         for connection in self._connections:
             connection.close()
 
@@ -243,14 +258,17 @@ class ProcessGroup:
         finally:
             self._turn.release()
 
-    def _tell(self, messages: Sequence[Any]) -> None:
+    def _check_not_ended(self) -> None:
         if self._ended is not None:
             raise WorkerDied(f"The {self.role} workers are gone: {self._ended}. Start the run again to go on.")
+
+    def _tell(self, messages: Sequence[Any]) -> None:
+        self._check_not_ended()
         for rank, (connection, message) in enumerate(zip(self._connections, messages, strict=True)):
             try:
                 send(connection, message)
             except OSError as error:
-                raise self._died(rank, str(message[1]) if len(message) > 1 else "shutdown") from error
+                raise self._died(rank, f"during {message[1] if len(message) > 1 else 'shutdown'}") from error
 
     def _reply(self, word: str) -> None:
         with contextlib.suppress(OSError):  # a dead worker is noticed by the wait that follows
@@ -304,7 +322,7 @@ class ProcessGroup:
                     continue  # its last message is still to be read
                 if method != "shutdown":
                     if found.get(rank, ("", None))[0] != "error":
-                        raise self._died(rank, method)
+                        raise self._died(rank, f"during {method}")
                 elif left.pop(rank, None) is not None:
                     found[rank] = ("result", None)
         return found
@@ -313,20 +331,20 @@ class ProcessGroup:
         try:
             kind, value = receive(self._connections[rank])
         except (EOFError, OSError) as error:
-            raise self._died(rank, method) from error
+            raise self._died(rank, f"during {method}") from error
         return kind, value
 
     # -- errors ---------------------------------------------------------------------------------
 
-    def _died(self, rank: int, method: str) -> WorkerDied:
+    def _died(self, rank: int, when: str) -> WorkerDied:
         process = self._processes[rank]
         process.join(5.0)
         status = status_text(process.exitcode)
         message = (
-            f"The {self.role} worker of rank {rank} {status} during {method}. Its log is {self._logs[rank]}; "
+            f"The {self.role} worker of rank {rank} {status} {when}. Its log is {self._logs[rank]}; "
             f"the end of it:\n{log_tail(self._logs[rank])}"
         )
-        self._end(f"rank {rank} {status} during {method}")
+        self._end(f"rank {rank} {status} {when}")
         return WorkerDied(message)
 
     def _overdue(
@@ -344,6 +362,17 @@ class ProcessGroup:
             f"{method} on the {self.role} workers passed its deadline of {timeout_s:g} s; no answer from rank(s) "
             f"{names} of {self.size}. The group was ended. The end of their logs:\n{tails}"
         )
+
+
+def _end_children(pid: int) -> None:
+    """End what a worker had started that is gone itself: the rest of its session."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        with contextlib.suppress(OSError):  # nothing is left
+            os.killpg(pid, signal.SIGKILL)
+    except OSError:
+        pass  # its id is another process's by now: then nothing was left either
 
 
 def _sooner(deadline: float, grace_s: float) -> float:

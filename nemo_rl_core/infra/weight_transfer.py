@@ -78,8 +78,8 @@ def run_until(work: Callable[[], None], outgoing: OutgoingWeights, *, version: i
     if thread.is_alive():
         raise DeadlineExceeded(
             f"Refit to weight version {version} passed its deadline of {timeout_s:g} s while waiting for "
-            f"{outgoing.waiting_for}, after {outgoing.num_tensors} tensors. Raise the refit timeout, or look at that "
-            "side's log."
+            f"{outgoing.waiting_for}, after {outgoing.num_tensors} tensors. Raise "
+            "generation.refit_timeout_s, or look at that side's log."
         )
     if failure:
         raise failure[0]

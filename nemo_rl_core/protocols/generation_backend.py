@@ -105,6 +105,8 @@ class GenerationBackend(Protocol):
 
         Raises:
             GenerationError: The prompt is empty or leaves no room in the context.
+            WorkerDied: A process of the engine has ended, and nothing can be sampled any more; any other method may
+                raise it too. An engine in a process of its own is then started again.
         """
         ...
 

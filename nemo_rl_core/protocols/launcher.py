@@ -99,6 +99,17 @@ class WorkerGroup(Protocol):
         """Call a generator method on every worker; yield what rank 0 yields, one item at a time."""
         ...
 
+    def check_alive(self) -> None:
+        """Notice a worker that died while nobody called it.
+
+        Returns at once, also while another thread calls the workers (who then notices it itself), and is asked every
+        few seconds: a death may be told by a later call of it only. A worker that is busy is alive.
+
+        Raises:
+            WorkerDied: As `call` raises it; the group is then ended.
+        """
+        ...
+
     def shutdown(self) -> None:
         """Call `shutdown` on the workers and end their processes; may be called twice."""
         ...

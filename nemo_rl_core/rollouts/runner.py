@@ -26,6 +26,7 @@ __all__ = ["RolloutRunner"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _WATCH_EVERY_S = 0.5
+_CHECK_EVERY_S = 5.0
 
 
 class RolloutRunner:
@@ -49,6 +50,7 @@ class RolloutRunner:
         self._loop = asyncio.new_event_loop()
         self._last_beat = time.monotonic()
         self._closing = threading.Event()
+        self._check: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._serve, name="nemo-rl-rollouts", daemon=True)
         self._thread.start()
         self._watch = threading.Thread(target=self._watch_loop, name="nemo-rl-rollouts-watch", daemon=True)
@@ -112,10 +114,19 @@ class RolloutRunner:
             if failure is not None:
                 work.close()
                 raise failure
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
+            future: concurrent.futures.Future[_T] = concurrent.futures.Future()
             self._pending.add(future)
-        future.add_done_callback(self._forget)
+        future.add_done_callback(lambda _: under_way.cancel())  # given up, or failed by the watch
+        under_way.add_done_callback(lambda done: self._hand_over(done, future))
         return future
+
+    def watch_over(self, check: Callable[[], None]) -> None:
+        """Call `check` every few seconds, in a thread of its own; what it raises, everyone who waits for rollouts gets.
+
+        So a trainer that dies is not noticed only when the rollouts that it waits for are done.
+        """
+        self._check = check
 
     def cancel_all(self) -> None:
         """Cancel every group under way; their environments are closed, their futures cancelled."""
@@ -136,6 +147,7 @@ class RolloutRunner:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             _log.warning("the rollout loop did not end in %g s; it stands at %s", timeout_s, self._position())
+        self._watch.join(timeout_s)  # it looks at workers that may be ended next
         self._fail(WorkerDied("The rollout runner was shut down."))
 
     # -- the loop's thread ------------------------------------------------------------------------
@@ -144,9 +156,20 @@ class RolloutRunner:
     def _closed(self) -> bool:
         return self._closing.is_set()
 
-    def _forget(self, future: concurrent.futures.Future[Any]) -> None:
+    def _hand_over(self, done: concurrent.futures.Future[_T], future: concurrent.futures.Future[_T]) -> None:
         with self._lock:
+            if future not in self._pending:  # the watch has failed it
+                return
             self._pending.discard(future)
+        if done.cancelled():
+            future.cancel()
+        if not future.set_running_or_notify_cancel():
+            return
+        error = done.exception()
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(done.result())
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -177,7 +200,14 @@ class RolloutRunner:
 
     def _watch_loop(self) -> None:
         every = min(_WATCH_EVERY_S, self._blocked_timeout_s / 2)
+        checked = time.monotonic()
         while not self._closing.wait(every):
+            if self._check is not None and time.monotonic() - checked > _CHECK_EVERY_S:
+                checked = time.monotonic()
+                try:
+                    self._check()
+                except Exception as error:  # handed to everyone who waits
+                    self._fail(error)
             if not self._thread.is_alive():
                 self._fail(WorkerDied("The rollout loop ended unexpectedly."))
                 return

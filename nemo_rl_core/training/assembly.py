@@ -83,6 +83,16 @@ class RunParts:
         roles = {} if self.algorithm is None else self.algorithm.models
         return {name: model for name, model in self.models.items() if name not in roles or roles[name].trained}
 
+    def check_alive(self) -> None:
+        """Notice a worker of a model that has died while it had nothing to do.
+
+        Raises:
+            WorkerDied: Names it.
+        """
+        for model in self.models.values():
+            if isinstance(model, Policy):  # the others are a policy's too
+                model.check_alive()
+
     def close(self) -> None:
         """Stop threads and processes, newest first; may be called twice."""
         self._stack.close()
@@ -289,6 +299,7 @@ def _add_engine(
     if parts.policy is not None:
         parts.share_weights = placement.in_driver and _may_share(config, parts.policy, engine_class)
     parts.runner = _runner(config, parts.generation, environment, parts.tokenizer, stack)
+    parts.runner.watch_over(parts.check_alive)
 
 
 def _roles(algorithm: Any) -> Mapping[str, ModelRole]:
@@ -361,6 +372,7 @@ def _model(
             num_workers=made.num_workers,
             seed=config.seed,
             run_dir=run_dir,
+            timeout_s=made.collective_timeout_s,
             manifest=manifest,
         )
     )

@@ -165,6 +165,7 @@ def start_engine(
         num_workers=placement.num_workers,
         role=_ROLE,
         seed=seed,
-        timeout_s=spec.timeout_s,
+        timeout_s=config.call_timeout_s,
+        heartbeat_timeout_s=config.heartbeat_timeout_s,
         max_restarts=config.max_restarts,
     )

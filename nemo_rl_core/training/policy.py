@@ -136,6 +136,10 @@ class Policy:
         """Write a Hugging Face checkpoint."""
         self.group.call("export_model", path.absolute())
 
+    def check_alive(self) -> None:
+        """Raise `WorkerDied` if one of its workers has died while nobody called it; returns at once."""
+        self.group.check_alive()
+
     def shutdown(self) -> None:
         """End the workers."""
         self.group.shutdown()

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Refit"]
 
-_REFIT_TIMEOUT_S = 600.0
 _LATE_S = 10.0
 """How late a request's deadline may be noticed."""
 
@@ -64,7 +63,10 @@ class Refit:
         refits = getattr(self.parts.generation, "refits", None)
         if refits is None or self.parts.weight_sync is None:
             return nullcontext()
-        restarted: AbstractContextManager[None] = refits(lambda engine: self._load(engine, self.version))
+        limit = self.parts.config.generation.refit_timeout_s
+        restarted: AbstractContextManager[None] = refits(
+            lambda engine: self._load(engine, self.version), timeout_s=limit
+        )
         return restarted
 
     def _load(self, engine: GenerationBackend, version: int) -> None:
@@ -72,7 +74,11 @@ class Refit:
         assert parts.weight_sync is not None
         with PluginCall("weight_syncs", parts.weight_sync, "sync"):
             parts.weight_sync.sync(
-                parts.policy.group, engine, version=version, share=parts.share_weights, timeout_s=_REFIT_TIMEOUT_S
+                parts.policy.group,
+                engine,
+                version=version,
+                share=parts.share_weights,
+                timeout_s=parts.config.generation.refit_timeout_s,
             )
 
     def _between_requests(self) -> AbstractContextManager[None]:

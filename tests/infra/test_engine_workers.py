@@ -41,10 +41,15 @@ class CountingEngine(GenerationBackend):
         self.seen = []
         self.cancelled = 0
 
+    broken = False
+
     async def generate(self, request):
+        self._check_alive()
         self.seen.append(request.request_id)
         if request.prompt_ids[0] == 13:
             raise GenerationError("thirteen is refused")
+        if request.prompt_ids[0] == 14:  # a step that takes long and holds the engine's loop
+            time.sleep(request.sampling.max_new_tokens / 1000)
         await self.going.wait()
         try:
             await asyncio.sleep(request.sampling.max_new_tokens / 1000)
@@ -75,7 +80,12 @@ class CountingEngine(GenerationBackend):
     def fingerprint(self):
         return f"{float(self.weights['w'].sum()):g}"
 
+    def _check_alive(self):
+        if self.broken:
+            raise WorkerDied("the process that decodes has ended")
+
     def metrics(self):
+        self._check_alive()
         return {"requests": float(len(self.seen)), "batch_fill": 0.5}
 
 
@@ -93,11 +103,16 @@ def change_weight(engine, number):
     engine.weights["w"] += number
 
 
+def break_down(engine):
+    engine.broken = True
+
+
 def sleep_for(engine, seconds):
     time.sleep(seconds)
 
 
-def start(tmp_path, *, num_workers=2, max_restarts=0):
+def start(tmp_path, *, num_workers=2, around=lambda index, launch: launch(), **limits):
+    """`around(index, launch)` launches engine `index`."""
     launcher = LocalLauncher()
     launcher.setup(ClusterConfig(device="cpu", cpus_per_node=4))
     spec = WorkerSpec(
@@ -109,11 +124,11 @@ def start(tmp_path, *, num_workers=2, max_restarts=0):
         run_dir=str(tmp_path),
     )
     return EngineWorkers.start(
-        lambda index: launcher.launch(attrs.evolve(spec, replica=index)),
+        lambda index: around(index, lambda: launcher.launch(attrs.evolve(spec, replica=index))),
         num_workers=num_workers,
         seed=5,
         timeout_s=60,
-        max_restarts=max_restarts,
+        **limits,
     )
 
 
@@ -204,7 +219,7 @@ def test_an_error_of_the_engine_is_of_its_type_and_names_it(engines):
 
 
 def test_a_call_that_takes_too_long_names_the_engine(engines):
-    with pytest.raises(DeadlineExceeded, match=r"sleep_for on the engine generation-0 \(pid \d+"):
+    with pytest.raises(DeadlineExceeded, match=r"sleep_for on the engine generation-0 \(pid \d+(.|\n)*call_timeout_s"):
         engines.apply(sleep_for, 1.0, timeout_s=0.1)
 
 
@@ -250,8 +265,8 @@ def test_nothing_is_shared_between_processes(engines):
     assert engines.dtype is torch.float32
 
 
-def kill(link):
-    os.kill(link.served.pid, signal.SIGKILL)
+def kill(link, number=signal.SIGKILL):
+    os.kill(link.served.pid, number)
 
 
 def test_a_dead_engine_is_named_and_ends_what_waits_for_it(tmp_path):
@@ -307,6 +322,75 @@ def test_an_engine_that_died_is_started_again_and_loses_no_request(tmp_path):
         threading.Event().wait(0.2)
         with pytest.raises(WorkerDied, match="generation-0"):
             made.metrics()
+    finally:
+        made.shutdown()
+
+
+def test_an_engine_that_dies_while_others_start_is_started_again_also_where_a_start_fails(tmp_path):
+    groups = {0: [], 1: []}
+    others = set(threading.enumerate())
+
+    def readers():
+        return [t for t in threading.enumerate() if t.name == "nemo-rl-generation-0" and t not in others]
+
+    def around(index, launch):
+        if index == 1:  # starts when the other has been up and has died
+            while not readers():  # it is connected
+                time.sleep(0.01)
+            os.kill(groups[0][0].pids[0], signal.SIGKILL)
+            while readers():
+                time.sleep(0.01)
+        elif len(groups[0]) == 1:
+            groups[0].append(None)
+            raise ConfigError("no device is free yet")
+        groups[index].append(launch())
+        return groups[index][-1]
+
+    made = start(tmp_path, num_workers=2, around=around, max_restarts=2)
+    try:
+        assert len(made.apply(process_id)) == 2
+        assert made.num_restarts == 2 and [len(found) for found in groups.values()] == [3, 1]
+    finally:
+        made.shutdown()
+
+
+def test_an_engine_that_lost_a_process_of_its_own_is_started_again(tmp_path):
+    made = start(tmp_path, num_workers=1, max_restarts=2)
+    try:
+        for num_restarts, use in enumerate((lambda: complete(made, [ask("one")])[0].token_ids, made.metrics), 1):
+            (link,) = made.links
+            made.apply(break_down)
+            assert use()  # without an error: it is asked of the new one
+            assert made.num_restarts == num_restarts
+            assert "generation is gone" in str(link.lost) and "exited with status 1" in str(link.lost)
+            assert str(link.lost).endswith("the process that decodes has ended")  # its last words
+    finally:
+        made.shutdown()
+
+
+def test_an_engine_that_hangs_gets_nothing_more_and_is_started_again(tmp_path):
+    made = start(tmp_path, num_workers=2, max_restarts=1, heartbeat_timeout_s=3.0)
+    try:
+        hangs, other = made.links
+
+        async def work():
+            tasks = [asyncio.create_task(made.generate(ask(str(i), group=i, seed=i))) for i in range(2)]
+            kill(hangs, signal.SIGSTOP)
+            while not hangs.is_late:
+                await asyncio.sleep(0.01)
+            tasks += [asyncio.create_task(made.generate(ask(str(i), group=i, seed=i))) for i in range(2, 12)]
+            await asyncio.gather(*tasks[2:])  # none of them waits for the one that hangs
+            assert hangs.lost is None and made.links == [hangs, other]
+            tasks += [asyncio.create_task(made.generate(ask("12", group=12, seed=12, prompt=(14,), milliseconds=4000)))]
+            return await asyncio.gather(*tasks)
+
+        assert [c.token_ids[0] for c in asyncio.run(work())] == list(range(13))
+        made.wait_alive(60)
+        assert made.links[0] is not hangs and made.links[1] is other and not made.needs_refit
+        assert "generation-0" in str(hangs.lost) and "answered nothing for 3 s" in str(hangs.lost)
+        assert len(complete(made, [ask(str(i), group=20 + i) for i in range(4)])) == 4
+        with pytest.raises(ProcessLookupError):
+            kill(hangs)
     finally:
         made.shutdown()
 

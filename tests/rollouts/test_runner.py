@@ -90,6 +90,26 @@ def test_an_error_of_the_engine_reaches_who_waits(make_runner):
         make_runner("a").run(fail()).result(20)
 
 
+def test_what_a_watch_finds_reaches_everyone_who_waits(make_runner, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("nemo_rl_core.rollouts.runner._CHECK_EVERY_S", 0.1)
+    died = threading.Event()
+
+    def check():
+        if died.is_set():
+            raise WorkerDied("the policy worker of rank 0 is gone")
+
+    runner = make_runner(ScriptedGeneration(lambda request: ScriptedReply(hang=True), tokenizer))
+    runner.watch_over(check)
+    futures = [submit(runner, i) for i in range(2)]
+    assert concurrent.futures.wait(futures, 1.5).done == set()
+    died.set()
+    for future in futures:
+        with pytest.raises(WorkerDied, match="rank 0 is gone"):
+            future.result(20)
+    runner.shutdown()
+    assert not caplog.records  # what was under way has ended in silence
+
+
 def test_a_blocked_loop_fails_every_waiter_and_names_the_line(make_runner, tokenizer):
     release = threading.Event()
 

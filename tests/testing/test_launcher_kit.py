@@ -19,6 +19,7 @@ from nemo_rl_core.testing.conformance.kit import clauses
 
 class Impatient(LauncherContract):
     hang_s = 3.0  # for launchers that wait for ever
+    notice_s = 2.0  # and for those that notice nothing
 
 
 class Group:
@@ -43,6 +44,9 @@ class Group:
 
     def iterate(self, method, /, *args, timeout_s=None):
         yield from self.group.iterate(method, *args, timeout_s=timeout_s)
+
+    def check_alive(self):
+        self.group.check_alive()
 
     def shutdown(self):
         self.group.shutdown()
@@ -280,6 +284,13 @@ class HangsAfterDeath(Group):
             raise
 
 
+class NoticesNothing(Group):
+    """A dead worker is found when it is called."""
+
+    def check_alive(self):
+        pass
+
+
 class IgnoresDeadlines(Group):
     def call(self, method, /, *args, timeout_s=None, **kwargs):
         return super().call(method, *args, timeout_s=None, **kwargs)
@@ -363,6 +374,7 @@ BROKEN = {
     ),
     "setup_raises": (HidesSetup, StartsTheRest),
     "worker_is_killed": (grouping(HangsAfterDeath), grouping(failing(lambda error: RuntimeError(str(error))))),
+    "idle_worker_is_killed": (grouping(NoticesNothing),),
     "worker_exits": (grouping(failing(lambda error: WorkerDied(str(error).partition("\n")[0].partition("last")[0]))),),
     "deadline": (
         grouping(IgnoresDeadlines),

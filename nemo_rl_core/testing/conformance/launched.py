@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,10 @@ class LaunchedWorker:
             if status < 0:
                 os.kill(os.getpid(), signal.Signals(-status))
             os._exit(status)
+
+    def leave_soon(self, rank: int, status: int) -> None:
+        """As `leave`, a moment after this was answered."""
+        threading.Timer(0.2, self.leave, (rank, status)).start()
 
     def hang(self, rank: int, seconds: float) -> str:
         """Answer late on one rank."""

@@ -48,6 +48,7 @@ class LauncherContract(SetUpContract):
         same_machine: Whether its processes run on this machine, so that what is left of them can be seen.
         hang_s: How long a worker hangs; the deadline of the call is 1 s.
         wait_s: Deadline of calls that do not hang.
+        notice_s: Within which the death of a worker that nobody calls is noticed.
     """
 
     kind: ClassVar[str] = "launchers"
@@ -57,6 +58,7 @@ class LauncherContract(SetUpContract):
     same_machine: ClassVar[bool] = True
     hang_s: ClassVar[float] = 20.0
     wait_s: ClassVar[float] = 60.0
+    notice_s: ClassVar[float] = 60.0
 
     @pytest.fixture
     def launcher(self) -> type:
@@ -198,6 +200,16 @@ class LauncherContract(SetUpContract):
         later = self.error_of(lambda: group.call("pid", timeout_s=self.wait_s), "a call to a dead group")
         assert isinstance(later, WorkerDied), f"a later call raised {type(later).__name__}, not WorkerDied: {later}"
 
+    def test_idle_worker_is_killed(self, ready: Launcher) -> None:
+        """`check_alive` is silent while all live; of one that is killed between two calls it is a WorkerDied."""
+        group = ready.launch(_HEALTHY)
+        group.check_alive()
+        group.call("leave_soon", 1, -9, timeout_s=self.wait_s)
+        error = self.error_of(lambda: self.checked(group), "a worker that was killed between two calls")
+        assert isinstance(error, WorkerDied), f"it raised {type(error).__name__}, not WorkerDied: {error}"
+        self.names(error, 1)
+        assert "9" in str(error) or "SIGKILL" in str(error), f"the signal is not in the message: {error}"
+
     def test_worker_exits(self, ready: Launcher) -> None:
         """A worker that ends is a WorkerDied with rank, exit status and the end of its standard error."""
         group = ready.launch(_HEALTHY)
@@ -248,6 +260,13 @@ class LauncherContract(SetUpContract):
         except Exception as error:  # looked at by the clause
             return error
         pytest.fail(f"{what} was not noticed: it returned {found!r}")
+
+    def checked(self, group: WorkerGroup) -> None:
+        """Ask until it is told, as a run does."""
+        deadline = time.monotonic() + self.notice_s
+        while time.monotonic() < deadline:
+            group.check_alive()
+            time.sleep(0.1)
 
     def names(self, error: Exception, rank: int) -> None:
         """The error says that it was this rank."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_vllm.cpu import KV_CACHE_GIB, environment
-from nemo_rl_plugins_vllm.plugin import IMPORT_VARIABLE, TRANSFER_BACKEND
+from nemo_rl_plugins_vllm.plugin import HOST_VARIABLE, IMPORT_VARIABLE, TRANSFER_BACKEND
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
@@ -114,7 +114,7 @@ def starting_environment(options: VLLMConfig, context: WorkerContext, *, gpu: bo
 
     They do not run the main module again: a script without `if __name__ == "__main__":` may start an engine.
     """
-    values = {IMPORT_VARIABLE: ",".join(options.import_modules)}
+    values = {IMPORT_VARIABLE: ",".join(options.import_modules), HOST_VARIABLE: str(os.getpid())}
     if gpu:
         values |= _visible_devices(context.device, options)
     else:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
+import time
 
-__all__ = ["IMPORT_VARIABLE", "TRANSFER_BACKEND", "register"]
+__all__ = ["HOST_VARIABLE", "IMPORT_VARIABLE", "TRANSFER_BACKEND", "register"]
 
 TRANSFER_BACKEND = "nemo_rl"
 """Name of our weight transfer engine in vLLM's registry."""
 IMPORT_VARIABLE = "NEMO_RL_VLLM_IMPORT"
 """Names of modules to import, with commas between; set from `import_modules` while the engine starts."""
+HOST_VARIABLE = "NEMO_RL_VLLM_HOST"
+"""Id of the process in which our backend lives; set while the engine starts."""
+_LOOK_EVERY_S = 1.0
+_watching_in = 0
+"""Id of the process that watches its parent already: a forked one begins with the memory of another."""
 
 
 def register() -> None:
     """Make the weight transfer engine known, and import the modules that the configuration names.
+
+    A process of an engine that our backend has started also ends when its parent has: vLLM's own would stay behind a
+    parent that was killed, and keep the device's memory from the engine that is started in its place.
 
     Called any number of times, in processes that use vLLM without NeMo RL too.
 
@@ -27,3 +37,21 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, "nemo_rl_plugins_vllm.receiver", "WeightReceiver")
     for name in filter(None, os.environ.get(IMPORT_VARIABLE, "").split(",")):
         importlib.import_module(name)
+    host = os.environ.get(HOST_VARIABLE)
+    if host is not None and int(host) != os.getpid():
+        _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    global _watching_in
+    if _watching_in == os.getpid():
+        return
+    _watching_in = os.getpid()
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="nemo-rl-parent-watch", daemon=True).start()

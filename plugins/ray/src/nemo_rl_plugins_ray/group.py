@@ -70,7 +70,7 @@ class RayWorkerGroup:
             WorkerDied: Names the rank, its node, how it ended and the tail of its standard error.
             Exception: What a worker raised, with its rank in the message.
         """
-        self._check_alive()
+        self._check_not_ended()
         packet = self._put((args, kwargs))
         return self.collect(method, {m.rank: m.actor.call.remote(method, packet) for m in self.members}, timeout_s)
 
@@ -84,7 +84,7 @@ class RayWorkerGroup:
         """
         if len(arguments) != self.size:
             raise ValueError(f"{method}: {len(arguments)} tuples of arguments for {self.size} {self.role} workers.")
-        self._check_alive()
+        self._check_not_ended()
         stored: dict[int, Any] = {}
         for args in arguments:
             if id(args) not in stored:
@@ -99,7 +99,7 @@ class RayWorkerGroup:
         own time left out. A caller that stops early still lets the workers run their generators to the end. Raises
         as `call`.
         """
-        self._check_alive()
+        self._check_not_ended()
         packet = self._put((args, {}))
         pull = self.members[0].actor.pull
         others = {m.rank: m.actor.drain.remote(method, packet) for m in self.members[1:]}
@@ -124,6 +124,25 @@ class RayWorkerGroup:
                 self.collect(method, rest, timeout_s, answered=answered)
             raise
 
+    def check_alive(self) -> None:
+        """Raise `WorkerDied` if a worker has died while nobody called it; returns at once.
+
+        Each actor has a ping under way, which it answers when it has nothing else to do, and which Ray fails when the
+        actor or its node is gone: the answer is looked at by a later call.
+        """
+        self._check_not_ended()
+        asked = [member.ping for member in self.members if member.ping is not None]
+        answered = ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
+        for member in self.members:
+            if member.ping in answered:
+                try:
+                    ray.get(member.ping)
+                except RayError as error:
+                    raise self._died(member.rank, "between two calls", error) from None
+                member.ping = None
+            if member.ping is None:
+                member.ping = member.actor.ping.remote()
+
     def shutdown(self) -> None:
         """Call `shutdown` on the workers and end their actors; does nothing the second time."""
         if self._ended is not None or not ray.is_initialized():
@@ -136,7 +155,7 @@ class RayWorkerGroup:
 
     # -- sending, receiving, ending -------------------------------------------------------------
 
-    def _check_alive(self) -> None:
+    def _check_not_ended(self) -> None:
         """Raise if the group has been ended.
 
         Raises:
@@ -178,15 +197,15 @@ class RayWorkerGroup:
             self._ended = reason
             kill(self.members)
 
-    def _died(self, rank: int, method: str, error: BaseException) -> WorkerDied:
+    def _died(self, rank: int, when: str, error: BaseException) -> WorkerDied:
         """The error of a worker whose actor is gone; ends the group."""
         member = self.members[rank]
         ending = member.ending(error)
         message = (
-            f"The {self.role} worker of rank {rank} on {member.host} {ending} during {method}. Its log is "
+            f"The {self.role} worker of rank {rank} on {member.host} {ending} {when}. Its log is "
             f"{member.log}; the end of it:\n{member.tail()}"
         )
-        self.end(f"rank {rank} on {member.host} {ending} during {method}")
+        self.end(f"rank {rank} on {member.host} {ending} {when}")
         return WorkerDied(message)
 
     # -- waiting --------------------------------------------------------------------------------
@@ -226,7 +245,7 @@ class RayWorkerGroup:
                 return "result", None
             if method == "start":
                 return "result", error  # the launcher knows better what it means
-            raise self._died(rank, method, error) from None
+            raise self._died(rank, f"during {method}", error) from None
         kind, value = decode(packet)
         return kind, value
 

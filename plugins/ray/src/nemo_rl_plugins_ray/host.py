@@ -85,6 +85,9 @@ class WorkerHost:
 
     # -- calls ----------------------------------------------------------------------------------
 
+    def ping(self) -> None:
+        """Nothing: that it is answered says that this actor lives."""
+
     def call(self, method: str, packet: Packet) -> Packet:
         """Call a method of the worker."""
         return _answer(lambda: self._call(method, packet))

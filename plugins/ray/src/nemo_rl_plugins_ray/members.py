@@ -32,6 +32,8 @@ class Member:
     host: str = "?"
     pid: int = 0
     log: Path = field(factory=Path)
+    ping: Any = None
+    """Reference to the answer of a ping that is under way."""
 
     def located(self, *, host: str, pid: int, log: str) -> None:
         """Take in what the actor said of itself."""

@@ -55,7 +55,7 @@ class Deadline:
         """The error that names who was waited for."""
         return DeadlineExceeded(
             f"Refit to weight version {self.version} passed its deadline of {self.seconds:g} s while waiting for "
-            f"{waiting_for}. Raise the refit timeout, or look at that side's log."
+            f"{waiting_for}. Raise generation.refit_timeout_s, or look at that side's log."
         )
 
 
