@@ -45,6 +45,9 @@ class WorkerSpec:
     """First argument of `setup`."""
     num_workers: int = 1
     devices_per_worker: int = 1
+    block: int = 1
+    """So many consecutive workers must share a machine (tensor-parallel peers talk in every layer). A launcher of one
+    machine may ignore it; one of several refuses what no machine has room for."""
     own_process: bool = False
     """Never in the driver's process, also if there is one worker only. A launcher that always starts processes may
     ignore it."""

@@ -353,6 +353,7 @@ def _model(
             factory=backend,
             config=made,
             num_workers=made.num_workers,
+            block=min(made.tensor_parallel_size, made.num_workers),
             seed=config.seed,
             run_dir=run_dir,
             manifest=manifest,

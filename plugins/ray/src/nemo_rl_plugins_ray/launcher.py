@@ -111,6 +111,7 @@ class RayLauncher:
             spec.role,
             num_workers=spec.num_workers,
             devices_per_worker=spec.devices_per_worker,
+            block=spec.block,
             replica=spec.replica,
             num_replicas=spec.num_replicas,
         )
