@@ -121,7 +121,7 @@ class _Server:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._out: SimpleQueue[Any] = SimpleQueue()
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="nemo-rl-engine-call")
-        where = None if same_machine else place.address
+        where = None if same_machine else place.address_between_machines()
         self._arrivals = Arrivals(key, address=where, name="nemo-rl-engine-arrivals")
         self.address = self._arrivals.address
         self._loop = asyncio.new_event_loop()

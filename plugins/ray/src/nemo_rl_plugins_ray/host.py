@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_core.infra.place import free_port
+from nemo_rl_core.infra.place import ADDRESS_VARIABLE, free_port, gloo_interface
 from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
@@ -49,6 +49,8 @@ class WorkerHost:
             if THREADS not in environment:
                 os.environ.pop(THREADS, None)  # Ray sets it to 1 where it counts no CPU for an actor
             adopt_environment(environment)
+            if interface := gloo_interface(environment.get(ADDRESS_VARIABLE, "")):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             return {
                 "differences": node_differences(json.loads(manifest), get_registry()),
                 "pid": os.getpid(),

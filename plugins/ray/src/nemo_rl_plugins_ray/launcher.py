@@ -12,6 +12,7 @@ import ray
 from attrs import evolve
 
 from nemo_rl_core.errors import WorkerDied
+from nemo_rl_core.infra.place import ADDRESS_VARIABLE, is_loopback
 from nemo_rl_core.infra.remote import expected_plugins, log_folder, worker_environment
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
 from nemo_rl_core.registry import check_nodes
@@ -148,10 +149,11 @@ class RayLauncher:
         limit = self.config.start_timeout_s
         folder, expected = log_folder(spec).absolute(), expected_plugins(spec)
         contexts = [_context(spec, rank, seat) for rank, seat in enumerate(seats)]
+        addresses = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}
         variables = self.config.environment_of(spec.role, spec.env).get("env_vars", {})
         starts = {}
         for member, context, seat in zip(group.members, contexts, seats, strict=True):
-            environment = _environment(spec, context, seat, variables)
+            environment = _environment(spec, context, seat, addresses[seat.node_id], variables)
             log_path = str(folder / f"{spec.label}-rank{member.rank}.log")
             starts[member.rank] = member.actor.start.remote(environment, log_path, expected)
         answers = group.collect("start", starts, limit)
@@ -159,10 +161,9 @@ class RayLauncher:
         for member, answer in zip(group.members, answers, strict=True):
             member.located(host=answer["host"], pid=answer["pid"], log=answer["log"])
         check_nodes([difference for answer in answers for difference in answer["differences"]])
-        address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}[seats[0].node_id]
         setups = {}
         for member, context in zip(group.members, contexts, strict=True):
-            place = evolve(context, master_addr=address, master_port=answers[0]["port"])
+            place = evolve(context, master_addr=addresses[seats[0].node_id], master_port=answers[0]["port"])
             setups[member.rank] = member.actor.setup.remote(_payload(spec, place))
         group.collect("setup", setups, limit)
 
@@ -181,9 +182,12 @@ def _context(spec: WorkerSpec, rank: int, seat: Seat) -> WorkerContext:
     )
 
 
-def _environment(spec: WorkerSpec, context: WorkerContext, seat: Seat, variables: dict[str, str]) -> dict[str, str]:
+def _environment(
+    spec: WorkerSpec, context: WorkerContext, seat: Seat, address: str, variables: dict[str, str]
+) -> dict[str, str]:
     """As for a process on this machine, also in its number of threads; `variables` are the runtime environment's."""
-    found = {**worker_environment(spec, context), **variables}
+    found = {} if is_loopback(address) else {ADDRESS_VARIABLE: address}
+    found |= {**worker_environment(spec, context), **variables}
     if THREADS not in found and THREADS in os.environ:
         found[THREADS] = os.environ[THREADS]
     if seat.visible_gpus:
