@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import ray
 
@@ -123,3 +125,48 @@ def test_blocks_that_do_not_fit_are_refused_with_the_fix(make_cluster):
         cluster.place("policy", num_workers=6, block=3)
     with pytest.raises(ResourceError, match=r"'policy' asks for 6 workers .*a node has 4"):
         make_cluster(num_nodes=1).place("policy", num_workers=6, block=3)
+
+
+@pytest.fixture
+def two_more_nodes(connected, ray_nodes):
+    """One after the other: the others are full. The first is lost when the second is there."""
+    holder = ray.util.placement_group([{"CPU": 4}] * 2, strategy="STRICT_SPREAD")
+    assert holder.wait(30)
+    settings = {"num_cpus": 4, "num_gpus": 0, "object_store_memory": 80 * 2**20}
+    added = [ray_nodes.add_node(**settings)]
+
+    def lose():
+        added.append(ray_nodes.add_node(**settings))
+        ray_nodes.remove_node(added.pop(0))
+        return added[0].node_id
+
+    yield lose
+    ray.util.remove_placement_group(holder)
+    for node in added:
+        if node in ray_nodes.worker_nodes:
+            ray_nodes.remove_node(node)
+    deadline = time.monotonic() + 30
+    while sum(node["Alive"] for node in ray.nodes()) != 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_place_of_a_lost_node_is_where_ray_has_moved_it(make_cluster, two_more_nodes, ray_nodes):
+    """Two workers share what one held before and what was added for the other: both move, to one node."""
+
+    def node_of(seat):
+        where = ray.remote(num_cpus=0)(lambda: ray.get_runtime_context().get_node_id())
+        return ray.get(where.options(scheduling_strategy=seat.strategy).remote(), timeout=60)
+
+    cluster = make_cluster(num_nodes=1)
+    first = cluster.place("critic", num_workers=1) + cluster.place("policy", num_workers=2)
+    assert len({seat.node_id for seat in first}) == 1
+    spare = two_more_nodes()
+    assert spare != first[0].node_id
+    seats = cluster.place("policy", num_workers=2)
+    assert [seat.node_id for seat in seats] == [node_of(seat) for seat in seats] == [spare] * 2
+
+    cluster.placement_timeout_s = 1.0
+    ray_nodes.remove_node(next(node for node in ray_nodes.worker_nodes if node.node_id == spare))
+    with pytest.raises(ResourceError, match=r"The node .* of role 'policy' was lost, and no other had room for its 2"):
+        cluster.place("policy", num_workers=2)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from nemo_rl_core.infra.place import ADDRESS_VARIABLE, free_port, gloo_interface
 from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
@@ -55,6 +57,7 @@ class WorkerHost:
                 "differences": node_differences(json.loads(manifest), get_registry()),
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
+                "node": ray.get_runtime_context().get_node_id(),
                 "log": str(log),
                 "port": free_port(""),
             }

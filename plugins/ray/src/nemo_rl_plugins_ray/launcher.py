@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["RayLauncher"]
 
 _log = logging.getLogger(__name__)
+_MAX_MOVES = 3
+
+
+class _Moved(Exception):
+    """A worker runs on another node than the one that it was prepared for."""
 
 
 class RayLauncher:
@@ -108,6 +113,15 @@ class RayLauncher:
     # -- starting -------------------------------------------------------------------------------
 
     def _launch(self, spec: WorkerSpec, cluster: VirtualCluster) -> WorkerGroup:
+        """Start the workers where they are to be; anew, if Ray has moved their place meanwhile as its node was lost."""
+        for _ in range(_MAX_MOVES):
+            try:
+                return self._launch_once(spec, cluster)
+            except _Moved as moved:
+                _log.warning("%s", moved)
+        raise WorkerDied(f"The {spec.label} workers did not start: their nodes were lost {_MAX_MOVES} times.")
+
+    def _launch_once(self, spec: WorkerSpec, cluster: VirtualCluster) -> WorkerGroup:
         seats = cluster.place(
             spec.role,
             num_workers=spec.num_workers,
@@ -158,6 +172,9 @@ class RayLauncher:
             starts[member.rank] = member.actor.start.remote(environment, log_path, expected)
         answers = group.collect("start", starts, limit)
         check_started(spec.label, group.members, answers)
+        for seat, answer in zip(seats, answers, strict=True):
+            if answer["node"] != seat.node_id:
+                raise _Moved(f"A {spec.label} worker that was to start on {seat.host} is on {answer['host']}.")
         for member, answer in zip(group.members, answers, strict=True):
             member.located(host=answer["host"], pid=answer["pid"], log=answer["log"])
         check_nodes([difference for answer in answers for difference in answer["differences"]])

@@ -9,6 +9,7 @@ ranks stand on the same machine, and those of a block (tensor-parallel peers) al
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Seat", "VirtualCluster"]
 
 _NODE = "ray.io/node-id"
+_LOOK_S = 0.2
 
 
 @frozen(kw_only=True)
@@ -66,6 +68,7 @@ class _Machine:
     """What is held of one machine: its devices are those of its bundles, in their order."""
 
     bundles: list[_Bundle] = field(factory=list)
+    host: str = "?"
 
     @property
     def size(self) -> int:
@@ -148,7 +151,8 @@ class VirtualCluster:
     ) -> list[Seat]:
         """Seats of the workers of `role`, by rank, or of those of one of its `num_replicas` equal groups.
 
-        The same replica has the same devices when it is started again.
+        The same replica has the same devices when it is started again, or where its machine was lost those that Ray
+        has found instead.
 
         Args:
             role: Its name.
@@ -177,6 +181,8 @@ class VirtualCluster:
                 spots = self._take(role, num_all, per_worker, block)
             num_threads = self._threads(spots, share)
             own = spots[replica * num_workers : (replica + 1) * num_workers]
+            for number in dict.fromkeys(spot.machine for spot in own):
+                self._locate(role, self._machines[number])
             return [
                 self._seat(spot, sum(spot.machine == other.machine for other in own[:rank]), num_threads)
                 for rank, spot in enumerate(own)
@@ -344,6 +350,38 @@ class VirtualCluster:
             for index, size in enumerate(sizes)
         ]
 
+    def _locate(self, role: str, machine: _Machine) -> None:
+        """Find out where the devices of a machine are now: Ray moves them to another node when theirs is lost.
+
+        Raises:
+            ResourceError: No other node has room for them in time.
+        """
+        first, deadline = machine.bundles[0], time.monotonic() + self.placement_timeout_s
+        while True:
+            table = placement_group_table(first.group)
+            node_id = table["bundles_to_node_id"].get(first.index)
+            alive = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]}
+            if node_id in alive:
+                break
+            if table["state"] == "REMOVED" or time.monotonic() > deadline:
+                raise ResourceError(
+                    f"The node {machine.host} of role {role!r} was lost, and no other had room for its {machine.size} "
+                    f"{self._what} in {self.placement_timeout_s:g} s (cluster.options.placement_timeout_s). Start Ray "
+                    "on another machine, or start the run again on what is left."
+                )
+            time.sleep(_LOOK_S)
+        machine.host = alive[node_id]
+        if node_id == first.node_id:
+            return
+        added, machine.bundles = machine.bundles[1:], [first]
+        first.node_id, first.gpus = node_id, self._gpus_of(first.group, first.index, first.size)
+        for bundle in added:  # these were bound to the node that was lost
+            self._groups.remove(bundle.group)
+            remove_placement_group(bundle.group)
+        if added:
+            (more,) = self._hold(f"role {role!r}", [sum(bundle.size for bundle in added)], where=node_id)
+            machine.bundles += more.bundles
+
     def _gpus_of(self, group: Any, index: int, size: int) -> list[str]:
         """Ids of the GPUs of a bundle on their machine; none on the CPU."""
         if self.device == "cpu":
@@ -369,7 +407,7 @@ class VirtualCluster:
         return Seat(
             strategy=machine.bundle_of(spot.devices[0]).strategy,
             node_id=machine.node_id,
-            host=next(str(n["NodeManagerHostname"]) for n in self.nodes if n["NodeID"] == machine.node_id),
+            host=machine.host,
             local_rank=local_rank,
             device="cuda:0" if gpus else "cpu",
             visible_gpus=gpus,
