@@ -63,11 +63,11 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
             _stop(connection, worker)
             return
         try:
-            if kind == "call":
+            if kind in ("call", "run"):  # what is run has a result that nobody wants
                 method, args, kwargs = rest
                 with PluginCall(component_kind, worker, method):
                     result = getattr(worker, method)(*args, **kwargs)
-                send(connection, ("result", result))
+                send(connection, ("result", result if kind == "call" else None))
                 del result, args, kwargs
             else:
                 with PluginCall(component_kind, worker, rest[0]):

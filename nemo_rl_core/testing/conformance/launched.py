@@ -59,6 +59,10 @@ class LaunchedWorker:
                 os.kill(os.getpid(), signal.Signals(-status))
             os._exit(status)
 
+    def only_first(self, value: Any) -> Any:
+        """`value`; on ranks but the first what cannot be sent."""
+        return value if self.context.rank == 0 else (_ for _ in ())
+
     def hang(self, rank: int, seconds: float) -> str:
         """Answer late on one rank."""
         if self.context.rank == rank:

@@ -48,6 +48,9 @@ class Worker:
         tensor += self.context.rank
         return tensor
 
+    def difference(self, first, tensor, last):
+        return first - last + float(tensor.sum())
+
     def variables(self, *names):
         return [os.environ.get(name) for name in names]
 
@@ -168,6 +171,12 @@ def test_two_nodes_colocated_roles_and_shards(make_launcher, monkeypatch):
     with pytest.raises(TypeError, match="rank 0"):
         policy.call_each("add_in_place", [shard, shard], timeout_s=60)
     assert Counted.times == 1, "peers of one shard share one object"
+    shards = [(np.zeros(50_000) + rank, shard[1]) for rank in range(2)]
+    with pytest.raises(TypeError, match="rank 0"):
+        policy.call_sharded("add_in_place", shards, axes={"dp": 2}, timeout_s=60)
+    assert Counted.times == 2, "what all shards have in common is stored once"
+    found = policy.call_sharded("difference", [(7, big, 4), (9, big, 4)], axes={"dp": 2}, timeout_s=60)
+    assert found == [3.0, 5.0], "common arguments stand where they were"
 
 
 @pytest.mark.parametrize(

@@ -90,14 +90,26 @@ class WorkerHost:
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def call(self, method: str, packet: Packet) -> Packet:
-        """Call a method of the worker."""
-        return _answer(lambda: self._call(method, packet))
+    def call(self, method: str, packet: Packet, shared: Packet | None = None) -> Packet:
+        """Call a method of the worker; `shared` are further arguments by their position."""
+        return _answer(lambda: self._call(method, packet, shared))
 
-    def _call(self, method: str, packet: Packet) -> Any:
+    def run(self, method: str, packet: Packet, shared: Packet | None = None) -> Packet:
+        """As `call`, with a result that nobody wants: None."""
+
+        def run() -> None:
+            self._call(method, packet, shared)
+
+        return _answer(run)
+
+    def _call(self, method: str, packet: Packet, shared: Packet | None = None) -> Any:
         from nemo_rl_core.registry import PluginCall
 
         args, kwargs = decode(packet)
+        if shared is not None:
+            args = list(args)
+            for position, value in sorted(decode(shared).items()):
+                args.insert(position, value)
         with PluginCall(self._kind, self._worker, method):
             return getattr(self._worker, method)(*args, **kwargs)
 
