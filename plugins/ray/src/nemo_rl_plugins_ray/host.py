@@ -174,12 +174,9 @@ def _answer(work: Callable[[], Any]) -> Packet:
 def _writable(log_path: str) -> Path:
     """The log's path, or one in a temporary folder where the run's folder is not shared by the machines."""
     path = Path(log_path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError:
-        path = Path(tempfile.mkdtemp(prefix="nemo-rl-logs-")) / path.name
-    return path
+    if os.access(path, os.W_OK):  # the driver has made it
+        return path
+    return Path(tempfile.mkdtemp(prefix="nemo-rl-logs-")) / path.name
 
 
 def _record_exits(path: Path) -> None:

@@ -168,8 +168,9 @@ class RayLauncher:
         starts = {}
         for member, context, seat in zip(group.members, contexts, seats, strict=True):
             environment = _environment(spec, context, seat, addresses[seat.node_id], variables)
-            log_path = str(folder / f"{spec.label}-rank{member.rank}.log")
-            starts[member.rank] = member.actor.start.remote(environment, log_path, expected)
+            log = folder / f"{spec.label}-rank{member.rank}.log"
+            log.touch()  # so that an actor finds it if its machine sees this folder
+            starts[member.rank] = member.actor.start.remote(environment, str(log), expected)
         answers = group.collect("start", starts, limit)
         check_started(spec.label, group.members, answers)
         for seat, answer in zip(seats, answers, strict=True):

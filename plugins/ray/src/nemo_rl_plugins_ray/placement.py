@@ -20,6 +20,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nemo_rl_core.errors import ResourceError
+from nemo_rl_core.infra.resources import check_roles_fit, role_share
 from nemo_rl_plugins_ray.layout import fill, plan
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class VirtualCluster:
                 f"node has {self.capacity} for the run:\n{self._listing()}\nLower tensor_parallel_size of {role}, or "
                 f"set cluster.{self.unit.lower()}s_per_node if a node has more."
             )
-        share = self._share(role, num_all * per_worker)
+        share = role_share(self.cluster, role, num_all * per_worker)
         with self._turn:
             if share is None:
                 spots = self._spread(role, num_all, per_worker, block)
@@ -219,23 +220,6 @@ class VirtualCluster:
     @property
     def _what(self) -> str:
         return "GPU(s)" if self.device == "cuda" else "CPU core(s)"
-
-    def _share(self, role: str, wanted: int) -> int | None:
-        """Devices of a role that has its own; None if the roles share."""
-        if not self._apart:
-            return None
-        if role not in self.cluster.roles:
-            raise ResourceError(
-                f"cluster.colocated is false and cluster.roles has no {role!r} (it has: "
-                f"{', '.join(self.cluster.roles)}). Add `{role}: {wanted}`, or set cluster.colocated: true."
-            )
-        share = self.cluster.roles[role]
-        if wanted > share:
-            raise ResourceError(
-                f"Role {role!r} asks for {wanted} devices; cluster.roles.{role} is {share}. Lower its workers or give "
-                "the role more devices."
-            )
-        return share
 
     def _listing(self) -> str:
         rows = []
@@ -295,12 +279,8 @@ class VirtualCluster:
             ResourceError: There are not as many, or others use them.
         """
         roles, whole = self.cluster.roles, [self.capacity] * self.cluster.num_nodes
-        wanted = plan(roles.values(), whole)
-        if wanted is None:
-            raise ResourceError(
-                f"cluster.roles asks for {sum(roles.values())} devices in all ({dict(roles)}); the cluster has "
-                f"{sum(whole)} for the run:\n{self._listing()}\nLower a role, or raise cluster.num_nodes."
-            )
+        check_roles_fit(self.cluster, sum(whole), f"with nodes\n{self._listing()}\nit has")
+        wanted = plan(roles.values(), whole) or whole
         free = self._free()
         if any(have < need for have, need in zip(free, wanted, strict=False)):
             wanted = plan(roles.values(), free) or wanted  # what is free now, else wait for whole machines
