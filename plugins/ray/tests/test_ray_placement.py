@@ -130,21 +130,24 @@ def test_blocks_that_do_not_fit_are_refused_with_the_fix(make_cluster):
 @pytest.fixture
 def two_more_nodes(connected, ray_nodes):
     """One after the other: the others are full. The first is lost when the second is there."""
-    holder = ray.util.placement_group([{"CPU": 4}] * 2, strategy="STRICT_SPREAD")
-    assert holder.wait(30)
     settings = {"num_cpus": 4, "num_gpus": 0, "object_store_memory": 80 * 2**20}
-    added = [ray_nodes.add_node(**settings)]
+    added = []
 
     def lose():
         added.append(ray_nodes.add_node(**settings))
         ray_nodes.remove_node(added.pop(0))
         return added[0].node_id
 
-    yield lose
-    ray.util.remove_placement_group(holder)
-    for node in added:
-        if node in ray_nodes.worker_nodes:
-            ray_nodes.remove_node(node)
+    holder = ray.util.placement_group([{"CPU": 4}] * 2, strategy="STRICT_SPREAD")
+    try:
+        assert holder.wait(30)
+        added.append(ray_nodes.add_node(**settings))
+        yield lose
+    finally:
+        ray.util.remove_placement_group(holder)
+        for node in added:
+            if node in ray_nodes.worker_nodes:
+                ray_nodes.remove_node(node)
     deadline = time.monotonic() + 30
     while sum(node["Alive"] for node in ray.nodes()) != 2:
         assert time.monotonic() < deadline
