@@ -66,11 +66,11 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
             _stop(connection, worker)
             return
         try:
-            if kind == "call":
+            if kind in ("call", "run"):  # what is run has a result that nobody wants
                 method, args, kwargs = rest
                 with PluginCall(component_kind, worker, method):
                     result = getattr(worker, method)(*args, **kwargs)
-                send(connection, ("result", result))
+                send(connection, ("result", result if kind == "call" else None))
                 del result, args, kwargs
             else:
                 with PluginCall(component_kind, worker, rest[0]):
@@ -121,7 +121,7 @@ def _leave_terminal() -> None:
     """Leave Ctrl-C to the driver, which saves with this process's help and then ends it.
 
     A terminal sends the signal to the whole process group of the command. In a session of its own this process does not
-    get it, nor do those that it starts (an engine's), whatever these do with a signal; and whoever ends it can end them too.
+    get it, nor do those that it starts (an engine's), whatever these do with a signal; who ends it can end them too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # it leads a session already
@@ -129,7 +129,7 @@ def _leave_terminal() -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process and all that it started when the driver's ends, however it ends, also in the middle of a call."""
+    """End this process and all that it started when the driver's ends, however that ends, also amid a call."""
     import multiprocessing
     from multiprocessing.connection import wait
 

@@ -131,7 +131,7 @@ class _Server:
         self._out: SimpleQueue[Any] = SimpleQueue()
         self._writer: threading.Thread | None = None
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="nemo-rl-engine-call")
-        where = None if same_machine else place.address
+        where = None if same_machine else place.address_between_machines()
         self._arrivals = Arrivals(key, address=where, name="nemo-rl-engine-arrivals")
         self.address = self._arrivals.address
         self._loop = asyncio.new_event_loop()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field, frozen
 from attrs.validators import gt
 
 from nemo_rl_core.errors import ResourceError
+from nemo_rl_core.infra.axes import dispatch
 from nemo_rl_core.infra.resources import ResourceManager
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
 from nemo_rl_core.registry import PluginCall
@@ -68,6 +69,20 @@ class InProcessGroup:
         worker = self._alive()
         with PluginCall(self._kind, worker, method):
             return [getattr(worker, method)(*only)]
+
+    def call_sharded(
+        self,
+        method: str,
+        shards: Sequence[tuple[Any, ...]],
+        /,
+        *,
+        axes: Mapping[str, int],
+        over: str | Sequence[str] = "dp",
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """`[worker.method(*shards[0])]`: every axis is of size 1."""
+        dispatch(axes, over, num_ranks=1, num_shards=len(shards), what=method)
+        return self.call_each(method, shards)
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
         """What the worker's generator yields."""

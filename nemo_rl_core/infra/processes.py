@@ -20,6 +20,7 @@ from attrs import evolve
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra import _worker
 from nemo_rl_core.infra._wire import receive, send
+from nemo_rl_core.infra.axes import dispatch
 from nemo_rl_core.infra.place import free_port
 from nemo_rl_core.infra.remote import (
     expected_plugins,
@@ -123,6 +124,24 @@ class ProcessGroup:
         with self._taking_turns(method, timeout_s):
             self._tell([("call", method, args, {}) for args in arguments])
             return self._collect(method, timeout_s)
+
+    def call_sharded(
+        self,
+        method: str,
+        shards: Sequence[tuple[Any, ...]],
+        /,
+        *,
+        axes: Mapping[str, int],
+        over: str | Sequence[str] = "dp",
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """Call `method` sharded over some axes, replicated over the others; one result for each shard; as `call`."""
+        found = dispatch(axes, over, num_ranks=self.size, num_shards=len(shards), what=f"{self.role} {method}")
+        kinds = ["call" if rank in found.heads else "run" for rank in range(self.size)]
+        with self._turn:
+            self._tell([(k, method, shards[s], {}) for k, s in zip(kinds, found.shards, strict=True)])
+            results = self._collect(method, timeout_s)
+        return [results[rank] for rank in found.heads]
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
         """Run a generator method on every worker; yield what rank 0 yields, one item at a time.

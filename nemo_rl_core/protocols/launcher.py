@@ -45,6 +45,9 @@ class WorkerSpec:
     """First argument of `setup`."""
     num_workers: int = 1
     devices_per_worker: int = 1
+    block: int = 1
+    """So many consecutive workers must share a machine (tensor-parallel peers talk in every layer). A launcher of one
+    machine may ignore it; one of several refuses what no machine has room for."""
     own_process: bool = False
     """Never in the driver's process, also if there is one worker only. A launcher that always starts processes may
     ignore it."""
@@ -93,6 +96,32 @@ class WorkerGroup(Protocol):
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
     ) -> list[Any]:
         """Call `method` on worker r with the positional arguments `arguments[r]`."""
+        ...
+
+    def call_sharded(
+        self,
+        method: str,
+        shards: Sequence[tuple[Any, ...]],
+        /,
+        *,
+        axes: Mapping[str, int],
+        over: str | Sequence[str] = "dp",
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """Call `method` on every worker, sharded over some axes and replicated over the others.
+
+        With `axes={"dp": 4, "tp": 2}` and `over="dp"` ranks 0 and 1 get `shards[0]`, 2 and 3 `shards[1]`, and so on
+        (`nemo_rl_core.infra.axes.dispatch`). An argument that is the same object in every shard should be sent to
+        where several workers read it only once.
+
+        Returns:
+            One result for each shard, of the lowest rank that has it. Those of its peers are not sent: these are
+            only waited for.
+
+        Raises:
+            ValueError: There are not as many shards as places on the axes, or the axes do not fit the group.
+            Exception: As `call`, also for what a rank raised whose result is not taken.
+        """
         ...
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Any:

@@ -196,9 +196,14 @@ class TrainingBackend(Protocol):
         """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
         ...
 
-    def data_parallel_layout(self) -> tuple[int, int]:
-        """(index, size): which shard of the batch this rank trains on, and of how many."""
-        return (0, 1)
+    def parallel_axes(self) -> Mapping[str, int]:
+        """Names and sizes of the axes that the ranks stand on, the same on every rank; known after `setup`.
+
+        Ranks are numbered row by row: the last axis varies fastest, and the sizes multiply to the number of workers.
+        The batch is sharded over the axis "dp"; ranks that differ on other axes alone ("tp", "pp", "cp") get the same
+        shard. The peers of the last axis, if that is "tp", share a machine.
+        """
+        return {"dp": 1}
 
     def offload(self) -> None:
         """Move weights and optimizer out of the accelerator's memory. Default: nothing."""

@@ -15,6 +15,7 @@ from nemo_rl_core.config.schema import ComponentChoice, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.infra.resources import check_role_names
 from nemo_rl_core.models import load_tokenizer, located
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole, feed_of
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
@@ -239,6 +240,7 @@ def _add_policy(
         parts.algorithm = algorithm_class(config, context)
     _check_staleness(config, parts.algorithm)
     roles = {"policy": ModelRole(config=config.policy, trained=True), **_roles(parts.algorithm)}
+    check_role_names(config.cluster, [*roles, "generation"])
     backends = {}
     for name, role in roles.items():
         backend = resolver.load("training_backends", role.config.backend or config.policy.backend)
@@ -370,6 +372,7 @@ def _model(
             factory=backend,
             config=made,
             num_workers=made.num_workers,
+            block=min(made.tensor_parallel_size, made.num_workers),
             seed=config.seed,
             run_dir=run_dir,
             timeout_s=made.collective_timeout_s,

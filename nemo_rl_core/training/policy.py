@@ -5,6 +5,7 @@ The ranks get shards balanced by tokens, each with equally many micro-batches un
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from attrs import evolve, frozen
 
 from nemo_rl_core.data.sharding import plan_step
-from nemo_rl_core.errors import InvariantViolation
+from nemo_rl_core.errors import InvariantViolation, PluginIncompatible
 from nemo_rl_core.infra.kept import Kept, hold
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult
 from nemo_rl_core.training.metrics import merge_metrics, metric_values
@@ -50,9 +51,13 @@ class Policy:
         self.group = group
         self.token_budget = token_budget
         self.temperature = temperature if temperature > 0 else 1.0
-        layout: list[tuple[int, int]] = group.call("data_parallel_layout")
-        self._shard_of_rank = [index for index, _ in layout]
-        self.num_shards = layout[0][1]
+        self.axes: dict[str, int] = dict(group.call("parallel_axes")[0])
+        if math.prod(self.axes.values()) != group.size:
+            raise PluginIncompatible(
+                f"parallel_axes() of the training backend gives {self.axes} for {group.size} worker(s): the sizes must "
+                "multiply to the number of workers. Tell the backend's author."
+            )
+        self.num_shards = self.axes.get("dp", 1)
 
     def train_step(self, batch: BatchedDataDict, loss: Loss, *, update: bool = True) -> dict[str, float]:
         """One optimizer step on the whole of `batch` (or, without `update`, only the loss and metrics).
@@ -72,8 +77,8 @@ class Policy:
             )
             for shard in self._plan(batch, whole_groups=getattr(loss, "unit", "sequence") == "group")
         ]
-        results = self._call_each("train_step", arguments)
-        metrics = metric_values(merge_metrics(result.metrics for result in self._one_per_shard(results)))
+        results = self._call("train_step", arguments)
+        metrics = metric_values(merge_metrics(result.metrics for result in results))
         if update:
             first: StepResult = results[0]
             metrics["grad_norm"] = first.grad_norm
@@ -150,7 +155,7 @@ class Policy:
         """A method of the backend on every shard; its per-token tensors in the order of the batch."""
         shards = self._plan(batch)
         arguments = [(self._take(batch, shard), *options, shard.micro_batches) for shard in shards]
-        results = self._one_per_shard(self._call_each(method, arguments))
+        results = self._call(method, arguments)
         parts = [result if isinstance(result, tuple) else (result,) for result in results]
         order = [i for shard in shards for i in shard.indices]
         return tuple(
@@ -170,12 +175,10 @@ class Policy:
     def _take(self, batch: BatchedDataDict, shard: _Shard) -> BatchedDataDict:
         return batch.select(shard.indices)
 
-    def _call_each(self, method: str, per_shard: list[tuple[Any, ...]]) -> list[Any]:
-        return self.group.call_each(method, [per_shard[index] for index in self._shard_of_rank])
-
-    def _one_per_shard(self, results: Sequence[Any]) -> list[Any]:
-        first = {index: rank for rank, index in reversed(list(enumerate(self._shard_of_rank)))}
-        return [results[first[index]] for index in range(self.num_shards)]
+    def _call(self, method: str, per_shard: list[tuple[Any, ...]]) -> list[Any]:
+        """One result for each shard."""
+        over = ["dp"] if "dp" in self.axes else []
+        return self.group.call_sharded(method, per_shard, axes=self.axes, over=over)
 
 
 class InitialModel:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from attrs import evolve
 
 from nemo_rl_core.config.schema import ClusterConfig
-from nemo_rl_core.errors import ResourceError
+from nemo_rl_core.errors import ConfigError, ResourceError
 from nemo_rl_core.infra import resources
-from nemo_rl_core.infra.resources import ResourceManager
+from nemo_rl_core.infra.resources import ResourceManager, check_role_names
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_roles_apart_get_devices_of_their_own(gpus):
     found = ResourceManager(ClusterConfig(colocated=False, roles={"policy": 1, "generation": 3}))
     assert found.place("policy", num_workers=1).devices == ("cuda:0",)
     assert found.place("generation", num_workers=3).devices == ("cuda:1", "cuda:2", "cuda:3")
-    with pytest.raises(ResourceError, match=r"asks for 2 GPUs.*cluster.roles.policy is 1"):
+    with pytest.raises(ResourceError, match=r"asks for 2 devices; cluster.roles.policy is 1"):
         found.place("policy", num_workers=2)
     with pytest.raises(ResourceError, match=r"cluster.roles has no 'critic'.*Add `critic: 1`"):
         found.place("critic", num_workers=1)
@@ -79,8 +80,23 @@ def test_what_the_machine_lacks_is_said(gpus, count, cluster, message):
 def test_roles_that_ask_for_more_than_there_is(gpus):
     gpus(2)
     cluster = ClusterConfig(colocated=False, roles={"policy": 2, "generation": 2})
-    with pytest.raises(ResourceError, match=r"asks for 4 GPUs in all.*the machine has 2"):
-        ResourceManager(cluster).place("policy", num_workers=2)
+    with pytest.raises(ResourceError, match=r"asks for 4 devices in all.*in GPUs the machine has 2"):
+        ResourceManager(cluster)
+    gpus(0)
+    cluster = evolve(cluster, cpus_per_node=3)
+    with pytest.raises(ResourceError, match=r"asks for 4 devices in all.*in CPU cores the machine has 3"):
+        ResourceManager(cluster)
+    found = ResourceManager(evolve(cluster, cpus_per_node=4))
+    assert found.place("generation", num_workers=2, devices_per_worker=8).devices == ("cpu", "cpu")
+    with pytest.raises(ResourceError, match=r"asks for 3 devices; cluster.roles.policy is 2"):
+        found.place("policy", num_workers=3)
+
+
+def test_devices_are_for_roles_that_there_are():
+    cluster = ClusterConfig(colocated=False, roles={"policy": 2, "generatoin": 2})
+    with pytest.raises(ConfigError, match=r"has generatoin, which is no role of this run.*Did you mean generation\?"):
+        check_role_names(cluster, ["policy", "generation"])
+    check_role_names(evolve(cluster, colocated=True), ["policy", "generation"])
 
 
 def test_a_cpu_can_be_asked_for_where_gpus_are(gpus):

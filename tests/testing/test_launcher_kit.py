@@ -12,6 +12,7 @@ from attrs import evolve
 
 from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.infra.axes import dispatch
 from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
 from nemo_rl_core.testing import LauncherContract, run_kit
 from nemo_rl_core.testing.conformance.kit import clauses
@@ -41,6 +42,9 @@ class Group:
 
     def call_each(self, method, arguments, /, *, timeout_s=None):
         return self.group.call_each(method, arguments, timeout_s=timeout_s)
+
+    def call_sharded(self, method, shards, /, *, axes, over="dp", timeout_s=None):
+        return self.group.call_sharded(method, shards, axes=axes, over=over, timeout_s=timeout_s)
 
     def iterate(self, method, /, *args, timeout_s=None):
         yield from self.group.iterate(method, *args, timeout_s=timeout_s)
@@ -175,6 +179,48 @@ class TakesFewer(Group):
     def call_each(self, method, arguments, /, *, timeout_s=None):
         padded = [*arguments, *[arguments[-1]] * (self.size - len(arguments))]
         return super().call_each(method, padded, timeout_s=timeout_s)
+
+
+class FetchesAll(Group):
+    """Has every rank's result sent, and drops those of the peers here."""
+
+    def call_sharded(self, method, shards, /, *, axes, over="dp", timeout_s=None):
+        found = dispatch(axes, over, num_ranks=self.size, num_shards=len(shards))
+        results = self.call_each(method, [shards[i] for i in found.shards], timeout_s=timeout_s)
+        return [results[rank] for rank in found.heads]
+
+
+class AnswersOfPeers(Group):
+    def call_sharded(self, method, shards, /, *, axes, over="dp", timeout_s=None):
+        found = super().call_sharded(method, shards, axes=axes, over=over, timeout_s=timeout_s)
+        return found * (self.size // len(found))
+
+
+class OverTheLastAxis(Group):
+    def call_sharded(self, method, shards, /, *, axes, over="dp", timeout_s=None):
+        return super().call_sharded(method, shards, axes=axes, over=list(axes)[-1], timeout_s=timeout_s)
+
+
+class FirstShardForAll(Group):
+    def call_sharded(self, method, shards, /, *, axes, over="dp", timeout_s=None):
+        return super().call_sharded(method, [shards[0]] * len(shards), axes=axes, over=over, timeout_s=timeout_s)
+
+
+class ForgetsPeers(Group):
+    """Takes no notice of what ranks raise whose results it does not take."""
+
+    def call_sharded(self, method, shards, /, *, axes, over="dp", timeout_s=None):
+        try:
+            return super().call_sharded(method, shards, axes=axes, over=over, timeout_s=timeout_s)
+        except LookupError:
+            return ["fine"]
+
+
+class TakesAnyNumberOfShards(Group):
+    def call_sharded(self, method, shards, /, *, axes, over="dp", timeout_s=None):
+        if over in axes:
+            shards = (list(shards) * axes[over])[: axes[over]]
+        return super().call_sharded(method, shards, axes=axes, over=over, timeout_s=timeout_s)
 
 
 class BackwardsItems(Group):
@@ -351,6 +397,14 @@ BROKEN = {
     "one_worker": (grouping(Bare), grouping(CountsWrong), grouping(ListsItems)),
     "calls": (sharing(Backwards), sharing(OnlyTheFirst), sharing(CountsWrong)),
     "calls_with_their_own_arguments": (sharing(OneForAll), sharing(TakesFewer)),
+    "calls_over_axes": (
+        sharing(FetchesAll),
+        sharing(AnswersOfPeers),
+        sharing(OverTheLastAxis),
+        sharing(FirstShardForAll),
+        sharing(ForgetsPeers),
+        sharing(TakesAnyNumberOfShards),
+    ),
     "iterate": (sharing(BackwardsItems), sharing(LeftItems)),
     "tensors": (sharing(AsLists),),
     "contexts": (

@@ -300,7 +300,7 @@ class AveragesOverRanks(DTensorBackend):
     """As with a reduction that averages, and a factor that was forgotten."""
 
     def train_step(self, batch, loss_fn, plan):
-        scale = plan.gradient_scale / self.data_parallel_layout()[1]
+        scale = plan.gradient_scale / self.parallel_axes()["dp"]
         return super().train_step(batch, loss_fn, evolve(plan, gradient_scale=scale))
 
 

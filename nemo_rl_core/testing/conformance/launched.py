@@ -64,6 +64,10 @@ class LaunchedWorker:
         """As `leave`, a moment after this was answered."""
         threading.Timer(0.2, self.leave, (rank, status)).start()
 
+    def only_first(self, value: Any) -> Any:
+        """`value`; on ranks but the first what cannot be sent."""
+        return value if self.context.rank == 0 else (_ for _ in ())
+
     def hang(self, rank: int, seconds: float) -> str:
         """Answer late on one rank."""
         if self.context.rank == rank:

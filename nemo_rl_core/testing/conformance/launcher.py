@@ -105,6 +105,8 @@ class LauncherContract(SetUpContract):
         assert found == [(0, 7)], f"call returned {found!r}, not [(0, 7)]"
         each = group.call_each("combine", [(5,)], timeout_s=self.wait_s)
         assert each == [(0, 5)], f"call_each returned {each!r}, not [(0, 5)]"
+        shard = group.call_sharded("combine", [(6,)], axes={"dp": 1}, timeout_s=self.wait_s)
+        assert shard == [(0, 6)], f"call_sharded returned {shard!r}, not [(0, 6)]"
         items = list(group.iterate("count", 3, timeout_s=self.wait_s))
         assert items == [(0, 0), (0, 1), (0, 2)], f"iterate gave {items!r}"
         worker = group.local
@@ -122,6 +124,30 @@ class LauncherContract(SetUpContract):
         assert found == [(0, 1), (1, 2)], f"call_each returned {found!r}"
         with Expecting(ValueError, "call_each with arguments for one of two workers"):
             pair.call_each("combine", [(1,)], timeout_s=self.wait_s)
+
+    def test_calls_over_axes(self, pair: WorkerGroup) -> None:
+        """`call_sharded` shards over the axes it is told and replicates over the others; one result for each shard.
+
+        What the peers return is not sent; what they raise is. Shards that do not fit the axes are a ValueError.
+        """
+        axes = {"dp": 1, "tp": 2}
+        call = partial(pair.call_sharded, timeout_s=self.wait_s)
+        found = call("combine", [(5,)], axes=axes)
+        assert found == [(0, 5)], f"one shard over dp of {axes} returned {found!r}, not [(0, 5)]"
+        found = call("combine", [(1,), (2,)], axes=axes, over="tp")
+        assert found == [(0, 1), (1, 2)], f"two shards over tp of {axes} returned {found!r}"
+        found = call("only_first", [("mine",)], axes=axes)
+        assert found == ["mine"], f"what rank 0 returned came as {found!r}"
+        error = self.error_of(lambda: call("fail", [(1,)], axes=axes), "what a rank raised whose result is not taken")
+        self.names(error, 1)
+        for what, wrong in (
+            ("one shard for the two places of tp", partial(call, "combine", [(1,)], axes=axes, over="tp")),
+            ("two shards for the one place of dp", partial(call, "combine", [(1,), (2,)], axes=axes)),
+            ("an axis that is not there", partial(call, "combine", [(1,)], axes=axes, over="pp")),
+            ("axes of four ranks", partial(call, "combine", [(1,), (2,)], axes={"dp": 2, "tp": 2})),
+        ):
+            with Expecting(ValueError, what):
+                wrong()
 
     def test_iterate(self, pair: WorkerGroup) -> None:
         """`iterate` yields what rank 0 yields, in order; left early, the group takes the next call."""

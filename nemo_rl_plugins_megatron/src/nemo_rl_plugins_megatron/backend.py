@@ -344,9 +344,10 @@ class MegatronBackend(TrainingBackend):
 
     # -- place --------------------------------------------------------------------------------
 
-    def data_parallel_layout(self) -> tuple[int, int]:
-        """(index, size) of this rank's shard of the batch."""
-        return self.ranks.dp_index, self.ranks.dp_size
+    def parallel_axes(self) -> dict[str, int]:
+        """The axes in megatron-core's order of ranks, tensor-parallel peers next to each other."""
+        ranks = self.ranks
+        return {"pp": ranks.pp_size, "dp": ranks.dp_size, "cp": ranks.cp_size, "tp": ranks.tp_size}
 
     def shutdown(self) -> None:
         """Free the model and leave the process group; may be called twice."""

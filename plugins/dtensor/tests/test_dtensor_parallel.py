@@ -53,7 +53,8 @@ def _spec(model, **policy):
 def _arguments(group, batch, loss):
     """Uneven shards: the last has an empty micro-batch, so that its rank must still take part."""
     out = []
-    for index, size in group.call("data_parallel_layout", timeout_s=60):
+    axes = group.call("parallel_axes", timeout_s=60)[0]
+    for index, size in [(rank // axes["tp"], axes["dp"]) for rank in range(group.size)]:
         mine = list(range(len(batch)))[index::size]
         plan = [mine[:3], mine[3:]] if index == 0 else [mine, []]
         out.append((batch, loss, StepPlan(micro_batches=plan)))

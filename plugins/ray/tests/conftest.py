@@ -10,25 +10,32 @@ import shutil
 
 import pytest
 
+SETTINGS = {"num_cpus": 4, "num_gpus": 0, "object_store_memory": 200 * 2**20, "include_dashboard": False}
+
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """Address of the cluster; this process is not connected to it."""
+def ray_nodes():
+    """The cluster; this process is not connected to it."""
     from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     before = dict(os.environ)
     os.environ.update(RAY_USAGE_STATS_ENABLED="0")
-    settings = {"num_cpus": 4, "num_gpus": 0, "object_store_memory": 200 * 2**20, "include_dashboard": False}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        cluster = Cluster(initialize_head=True, head_node_args=settings)
-        cluster.add_node(**settings)
+        cluster = Cluster(initialize_head=True, head_node_args=SETTINGS)
+        cluster.add_node(**SETTINGS)
     os.environ.clear()
     os.environ.update(before)
-    yield cluster.address
+    yield cluster
     folder = cluster.head_node.get_session_dir_path()
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_nodes):
+    """Its address."""
+    return ray_nodes.address
 
 
 @pytest.fixture(scope="session")

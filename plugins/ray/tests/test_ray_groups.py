@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray._private.utils import check_version_info, compute_version_info
 
 from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.errors import GenerationError, PluginIncompatible, ResourceError, WorkerDied
@@ -25,8 +26,9 @@ from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.registry import get_registry, worker_rows
 from nemo_rl_core.registry._diagnosis import compare_nodes
 from nemo_rl_core.testing.site import PluginSite
-from nemo_rl_plugins_ray.cluster import _check_address
+from nemo_rl_plugins_ray.cluster import _check_address, _check_versions
 from nemo_rl_plugins_ray.config import RayConfig
+from nemo_rl_plugins_ray.host import _writable
 from nemo_rl_plugins_ray.launcher import RayLauncher
 from nemo_rl_plugins_ray.nodes import nemo_rl_node_manifests
 from nemo_rl_plugins_ray.wire import decode, encode
@@ -47,6 +49,9 @@ class Worker:
     def add_in_place(self, tensor):
         tensor += self.context.rank
         return tensor
+
+    def difference(self, first, tensor, last):
+        return first - last + float(tensor.sum())
 
     def variables(self, *names):
         return [os.environ.get(name) for name in names]
@@ -168,6 +173,12 @@ def test_two_nodes_colocated_roles_and_shards(make_launcher, monkeypatch):
     with pytest.raises(TypeError, match="rank 0"):
         policy.call_each("add_in_place", [shard, shard], timeout_s=60)
     assert Counted.times == 1, "peers of one shard share one object"
+    shards = [(np.zeros(50_000) + rank, shard[1]) for rank in range(2)]
+    with pytest.raises(TypeError, match="rank 0"):
+        policy.call_sharded("add_in_place", shards, axes={"dp": 2}, timeout_s=60)
+    assert Counted.times == 2, "what all shards have in common is stored once"
+    found = policy.call_sharded("difference", [(7, big, 4), (9, big, 4)], axes={"dp": 2}, timeout_s=60)
+    assert found == [3.0, 5.0], "common arguments stand where they were"
 
 
 @pytest.mark.parametrize(
@@ -258,6 +269,23 @@ def test_a_node_without_this_package_is_named(make_launcher, tmp_path):
 def test_addresses_where_no_ray_answers_are_refused_at_once(address, message):
     with pytest.raises(ResourceError, match=message):
         _check_address(address)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"ray_version": "2.50.1"}, r"runs Ray 2.50.1 on Python .*process has Ray 2.*pip install 'ray==2.50.1'` here"),
+        ({"ray_version": "2.9.0"}, r"runs Ray 2.9.0 .*needs Ray 2.49 or newer: `pip install 'ray=="),
+        ({"python_version": "3.10.1"}, r"on Python 3.10.1, .*Run with Python 3.10.1 here"),
+    ],
+)
+def test_another_version_of_the_cluster_is_named_with_the_fix(theirs, message):
+    cluster = dict(zip(("ray_version", "python_version"), compute_version_info(), strict=True))
+    with pytest.raises(RuntimeError) as words:
+        check_version_info({**cluster, **theirs}, "127.0.0.1:1")
+    with pytest.raises(ResourceError, match=message):
+        _check_versions(str(words.value))
+    _check_versions("Version mismatch of something else")
 
 
 def test_the_doctor_sees_the_plugins_of_other_nodes(connected, monkeypatch):
@@ -353,6 +381,15 @@ def test_engines_of_the_core_run_in_actors(make_launcher):
 
 
 # -- the wire --------------------------------------------------------------------------------------------------
+
+
+def test_logs_stand_in_the_run_folder_where_that_is_seen(tmp_path):
+    seen, unseen = tmp_path / "a.log", tmp_path / "other-machine" / "b.log"
+    seen.touch()
+    assert _writable(str(seen)) == seen
+    found = _writable(str(unseen))
+    assert found.name == "b.log" and found.parent.is_dir() and tmp_path not in found.parents
+    assert not unseen.parent.exists(), "a folder that is not shared is not made a second time"
 
 
 def test_values_travel_whole():

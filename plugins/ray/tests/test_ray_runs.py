@@ -23,6 +23,7 @@ from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.training.assembly import RunInputs
 from nemo_rl_core.training.trainer import run as run_config
+from nemo_rl_plugins_ray.launcher import RayLauncher
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.timeout(300)]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -115,13 +116,17 @@ def assert_same_run(found, expected):
 
 
 def test_tensor_parallel_actors_and_engines_of_their_own_devices_take_the_same_steps(run, alone):
-    cluster = {
-        "launcher": "ray",
-        "colocated": False,
-        "roles": {"policy": 2, "generation": 2},
-    }
+    blocks = {}
+
+    class Launcher(RayLauncher):
+        def launch(self, spec):
+            blocks[spec.role] = spec.block
+            return super().launch(spec)
+
+    cluster = {"launcher": Launcher, "colocated": False, "roles": {"policy": 2, "generation": 2}}
     assert alone.history[-1]["train/grad_norm"] > 0
     assert_same_run(run(cluster=cluster, num_workers=2, tensor_parallel_size=2), alone)
+    assert blocks == {"policy": 2, "generation": 1}, "tensor-parallel peers are to share a machine"
 
 
 def test_a_worker_killed_in_mid_step_ends_the_run_with_its_name_and_nothing_is_lost(run, alone, tmp_path, monkeypatch):

@@ -431,9 +431,9 @@ class DTensorBackend(TrainingBackend):
 
     # -- place --------------------------------------------------------------------------------
 
-    def data_parallel_layout(self) -> tuple[int, int]:
-        """(index, size) of this rank's shard of the batch."""
-        return self.ranks.dp_index, self.ranks.dp_size
+    def parallel_axes(self) -> dict[str, int]:
+        """Data-parallel by tensor-parallel ranks; the batch is sharded over the first."""
+        return {"dp": self.ranks.dp_size, "tp": self.ranks.tp_size}
 
     def shutdown(self) -> None:
         """Leave the process group and free the model; may be called twice."""

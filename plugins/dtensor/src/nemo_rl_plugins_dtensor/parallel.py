@@ -62,6 +62,7 @@ class OneProcess:
 
     dp_index = 0
     dp_size = 1
+    tp_size = 1
     is_first = True
     layout = "1x1"
     file_name = "trainer.pt"
@@ -139,6 +140,7 @@ class Mesh(OneProcess):
         self.dp: DeviceMesh = mesh["dp"]
         self.tp: DeviceMesh = mesh["tp"]
         self.dp_index, self.dp_size = self.dp.get_local_rank(), self.dp.size()
+        self.tp_size = tp_size
         self.is_first = context.rank == 0
         self.layout = f"{self.dp_size}x{tp_size}"
         self.file_name = f"trainer-rank{context.rank}.pt"

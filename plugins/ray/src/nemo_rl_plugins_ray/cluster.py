@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 _ADDRESS = "RAY_ADDRESS"
 _CLIENT_MODE = "RAY_CLIENT_MODE"
 _REACH_S = 10.0
+_OLDEST = (2, 49)
 _LONGEST = 30  # characters of the temporary folder's parent: Ray keeps sockets below, whose paths must be short
 
 
@@ -138,10 +140,34 @@ def _init(failure: str, config: RayConfig, address: str | None, **settings: Any)
         except Exception as error:  # Ray raises bare ones, such as for a node that is slow to start
             if ray.is_initialized():
                 ray.shutdown()
+            _check_versions(str(error))
             notes = said.getvalue().strip()
             raise ResourceError(
                 f"{failure}: {type(error).__name__}: {error}" + (f"\n{notes}" if notes else "")
             ) from None
+
+
+def _check_versions(words: str) -> None:
+    """Say it better than Ray where the cluster's versions are not this process's.
+
+    Raises:
+        ResourceError: They differ; names both and the way out.
+    """
+    found = re.findall(r"Ray: (\S+)\s+Python: (\S+)", words)
+    if "Version mismatch" not in words or len(found) != 2:
+        return
+    (theirs, their_python), (ours, our_python) = found
+    if theirs == ours:
+        fix = f"Run with Python {their_python} here, or start the cluster with Python {our_python} on every machine."
+    elif tuple(map(int, re.findall(r"\d+", theirs)[:2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        fix = f"nemo-rl-ray needs Ray {oldest} or newer: `pip install 'ray=={ours}'` on the machines of the cluster."
+    else:
+        fix = f"`pip install 'ray=={theirs}'` here, or `pip install 'ray=={ours}'` on every machine of the cluster."
+    raise ResourceError(
+        f"The Ray cluster runs Ray {theirs} on Python {their_python}, this process has Ray {ours} on Python "
+        f"{our_python}; they must be the same. {fix}"
+    ) from None
 
 
 # -- keeping quiet -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayError, TaskCancelledError
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.infra.axes import dispatch
 from nemo_rl_core.infra.remote import raised_by
 from nemo_rl_plugins_ray.members import Member, kill
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
@@ -91,6 +92,34 @@ class RayWorkerGroup:
                 stored[id(args)] = self._put((args, {}))
         refs = {m.rank: m.actor.call.remote(method, stored[id(arguments[m.rank])]) for m in self.members}
         return self.collect(method, refs, timeout_s)
+
+    def call_sharded(
+        self,
+        method: str,
+        shards: Sequence[tuple[Any, ...]],
+        /,
+        *,
+        axes: Mapping[str, int],
+        over: str | Sequence[str] = "dp",
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """Call `method` sharded over some axes, replicated over the others; one result for each shard; as `call`.
+
+        Peers read their shard from one place in the object store, and everyone what is the same object in every
+        shard (a loss): that is pickled and stored once.
+        """
+        found = dispatch(axes, over, num_ranks=self.size, num_shards=len(shards), what=f"{self.role} {method}")
+        self._check_alive()
+        shared = {i: column[0] for i, column in enumerate(zip(*shards, strict=True)) if _is_one(column)}
+        stored = self._put(shared) if shared else None
+        own = [self._put((tuple(a for i, a in enumerate(args) if i not in shared), {})) for args in shards]
+        refs = {}
+        for member, shard in zip(self.members, found.shards, strict=True):
+            actor = member.actor
+            send = actor.call if member.rank in found.heads else actor.run
+            refs[member.rank] = send.remote(method, own[shard], stored)
+        results = self.collect(method, refs, timeout_s)
+        return [results[rank] for rank in found.heads]
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
         """Run a generator method on every worker; yield what rank 0 yields, one item at a time.
@@ -264,3 +293,8 @@ class RayWorkerGroup:
             f"{method} on the {self.role} workers passed its deadline of {limit_s:g} s; no answer from rank(s) {names} "
             f"of {self.size} (on {nodes}). The group was ended. The end of their logs:\n{tails}"
         )
+
+
+def _is_one(column: Sequence[Any]) -> bool:
+    """Whether all are the same object."""
+    return all(value is column[0] for value in column)

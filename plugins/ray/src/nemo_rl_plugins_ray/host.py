@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_core.infra.place import free_port
+import ray
+
+from nemo_rl_core.infra.place import ADDRESS_VARIABLE, free_port, gloo_interface
 from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
@@ -49,10 +51,13 @@ class WorkerHost:
             if THREADS not in environment:
                 os.environ.pop(THREADS, None)  # Ray sets it to 1 where it counts no CPU for an actor
             adopt_environment(environment)
+            if interface := gloo_interface(environment.get(ADDRESS_VARIABLE, "")):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             return {
                 "differences": node_differences(json.loads(manifest), get_registry()),
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
+                "node": ray.get_runtime_context().get_node_id(),
                 "log": str(log),
                 "port": free_port(""),
             }
@@ -88,14 +93,26 @@ class WorkerHost:
     def ping(self) -> None:
         """Nothing: that it is answered says that this actor lives."""
 
-    def call(self, method: str, packet: Packet) -> Packet:
-        """Call a method of the worker."""
-        return _answer(lambda: self._call(method, packet))
+    def call(self, method: str, packet: Packet, shared: Packet | None = None) -> Packet:
+        """Call a method of the worker; `shared` are further arguments by their position."""
+        return _answer(lambda: self._call(method, packet, shared))
 
-    def _call(self, method: str, packet: Packet) -> Any:
+    def run(self, method: str, packet: Packet, shared: Packet | None = None) -> Packet:
+        """As `call`, with a result that nobody wants: None."""
+
+        def run() -> None:
+            self._call(method, packet, shared)
+
+        return _answer(run)
+
+    def _call(self, method: str, packet: Packet, shared: Packet | None = None) -> Any:
         from nemo_rl_core.registry import PluginCall
 
         args, kwargs = decode(packet)
+        if shared is not None:
+            args = list(args)
+            for position, value in sorted(decode(shared).items()):
+                args.insert(position, value)
         with PluginCall(self._kind, self._worker, method):
             return getattr(self._worker, method)(*args, **kwargs)
 
@@ -160,12 +177,9 @@ def _answer(work: Callable[[], Any]) -> Packet:
 def _writable(log_path: str) -> Path:
     """The log's path, or one in a temporary folder where the run's folder is not shared by the machines."""
     path = Path(log_path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError:
-        path = Path(tempfile.mkdtemp(prefix="nemo-rl-logs-")) / path.name
-    return path
+    if os.access(path, os.W_OK):  # the driver has made it
+        return path
+    return Path(tempfile.mkdtemp(prefix="nemo-rl-logs-")) / path.name
 
 
 def _record_exits(path: Path) -> None:

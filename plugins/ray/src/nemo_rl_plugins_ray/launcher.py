@@ -12,6 +12,7 @@ import ray
 from attrs import evolve
 
 from nemo_rl_core.errors import WorkerDied
+from nemo_rl_core.infra.place import ADDRESS_VARIABLE, is_loopback
 from nemo_rl_core.infra.remote import expected_plugins, log_folder, worker_environment
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
 from nemo_rl_core.registry import check_nodes
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["RayLauncher"]
 
 _log = logging.getLogger(__name__)
+_MAX_MOVES = 3
+
+
+class _Moved(Exception):
+    """A worker runs on another node than the one that it was prepared for."""
 
 
 class RayLauncher:
@@ -107,10 +113,20 @@ class RayLauncher:
     # -- starting -------------------------------------------------------------------------------
 
     def _launch(self, spec: WorkerSpec, cluster: VirtualCluster) -> WorkerGroup:
+        """Start the workers where they are to be; anew, if Ray has moved their place meanwhile as its node was lost."""
+        for _ in range(_MAX_MOVES):
+            try:
+                return self._launch_once(spec, cluster)
+            except _Moved as moved:
+                _log.warning("%s", moved)
+        raise WorkerDied(f"The {spec.label} workers did not start: their nodes were lost {_MAX_MOVES} times.")
+
+    def _launch_once(self, spec: WorkerSpec, cluster: VirtualCluster) -> WorkerGroup:
         seats = cluster.place(
             spec.role,
             num_workers=spec.num_workers,
             devices_per_worker=spec.devices_per_worker,
+            block=spec.block,
             replica=spec.replica,
             num_replicas=spec.num_replicas,
         )
@@ -147,21 +163,25 @@ class RayLauncher:
         limit = self.config.start_timeout_s
         folder, expected = log_folder(spec).absolute(), expected_plugins(spec)
         contexts = [_context(spec, rank, seat) for rank, seat in enumerate(seats)]
+        addresses = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}
         variables = self.config.environment_of(spec.role, spec.env).get("env_vars", {})
         starts = {}
         for member, context, seat in zip(group.members, contexts, seats, strict=True):
-            environment = _environment(spec, context, seat, variables)
-            log_path = str(folder / f"{spec.label}-rank{member.rank}.log")
-            starts[member.rank] = member.actor.start.remote(environment, log_path, expected)
+            environment = _environment(spec, context, seat, addresses[seat.node_id], variables)
+            log = folder / f"{spec.label}-rank{member.rank}.log"
+            log.touch()  # so that an actor finds it if its machine sees this folder
+            starts[member.rank] = member.actor.start.remote(environment, str(log), expected)
         answers = group.collect("start", starts, limit)
         check_started(spec.label, group.members, answers)
+        for seat, answer in zip(seats, answers, strict=True):
+            if answer["node"] != seat.node_id:
+                raise _Moved(f"A {spec.label} worker that was to start on {seat.host} is on {answer['host']}.")
         for member, answer in zip(group.members, answers, strict=True):
             member.located(host=answer["host"], pid=answer["pid"], log=answer["log"])
         check_nodes([difference for answer in answers for difference in answer["differences"]])
-        address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}[seats[0].node_id]
         setups = {}
         for member, context in zip(group.members, contexts, strict=True):
-            place = evolve(context, master_addr=address, master_port=answers[0]["port"])
+            place = evolve(context, master_addr=addresses[seats[0].node_id], master_port=answers[0]["port"])
             setups[member.rank] = member.actor.setup.remote(_payload(spec, place))
         group.collect("setup", setups, limit)
 
@@ -180,9 +200,12 @@ def _context(spec: WorkerSpec, rank: int, seat: Seat) -> WorkerContext:
     )
 
 
-def _environment(spec: WorkerSpec, context: WorkerContext, seat: Seat, variables: dict[str, str]) -> dict[str, str]:
+def _environment(
+    spec: WorkerSpec, context: WorkerContext, seat: Seat, address: str, variables: dict[str, str]
+) -> dict[str, str]:
     """As for a process on this machine, also in its number of threads; `variables` are the runtime environment's."""
-    found = {**worker_environment(spec, context), **variables}
+    found = {} if is_loopback(address) else {ADDRESS_VARIABLE: address}
+    found |= {**worker_environment(spec, context), **variables}
     if THREADS not in found and THREADS in os.environ:
         found[THREADS] = os.environ[THREADS]
     if seat.visible_gpus:

@@ -96,7 +96,7 @@ class StreamedSync(WorkerSync):
         )
         out, into = self.carriers(here, there, transfer)
         local = all(place.machine == here.machine for place in there)
-        rendezvous = sides.trainer(open_hub, (transfer, None if local else here.address))[0]
+        rendezvous = sides.trainer(open_hub, (transfer, None if local else here.address_between_machines()))[0]
         arguments = [(name, rendezvous, transfer, *into) for name in transfer.names]
         try:
             sent, received = sides.both(send, (transfer, *out), receive, arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import itertools
+import os
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra.place import Place
+from nemo_rl_core.infra.place import Place, find_place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig
 from nemo_rl_plugins_weight_syncs.hub import PROCESS, Deadline, Hub, PeerGaveUp, Wire
@@ -55,7 +56,8 @@ class CollectiveSync(StreamedSync):
                 "weight_sync: shared_memory where they share a device."
             )
         chosen = "nccl" if backend == "nccl" or (backend == "auto" and apart) else "gloo"
-        address = trainer.address if any(place.machine != trainer.machine for place in engines) else _LOOPBACK
+        apart = any(place.machine != trainer.machine for place in engines)
+        address = trainer.address_between_machines() if apart else _LOOPBACK
         return (_Out, chosen, address), (_In, chosen)
 
 
@@ -94,7 +96,14 @@ class _Group:
 def _gloo_options(timeout: datetime.timedelta, *, local: bool) -> Any:
     options = dist.ProcessGroupGloo._Options()
     make = dist.ProcessGroupGloo.create_device
-    options._devices = [make(hostname=_LOOPBACK) if local else dist.ProcessGroupGloo.create_default_device()]
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if local:
+        device = make(hostname=_LOOPBACK)
+    elif interface:
+        device = make(interface=interface)
+    else:  # not what the host name stands for, which is a loopback address on many machines
+        device = make(hostname=find_place().address)
+    options._devices = [device]
     options._timeout = timeout
     return options
 
