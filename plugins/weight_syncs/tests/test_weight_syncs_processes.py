@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 
@@ -265,3 +266,32 @@ def test_collective_reaches_another_machine(trainer, engines, monkeypatch):
     monkeypatch.setattr(sync, "carriers", apart)
     report = refit(sync, trainer, engines, 1)
     assert report.fingerprint == engines.fingerprint()
+
+
+def gloo_for_nccl(worker, *_):
+    """In a process of the test: a group of gloo where NCCL's would be made, which needs a GPU for each."""
+    from nemo_rl_plugins_weight_syncs import collective
+
+    def make(store, rank, size):
+        return collective._gloo(store, rank, size, datetime.timedelta(seconds=30), local=True)
+
+    collective._nccl = make
+
+
+def test_nccl_goes_from_device_to_device(trainer, engines, monkeypatch):
+    """All but the group itself is real: neither side is asked for a device but by its place."""
+    trainer.call("apply", gloo_for_nccl)
+    engines.apply(gloo_for_nccl)
+    sync = CollectiveSync(CollectiveConfig(chunk_bytes=700))
+    carriers = sync.carriers
+
+    def on_gpus(place, places, transfer):
+        apart = [attrs.evolve(one, device_id=f"GPU-{number}") for number, one in enumerate([place, *places])]
+        out, into = carriers(apart[0], apart[1:], transfer)
+        assert out[1] == into[1] == "nccl"
+        return out, into
+
+    monkeypatch.setattr(sync, "carriers", on_gpus)
+    for number in (1, 2):
+        assert refit(sync, trainer, engines, number).fingerprint == engines.fingerprint()
+        trainer.call("train")

@@ -71,6 +71,8 @@ class StreamedSync(WorkerSync):
     def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
         """(class of the trainer's carrier, options...), (class of the engines' carrier, options...).
 
+        Each is made with the transfer, the torch device of its own side's `Place`, and the options.
+
         Raises:
             ConfigError: The trainer and the engines are where this sync cannot reach.
         """
@@ -97,9 +99,11 @@ class StreamedSync(WorkerSync):
         out, into = self.carriers(here, there, transfer)
         local = all(place.machine == here.machine for place in there)
         rendezvous = sides.trainer(open_hub, (transfer, None if local else here.address))[0]
-        arguments = [(name, rendezvous, transfer, *into) for name in transfer.names]
+        arguments = [
+            (name, rendezvous, transfer, place.device, *into) for name, place in zip(transfer.names, there, strict=True)
+        ]
         try:
-            sent, received = sides.both(send, (transfer, *out), receive, arguments)
+            sent, received = sides.both(send, (transfer, here.device, *out), receive, arguments)
         except BaseException as error:
             call_off(rendezvous, error)
             raise

@@ -55,7 +55,7 @@ class _Out:
 
     in_flight = 2
 
-    def __init__(self, transfer: Transfer, backend: Any, full: bool) -> None:
+    def __init__(self, transfer: Transfer, device: str, full: bool) -> None:
         self.full = full
         self.base: _Base = keep(transfer.key("sent base"), _Base)
         self.num_bytes_sent: int | None = 0
@@ -92,7 +92,7 @@ class _Out:
 class _In:
     """Applies changes to its own copy and loads from that."""
 
-    def __init__(self, transfer: Transfer, engine: Any) -> None:
+    def __init__(self, transfer: Transfer, device: str) -> None:
         self.base: _Base = keep(transfer.key("received base"), _Base)
 
     def hello(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class SharedMemorySync(StreamedSync):
                 "disk."
             )
         one_device = bool(trainer.device_id) and all(place.device_id == trainer.device_id for place in engines)
-        return (_Out, trainer.device if one_device else "cpu"), (_In,)
+        return (_Out, one_device), (_In,)
 
 
 class _Slots:
@@ -130,9 +130,9 @@ class _Out:
     num_bytes_sent = None
     in_flight = _NUM_SLOTS
 
-    def __init__(self, transfer: Transfer, backend: Any, device: str) -> None:
+    def __init__(self, transfer: Transfer, device: str, one_device: bool) -> None:
         self.transfer = transfer
-        self.device = device
+        self.device = device if one_device else "cpu"
         self.slots: _Slots = keep(transfer.key("slots"), _Slots)
 
     def begin(self, hub: Hub, num_engines: int) -> None:
@@ -159,7 +159,7 @@ class _Out:
 
 
 class _In:
-    def __init__(self, transfer: Transfer, engine: Any) -> None:
+    def __init__(self, transfer: Transfer, device: str) -> None:
         self.opened: dict[int, tuple[Any, Tensor]] = keep(transfer.key("opened"), dict)
 
     def hello(self) -> dict[str, Any]:

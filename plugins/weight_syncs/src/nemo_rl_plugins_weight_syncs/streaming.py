@@ -112,14 +112,15 @@ def open_hub(backend: Any, rank: int, transfer: Transfer, address: str | None) -
     return hub.rendezvous
 
 
-def send(backend: Any, rank: int, transfer: Transfer, carrier: Any, *options: Any) -> Sent | None:
+def send(backend: Any, rank: int, transfer: Transfer, device: str, carrier: Any, *options: Any) -> Sent | None:
     """On every rank of the trainer: export the weights; on rank 0 send them.
 
     Args:
         backend: The training backend.
         rank: Its rank.
         transfer: The refit.
-        carrier: Makes the `OutCarrier` from (transfer, backend, *options).
+        device: Of the trainer's weights, as its `Place` has it.
+        carrier: Makes the `OutCarrier` from (transfer, device, *options).
         options: Of the carrier.
     """
     source = iter(backend.export_weights())
@@ -130,7 +131,7 @@ def send(backend: Any, rank: int, transfer: Transfer, carrier: Any, *options: An
     key = transfer.key("hub")
     hub: Hub = keep(key, lambda: Hub(None))
     try:
-        return _send(hub, source, transfer, carrier(transfer, backend, *options))
+        return _send(hub, source, transfer, carrier(transfer, device, *options))
     except BaseException as error:
         hub.give_up(error)
         forget(transfer.key("slots"))  # no named memory outlives a refit that failed
@@ -164,7 +165,7 @@ def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, ca
 
 
 def receive(
-    engine: Any, name: str, rendezvous: Rendezvous, transfer: Transfer, carrier: Any, *options: Any
+    engine: Any, name: str, rendezvous: Rendezvous, transfer: Transfer, device: str, carrier: Any, *options: Any
 ) -> Received:
     """In an engine's process: load the weights that the trainer sends.
 
@@ -173,11 +174,12 @@ def receive(
         name: Of this engine.
         rendezvous: Where the trainer listens.
         transfer: The refit.
-        carrier: Makes the `InCarrier` from (transfer, engine, *options).
+        device: Of the engine, as its `Place` has it.
+        carrier: Makes the `InCarrier` from (transfer, device, *options).
         options: Of the carrier.
     """
     start_epoch(transfer.session, transfer.epoch)
-    made: InCarrier = carrier(transfer, engine, *options)
+    made: InCarrier = carrier(transfer, device, *options)
     wire = connect(rendezvous, name, made.hello(), transfer.deadline)
     stream = _Stream(wire, made)
     try:
