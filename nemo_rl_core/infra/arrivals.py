@@ -112,16 +112,16 @@ class Arrivals:
             caller.connect(self.address)  # nothing else wakes a thread that waits in accept()
 
     def _accept(self) -> None:
-        while not self._closed:
+        while True:
             try:
                 connection = self._listener.accept()  # without a key it reads nothing
             except OSError:  # one who left at once, or no file descriptor is free for now
                 time.sleep(0.01)
                 continue
-            if self._closed:  # the caller is `close`
+            if self._closed:  # this one is `close`
                 connection.close()
-            else:
-                threading.Thread(target=self._prove, args=(connection,), name=self._name, daemon=True).start()
+                break
+            threading.Thread(target=self._prove, args=(connection,), name=self._name, daemon=True).start()
         self._arrived.put(None)
         self._listener.close()
         if self._folder is not None:

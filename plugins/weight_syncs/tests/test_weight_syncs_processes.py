@@ -39,6 +39,8 @@ SYNCS = {
 class Trainer(SyncedTrainer):
     """Three tensors and what a test does to them."""
 
+    capabilities = frozenset({"exports_on_every_rank"})
+
     def setup(self, config, context):
         pass
 
@@ -77,6 +79,10 @@ class Engine(GenerationBackend):
 
 def set_fault(engine, fault):
     engine.fault = fault
+
+
+def scale_embedding(trainer, factor):
+    trainer.weights["embed"].mul_(factor)
 
 
 def version(engine):
@@ -246,7 +252,60 @@ def test_shared_memory_refuses_another_machine():
     here = find_place()
     there = attrs.evolve(here, machine="another", host="node-7")
     with pytest.raises(ConfigError, match="engines on node-7. Set weight_sync: collective"):
-        SharedMemorySync().carriers(here, [here, there], None)
+        SharedMemorySync().routes({0: here}, [here, there])
+
+
+def test_an_engine_is_served_by_the_rank_on_its_device_or_its_machine():
+    here, sync = find_place(), SharedMemorySync()
+
+    def on(device_id, machine="a"):
+        return attrs.evolve(here, machine=machine, device="cuda:0" if device_id else "cpu", device_id=device_id)
+
+    def kinds(trainers, engines):
+        """Engines by rank, and whether they are served from device memory."""
+        routes = sync.routes(dict(enumerate(trainers)), engines)
+        return {
+            rank: (numbers, sync.carriers(trainers[rank], [engines[n] for n in numbers], None)[0][1])
+            for rank, numbers in routes.items()
+        }
+
+    two = [on("A"), on("B")]
+    assert kinds(two, two) == {0: ((0,), True), 1: ((1,), True)}
+    assert kinds(two, [on("B"), on("A"), on("B")]) == {1: ((0, 2), True), 0: ((1,), True)}
+    assert kinds(two, [on("B")]) == {1: ((0,), True)}
+    assert kinds(two[:1], two) == {0: ((0, 1), False)}  # the backend exports on rank 0 only
+    assert kinds(two, [on("C")]) == {0: ((0,), False)}  # devices of its own
+    assert kinds([on(""), on("")], [on(""), on("")]) == {0: ((0, 1), False)}
+    nodes = [on("A", "a"), on("B", "b")]
+    assert kinds(nodes, [on("B", "b"), on("A", "a"), on("", "b")]) == {1: ((0, 2), False), 0: ((1,), True)}
+
+
+def test_ranks_serve_engines_side_by_side(trainer, engines, monkeypatch):
+    """As where each is on the device of an engine; here through the machine's memory."""
+    sync = SYNCS["shared_memory"]()
+    monkeypatch.setattr(sync, "routes", lambda trainers, places: {0: (1,), 1: (0,)})
+    for number in (1, 2):
+        report = refit(sync, trainer, engines, number)
+        assert report.fingerprint == engines.fingerprint() and report.num_tensors == 3
+        trainer.call("train")
+    engines.links[0].wait(engines.links[0].submit(set_fault, "flips a bit"), what="set", timeout_s=30)
+    with pytest.raises(InvariantViolation, match="engine generation-0's weights differ"):
+        refit(sync, trainer, engines, 3)
+    engines.links[0].wait(engines.links[0].submit(set_fault, "hangs"), what="set", timeout_s=30)
+    with pytest.raises(DeadlineExceeded, match="waiting for the engine generation-0"):
+        refit(sync, trainer, engines, 4, timeout_s=1.0)
+    engines.apply(set_fault, None)
+    assert refit(sync, trainer, engines, 5).fingerprint == engines.fingerprint()
+
+
+def test_ranks_that_export_other_weights_are_told(trainer, engines, monkeypatch):
+    sync = SYNCS["shared_memory"]()
+    monkeypatch.setattr(sync, "routes", lambda trainers, places: {0: (0,), 1: (1,)})
+    trainer.call_each("apply", [(set_fault, None), (scale_embedding, 2.0)])
+    with pytest.raises(InvariantViolation, match="engine generation-1's weights differ"):
+        refit(sync, trainer, engines, 1)
+    trainer.call_each("apply", [(set_fault, None), (scale_embedding, 0.5)])
+    refit(sync, trainer, engines, 2)
 
 
 def test_nccl_needs_a_device_for_each():

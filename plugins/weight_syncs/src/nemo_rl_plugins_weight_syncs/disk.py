@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -55,19 +54,19 @@ class DiskSync(WorkerSync):
             timeout_s=sides.deadline.left,
             chunk_bytes=self.config.shard_bytes,
             dtype=getattr(sides.engine, "dtype", None),
-            names=tuple(sides.engine_names),
             fingerprint=self.config.check_fingerprint,
         )
         # A name of its own for every attempt: one that was given up may still be writing.
         target = folder / f"weights-v{version}-{uuid.uuid4().hex[:8]}"
         sent = sides.trainer(_write, (transfer, target, self.config.keep))[0]
-        received = sides.engines(_read, [(transfer, target)] * len(transfer.names))
-        return conclude(sent, received, transfer, seconds=time.perf_counter() - start)
+        received = sides.engines(_read, [(transfer, target)] * len(sides.engine_names))
+        return conclude([sent] * len(received), received, sides.engine_names, transfer, start=start)
 
     def _folder(self, sides: Sides) -> Path:
         if self.config.folder is not None:
             return Path(self.config.folder).absolute() / f"refits-{self._session}"
-        here, there = sides.places()
+        trainers, there = sides.places()
+        here = trainers[0]
         elsewhere = sorted({place.host for place in there if place.machine != here.machine})
         if elsewhere:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The wires between the trainer's rank 0 and the engines: who may send when, who failed, who is waited for.
+"""The wires between a rank of the trainer and the engines it serves: who may send when, who failed, who is waited for.
 
 The trainer listens, every engine connects with the refit's key. What goes over these connections are small messages
 (which chunk lies where, that it was taken, that one side gave up) and the changes of `delta`; the other syncs move the
@@ -60,7 +60,7 @@ class Deadline:
 
 @frozen(kw_only=True)
 class Rendezvous:
-    """Where an engine finds the trainer's rank 0 for one refit."""
+    """Where an engine finds the rank that serves it in one refit."""
 
     address: Any
     key: bytes
