@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import signal
 
@@ -77,8 +78,11 @@ class Engine(GenerationBackend):
         return fingerprint(self.weights.items())
 
 
-def set_fault(engine, fault):
-    engine.fault = fault
+def set_fault(side, fault):
+    """To the trainer a fault is a weight that it cannot export."""
+    side.fault = fault
+    if isinstance(side, SyncedTrainer):
+        side.before_item = lambda name: 1 / (f"cannot export {name}" != fault)
 
 
 def scale_embedding(trainer, factor):
@@ -222,6 +226,16 @@ def test_disk_keeps_whole_versions_only(trainer, engines, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name.split("-")[1] for path in folder.iterdir()) == ["v2", "v3"]
     assert len(list(next(folder.glob("weights-v3-*")).glob("*.safetensors"))) > 1
+    trainer.call_each("apply", [(set_fault, "cannot export norm"), (set_fault, None)])
+    with pytest.raises(ZeroDivisionError):
+        refit(sync, trainer, engines, 4)
+    (folder / ".weights-v4-killed.unfinished").mkdir()
+    trainer.call("apply", set_fault, None)
+    refit(sync, trainer, engines, 5)
+    assert sorted(path.name.split("-")[1] for path in folder.iterdir()) == ["v3", "v5"]
+    del sync
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_that_cannot_be_written_is_told(trainer, engines, tmp_path):
