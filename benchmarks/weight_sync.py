@@ -3,8 +3,8 @@
 The trainer and the engine are worker processes of the local launcher that hold tensors of a transformer's shapes and
 do nothing else, so that what is timed is the sync: export, transfer, load. The yardstick is `Tensor.copy_` of the same
 tensors inside one process, taken before every refit of the same run. Every sync is timed with and without the
-comparison of fingerprints, which reads all weights once more on each side. Bar: 0.5 of the copy's bandwidth where
-both are on one machine, for `shared_memory`.
+comparison of fingerprints, for which each side sums all weights once more, a chunk at a time. Bar: 0.5 of the copy's
+bandwidth where both are on one machine, for `shared_memory`.
 
 On a busy machine the wall clock measures who else is there: the two processes of a sync take turns and wait for a core
 at each, the plain copy does not. So the CPU time stands beside it: that of the copy over that of the busier side, which
@@ -34,7 +34,7 @@ from torch import Tensor
 from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
 from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.infra.fingerprint import KeptSums
 from nemo_rl_core.infra.local import LocalLauncher
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
 from nemo_rl_core.protocols.launcher import WorkerSpec
@@ -106,9 +106,19 @@ def cpu_seconds(engine: Any) -> float:
     return time.process_time()
 
 
-class Engine(GenerationBackend):
-    """Copies what it is given into its parameters."""
+def set_digests(engine: Any, digests: bool) -> None:
+    """Whether an engine takes its parameters' sums when it loads them."""
+    engine.digests = digests
 
+
+class Engine(GenerationBackend):
+    """Copies what it is given into its parameters, as `torch_engine` does.
+
+    Attributes:
+        digests: It will be asked for a digest, and takes the sums of what it loads.
+    """
+
+    digests = False
     config_class: ClassVar[type] = dict
     dtype = torch.bfloat16
 
@@ -123,12 +133,15 @@ class Engine(GenerationBackend):
 
     def update_weights(self, version: int, tensors: Any, *, share: bool = False) -> None:
         """Copy in place."""
+        self.sums = KeptSums()
         for name, tensor in tensors:
             self.parameters[name].copy_(tensor)
+            if self.digests:
+                self.sums.add(name, self.parameters[name])
 
     def fingerprint(self) -> str:
         """Of the parameters."""
-        return fingerprint(self.parameters.items())
+        return self.sums.fingerprint(self.parameters.items())
 
 
 def plain_copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[float, float]:
@@ -168,6 +181,7 @@ def measure(megabytes: int, rounds: int) -> dict[str, Any]:
             result = {"num_bytes": num_bytes, "rounds": rounds, "changed_share": CHANGED}
             plain_copy(source, target)
             for check in (False, True):
+                engines.apply(set_digests, check)
                 for name, sync in syncs(check, folder).items():
                     key = f"{name}_checked" if check else name
                     result[key] = _time(sync, trainer, engines, lambda: plain_copy(source, target), rounds, num_bytes)

@@ -108,7 +108,8 @@ def nemo_rl_commands() -> Mapping[str, Any] | None:
 def nemo_rl_defaults() -> Mapping[str, str] | None:
     """Kind to the name used when a configuration names none, such as {"training_backends": "x"}.
 
-    "weight_syncs.workers" is for engines in processes of their own; in the driver's it is the core's `in_process`.
+    "weight_syncs.workers" is for engines in processes of their own, "weight_syncs.colocated" for such that share their
+    devices with the trainer on one machine; in the driver's process it is the core's `in_process`.
     """
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import os
 import queue
 import socket
+import struct
 import tempfile
 import threading
-from multiprocessing.connection import Client, Connection, Listener
+import time
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.heartbeat import keep_alive
 
-__all__ = ["Arrivals", "arrive"]
+__all__ = ["Arrivals", "arrive", "limit_waits"]
+
+_BACKLOG = 1024
+"""Connections that the system takes before this process has; with few, the clients' system tries again after
+seconds, and one that it gave up believes to be connected."""
 
 
 def arrive(address: Any, key: bytes, *, who: str, timeout_s: float) -> Connection:
@@ -60,20 +67,26 @@ def arrive(address: Any, key: bytes, *, who: str, timeout_s: float) -> Connectio
 class Arrivals:
     """Listens until it is closed; connections wait in a queue.
 
+    Each connection proves itself in a thread of its own: one that says nothing keeps nobody waiting.
+
     Args:
         key: The secret (HMAC in both directions, before anything else is read).
         address: IP address of this machine to listen at, on a free port; None listens at a path of the file system,
             which only this machine's processes reach.
         name: Of the thread.
+        proof_s: How long a connection may take over each message of its proof.
     """
 
-    def __init__(self, key: bytes, *, address: str | None, name: str) -> None:
+    def __init__(self, key: bytes, *, address: str | None, name: str, proof_s: float = 30.0) -> None:
+        self._key = key
+        self._name = name
+        self._proof_s = proof_s
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if address is None:
             self._folder = tempfile.TemporaryDirectory(prefix="nemo-rl-")
-            self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", authkey=key)
+            self._listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", backlog=_BACKLOG)
         else:
-            self._listener = Listener((address, 0), "AF_INET", authkey=key)
+            self._listener = Listener((address, 0), "AF_INET", backlog=_BACKLOG)
         self.address: Any = self._listener.address
         """For `multiprocessing.connection.Client`."""
         self._arrived: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
@@ -101,14 +114,42 @@ class Arrivals:
             caller.connect(self.address)  # nothing else wakes a thread that waits in accept()
 
     def _accept(self) -> None:
-        while not self._closed:
+        while True:
             try:
-                connection = self._listener.accept()
-            except Exception:  # somebody without the key, or one who left at once
+                connection = self._listener.accept()  # without a key it reads nothing
+            except OSError:  # one who left at once, or no file descriptor is free for now
+                time.sleep(0.01)
                 continue
-            keep_alive(connection)
-            self._arrived.put(connection)
+            if self._closed:  # this one is `close`
+                connection.close()
+                break
+            threading.Thread(target=self._prove, args=(connection,), name=self._name, daemon=True).start()
         self._arrived.put(None)
         self._listener.close()
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _prove(self, connection: Connection) -> None:
+        try:
+            limit_waits(connection, self._proof_s)
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            limit_waits(connection, 0.0)
+            keep_alive(connection)
+        except Exception:  # somebody without the key, who left, or who says nothing
+            connection.close()
+            return
+        self._arrived.put(connection)
+
+
+def limit_waits(connection: Connection, seconds: float) -> None:
+    """Let any one read or write of a connection's socket take `seconds` at most: then it is a BlockingIOError.
+
+    Args:
+        connection: Over a socket.
+        seconds: 0 is no limit.
+    """
+    wait = struct.pack("@ll", int(seconds), int((seconds % 1) * 1e6))
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as shared:
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)

@@ -44,9 +44,8 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, T
     chunk: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in tensors:
-        here = tensor.detach().cpu()
-        # A view would take its whole storage with it.
-        chunk.append((name, here.clone() if here.untyped_storage().nbytes() > here.nbytes else here))
+        here = tensor.detach().to("cpu", copy=True)  # the next one may lie where this one did
+        chunk.append((name, here))
         size += here.nbytes
         if size >= _CHUNK_BYTES:
             yield chunk

@@ -82,7 +82,8 @@ class TrainingBackend(Protocol):
         config_class: attrs class of `policy.options` for this backend.
         capabilities: Of "tensor_parallel", "pipeline_parallel", "context_parallel", "lora", "scalar_head"
             (serves `policy.head: scalar`), "top_logprobs", "over_vocabulary" (serves losses that need it, and gives
-            `get_hidden_states` and `get_output_layer`), "share_weights" (export_weights yields live tensors that an
+            `get_hidden_states` and `get_output_layer`), "exports_on_every_rank" (export_weights yields the
+            tensors on all ranks), "share_weights" (export_weights yields live tensors that an
             engine in the same process may alias). After `setup` an object may have fewer than its class.
     """
 
@@ -170,7 +171,8 @@ class TrainingBackend(Protocol):
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face parameter name, full tensor) of the current weights, tied ones once.
 
-        A collective: every rank must exhaust it. Rank 0 gets the tensors; other ranks may get empty ones.
+        A collective: every rank must exhaust it. Rank 0 gets the tensors; other ranks may get empty ones,
+        unless the backend has the capability "exports_on_every_rank".
         """
         ...
 

@@ -179,14 +179,15 @@ class Registry:
         ref.check()
         return ref
 
-    def default(self, kind: str, case: str | None = None) -> str | None:
+    def default(self, kind: str, *cases: str) -> str | None:
         """Name used where a configuration names none.
 
         What the hook `nemo_rl_defaults` says, else the only component of the kind; None if none is installed.
 
         Args:
             kind: Such as "weight_syncs".
-            case: One in which another component is the default, such as "workers"; declared as "weight_syncs.workers".
+            cases: Those in which another component may be the default, such as "workers", which is declared as
+                "weight_syncs.workers"; the first one for which any is declared counts.
 
         Raises:
             PluginConflict: Several are installed, and no default or more than one is declared.
@@ -194,11 +195,13 @@ class Registry:
         which = self._kind(kind)
         self._require_sound()
         names = self.names(kind)
+        said = list(self.hooks.call_each("nemo_rl_defaults"))
         declared: dict[str, object] = {}
-        for plugin, defaults in self.hooks.call_each("nemo_rl_defaults"):
-            name = defaults.get(kind if case is None else f"{kind}.{case}")
-            if name is not None and (name in names or ":" in name):
-                declared[name] = plugin
+        for key in [f"{kind}.{case}" for case in cases] or [kind]:
+            of_case = {name: plugin for plugin, defaults in said if (name := defaults.get(key)) is not None}
+            declared = {name: plugin for name, plugin in of_case.items() if name in names or ":" in name}
+            if declared:
+                break
         if len(declared) > 1:
             each = "; ".join(f"{plugin} says {name!r}" for name, plugin in sorted(declared.items()))
             raise PluginConflict(f"The default {which.label} is declared twice: {each}. Name one in the configuration.")

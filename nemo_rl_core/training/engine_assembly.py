@@ -82,7 +82,9 @@ def choose_weight_sync(config: RunConfig, placement: EnginePlacement) -> Compone
     needed = "driver" if placement.in_driver else "workers"
     choice, registry = config.weight_sync, get_registry()
     if choice.name is None:
-        choice = ComponentChoice(name="in_process" if placement.in_driver else registry.default(_SYNCS, needed))
+        together = config.cluster.colocated and config.cluster.num_nodes == 1
+        cases = ("colocated", needed) if together else (needed,)
+        choice = ComponentChoice(name="in_process" if placement.in_driver else registry.default(_SYNCS, *cases))
     if choice.name is not None:
         sync_class = registry.resolve(_SYNCS, choice.name, plugins=config.plugins).load()
         if needed in _placements(sync_class):

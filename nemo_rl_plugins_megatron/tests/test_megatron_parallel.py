@@ -13,6 +13,7 @@ import torch
 from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import CheckpointError, InvariantViolation
+from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerSpec
@@ -117,6 +118,8 @@ def test_steps_outputs_and_weights_are_those_of_one_process(run, make_backend, b
     for one, other in zip(ranks.top_logprobs(batch, 5), single.top_logprobs(batch, 5), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     weights = {name: t.clone() for name, t in group.iterate("export_weights", timeout_s=60)}
+    of_rank = group.call("apply", lambda backend: fingerprint(backend.export_weights()), timeout_s=60)
+    assert of_rank[0] == of_rank[1] == fingerprint(weights.items())  # "exports_on_every_rank"
     expected_weights = dict(alone.export_weights())
     assert weights.keys() == expected_weights.keys()
     for name, tensor in expected_weights.items():

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import nemo_rl
+from nemo_rl_core.config.schema import ClusterConfig, RunConfig
 from nemo_rl_core.errors import ConfigError, WorkerDied
+from nemo_rl_core.training.engine_assembly import EnginePlacement, choose_weight_sync
 
 pytestmark = pytest.mark.xdist_group("engine_processes")  # one worker makes what they share
 
@@ -114,6 +116,20 @@ def test_a_killed_engine_that_may_not_be_replaced_ends_the_run_by_name(train):
 
 def test_no_weight_sync_named_takes_that_of_where_the_engine_lives(train, in_process):
     assert train(None, num_workers=1) == in_process
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "cluster", "expected"),
+    [
+        (0, {}, "in_process"),
+        (2, {}, "shared_memory"),  # on a GPU through CUDA IPC
+        (2, {"colocated": False, "roles": {"policy": 2, "generation": 2}}, "collective"),
+        (2, {"num_nodes": 2}, "collective"),
+    ],
+)
+def test_the_default_sync_is_that_of_the_placement(num_workers, cluster, expected):
+    placement = EnginePlacement(num_workers=num_workers, devices_per_worker=1, why="the test says so")
+    assert choose_weight_sync(RunConfig(cluster=ClusterConfig(**cluster)), placement).name == expected
 
 
 def test_a_sync_that_does_not_reach_the_engine_is_refused(train):

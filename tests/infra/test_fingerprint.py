@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.infra.fingerprint import KeptSums, _row_and_column_sums, fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
 
@@ -77,3 +77,40 @@ def test_it_sees_bits_not_values():
 def test_a_view_that_starts_inside_a_word_reads_its_own_bits():
     base = torch.arange(5000, dtype=torch.float32)
     assert fingerprint([("w", base[1:4001])]) == fingerprint([("w", base[1:4001].clone())])
+
+
+def test_a_tensor_of_many_blocks_is_summed_as_by_hand():
+    words = torch.randint(-(2**62), 2**62, (300, 1024))  # 300 rows are more than are summed at a time
+    before = fingerprint([("w", words)])
+    for row, column in ((0, 0), (127, 5), (128, 1023), (299, 7)):
+        words[row, column] += 1
+        assert fingerprint([("w", words)]) != before
+        words[row, column] -= 1
+    assert fingerprint([("w", words)]) == before
+    columns, rows = _row_and_column_sums(words)
+    assert torch.equal(columns, words.sum(0)) and torch.equal(rows, words.sum(1))
+
+
+def test_kept_sums_are_those_of_the_weights_as_they_are():
+    model, kept = _model(), KeptSums()
+    for name, tensor in model.items():
+        if name != "c":  # one that was never taken in
+            kept.add(name, tensor)
+    assert kept.fingerprint(model.items()) == fingerprint(model.items())
+    changes = (
+        lambda: model["a"].add_(1),
+        lambda: model["a"].detach().view(-1)[:5].zero_(),  # through a view
+        lambda: model["b"].view(torch.int32)[3].bitwise_xor_(1),
+        lambda: model.update(d=model["d"] + 1),
+        lambda: model.update(a=model["b"].view(7, 300), b=model["a"].view(300, 7)),  # exchanged
+        lambda: model.pop("e"),
+    )
+    for change in changes:
+        before = kept.fingerprint(model.items())
+        change()
+        assert kept.fingerprint(model.items()) == fingerprint(model.items()) != before
+    with torch.inference_mode():  # torch counts no changes of such a tensor
+        weight = torch.zeros(4)
+        kept.add("i", weight)
+        weight.add_(1)
+        assert kept.fingerprint([("i", weight)]) == fingerprint([("i", weight)])

@@ -327,9 +327,11 @@ def test_no_default_one_default_many(site, registry):
     with pytest.raises(PluginConflict, match="several are installed: box, crate"):
         registry.default("sandboxes")
     site.install("d", entry_points={"hooks": {"d": "d_pkg"}}, modules={
-        "d_pkg": "def nemo_rl_defaults():\n    return {'sandboxes': 'crate', 'exporters': 'absent'}"})  # fmt: skip
+        "d_pkg": "def nemo_rl_defaults():\n"
+        "    return {'sandboxes': 'crate', 'exporters': 'absent', 'sandboxes.far': 'box'}"})  # fmt: skip
     registry.refresh()
     assert registry.default("sandboxes") == "crate"
+    assert registry.default("sandboxes", "near", "far") == registry.default("sandboxes", "far") == "box"
     assert registry.default("exporters") is None  # declared, but not installed
     site.install("e", entry_points={"hooks": {"e": "e_pkg"}}, modules={
         "e_pkg": "def nemo_rl_defaults():\n    return {'sandboxes': 'box'}"})  # fmt: skip

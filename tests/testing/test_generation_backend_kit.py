@@ -205,6 +205,13 @@ class AlwaysShares(Refitting):
         super().put(version, tensors, True)
 
 
+class Gathers(Refitting):
+    """Takes all tensors, then copies them."""
+
+    def put(self, version, tensors, share):
+        super().put(version, iter(list(tensors)), share)
+
+
 class IgnoresShared(Refitting):
     def put(self, version, tensors, share):
         if not share:
@@ -339,6 +346,7 @@ BROKEN = {
     "fingerprint": (KeepsItsFingerprint, KeepsItsWeights),
     "caches_are_fresh_after_a_refit": (Remembers,),
     "copies_unless_shared": (AlwaysShares,),
+    "copies_each_before_the_next": (Gathers,),
     "shared_weights": (IgnoresShared, Scribbles),
     "wrong_weights": (Lenient, HalfLoaded),
     "in_flight_update": (answering(lambda r, c: evolve(c, last_weight_version=c.weight_version)),),

@@ -26,6 +26,7 @@ from nemo_rl_core.testing.conformance.generation_bench import (
     Start,
     all_different,
     chi_square,
+    in_one_buffer,
     make_request,
     numbered_prompts,
 )
@@ -291,6 +292,16 @@ class GenerationBackendContract(GenerationBench):
         for tensor in given.values():
             tensor.zero_()
         self.same_logprobs([request], self.complete(engine, [request]), kept, "the trainer's tensors changed: ")
+
+    def test_copies_each_before_the_next(self, start: Start) -> None:
+        """Without `share` every tensor is copied before the next one is asked for: both come in the same memory."""
+        engine, given = start(), self.tiny.changed_weights()
+        request = make_request("r", PROMPT, seed=1, max_new_tokens=8, ignore_eos=True)
+        engine.update_weights(1, in_one_buffer(given), share=False)
+        same = engine.fingerprint() == fingerprint(given.items())
+        assert same, "it holds tensors that were valid only until the next one was asked for: the fingerprint is wrong"
+        found = self.complete(engine, [request])
+        self.same_logprobs([request], found, self.tiny.copy(given), "all weights came in one buffer: ")
 
     def test_shared_weights(self, start: Start) -> None:
         """With `share` it samples from the weights it is given, and leaves the trainer's tensors as they are."""

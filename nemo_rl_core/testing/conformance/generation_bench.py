@@ -32,6 +32,7 @@ __all__ = [
     "Start",
     "all_different",
     "chi_square",
+    "in_one_buffer",
     "make_request",
     "numbered_prompts",
 ]
@@ -215,3 +216,13 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
     spread = 2 / (9 * (len(seen) - 1))
     deviation: float = ((statistic / (len(seen) - 1)) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     return deviation
+
+
+def in_one_buffer(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as a weight sync hands them over: all in the same bytes, overwritten when the next one is asked for."""
+    buffer = torch.empty(max(tensor.nbytes for tensor in weights.values()), dtype=torch.uint8)
+    for name, tensor in weights.items():
+        lent = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        lent.copy_(tensor)
+        yield name, lent
+        buffer.fill_(0xA5)

@@ -57,6 +57,7 @@ CAPABILITIES = frozenset(
         "lora",
         "scalar_head",
         "share_weights",
+        "exports_on_every_rank",
         "top_logprobs",
         "over_vocabulary",
     }

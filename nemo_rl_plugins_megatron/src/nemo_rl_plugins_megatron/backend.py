@@ -63,7 +63,14 @@ class MegatronBackend(TrainingBackend):
 
     config_class: ClassVar[type] = MegatronConfig
     capabilities: frozenset[str] = frozenset(
-        {"tensor_parallel", "pipeline_parallel", "context_parallel", "scalar_head", "top_logprobs"}
+        {
+            "tensor_parallel",
+            "pipeline_parallel",
+            "context_parallel",
+            "exports_on_every_rank",
+            "scalar_head",
+            "top_logprobs",
+        }
     )
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:

@@ -21,30 +21,16 @@ from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
 
-__all__ = ["ExpectedWeights", "Piece", "TensorInPiece", "open_piece", "pack"]
+__all__ = ["ExpectedWeights", "Piece", "open_piece", "pack"]
 
 _ALIGNMENT = 64
+_CPU = torch.device("cpu")
 _SHOWN = 5
 _SHARED_MEMORY = Path("/dev/shm")
 """Where files live in memory on Linux; elsewhere the folder for temporary files serves."""
-
-
-@frozen
-class TensorInPiece:
-    """Where a tensor lies in a piece."""
-
-    name: str
-    """What the trainer calls it."""
-    load_name: str
-    """What the model loads it as: the name by which a tied weight is known."""
-    tensor: Tensor
-    offset: int
-    """In bytes."""
-
-    def description(self) -> tuple[str, str, str, list[int], int]:
-        """All but the tensor's contents, of plain types."""
-        dtype = str(self.tensor.dtype).removeprefix("torch.")
-        return self.name, self.load_name, dtype, list(self.tensor.shape), self.offset
+_Description = tuple[str, str, str, list[int], int]
+"""What the trainer calls a tensor, what the model loads it as (the name by which a tied weight is known), its type and
+shape, and where in the piece it begins (bytes)."""
 
 
 @define
@@ -55,7 +41,7 @@ class Piece:
     where: Any
     """Path of the file, or the pickled handle and the device's identity."""
     num_bytes: int
-    tensors: list[tuple[str, str, str, list[int], int]]
+    tensors: list[_Description]
     _held: Tensor | None = field(default=None, repr=False)
 
     def update_info(self) -> dict[str, Any]:
@@ -134,10 +120,10 @@ class ExpectedWeights:
 def pack(
     tensors: Iterable[tuple[str, Tensor]], expected: ExpectedWeights | None, *, chunk_bytes: int, cuda_ipc: bool
 ) -> Iterator[Piece]:
-    """Copy tensors into pieces, in the order in which they come.
+    """Copy tensors into pieces, in the order in which they come; each before the next one is asked for.
 
     Args:
-        tensors: Name and full tensor.
+        tensors: Name and full tensor, valid until the next one is asked for.
         expected: What the model has; None checks nothing.
         chunk_bytes: Of one piece; a larger tensor has one of its own.
         cuda_ipc: Hand tensors of a GPU over on that GPU.
@@ -145,50 +131,78 @@ def pack(
     Raises:
         GenerationError: A name or shape does not belong to the model, or, at the end, one is missing.
     """
-    waiting: list[TensorInPiece] = []
+    filling: _Filling | None = None
     seen: set[str] = set()
-    end = 0
-    for name, tensor in tensors:
-        load_name = expected.check(name, tensor) if expected else name
-        seen.add(load_name)
-        size = tensor.numel() * tensor.element_size()
-        if waiting and end + size > chunk_bytes:
-            yield _fill(waiting, end, cuda_ipc=cuda_ipc)
-            waiting, end = [], 0
-        waiting.append(TensorInPiece(name, load_name, tensor.detach(), end))
-        end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
-    if expected:
-        expected.check_complete(seen)
-    if waiting:
-        yield _fill(waiting, end, cuda_ipc=cuda_ipc)
-
-
-def _fill(tensors: list[TensorInPiece], num_bytes: int, *, cuda_ipc: bool) -> Piece:
-    devices = {t.tensor.device for t in tensors}
-    descriptions = [t.description() for t in tensors]
-    if cuda_ipc and len(devices) == 1 and next(iter(devices)).type == "cuda":
-        device = next(iter(devices))
-        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        _copy(tensors, buffer)
-        torch.cuda.synchronize(device)
-        return Piece("cuda", _handle(buffer), num_bytes, descriptions, buffer)
-    folder = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
-    number, path = tempfile.mkstemp(prefix="nemo-rl-weights-", dir=folder)
     try:
-        os.ftruncate(number, max(num_bytes, 1))
-        buffer = _mapped(path, num_bytes)
-        _copy(tensors, buffer)
-    except BaseException:
-        os.unlink(path)
-        raise
+        for name, tensor in tensors:
+            load_name = expected.check(name, tensor) if expected else name
+            seen.add(load_name)
+            device = tensor.device if cuda_ipc and tensor.device.type == "cuda" else _CPU
+            if filling is not None and not filling.takes(tensor, device):
+                full, filling = filling, None
+                yield full.piece()
+            if filling is None:
+                filling = _Filling(max(chunk_bytes, tensor.nbytes), device)
+            filling.add(name, load_name, tensor)
+        if expected:
+            expected.check_complete(seen)
+        if filling is not None:
+            full, filling = filling, None
+            yield full.piece()
     finally:
+        if filling is not None:
+            filling.discard()
+
+
+class _Filling:
+    """A piece that tensors are copied into, on the GPU `device` or in a file."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.device = device
+        self.path: str | None = None
+        self.tensors: list[_Description] = []
+        self.end = 0
+        if device != _CPU:
+            self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
+            return
+        folder = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
+        number, self.path = tempfile.mkstemp(prefix="nemo-rl-weights-", dir=folder)
         os.close(number)
-    return Piece("file", path, num_bytes, descriptions)
+        try:
+            os.truncate(self.path, max(capacity, 1))  # memory is taken by what is written only
+            self.buffer = _mapped(self.path, capacity)
+        except BaseException:
+            self.discard()
+            raise
+
+    def takes(self, tensor: Tensor, device: torch.device) -> bool:
+        """Whether there is room, and it is the right place."""
+        return device == self.device and _aligned(self.end) + tensor.nbytes <= self.buffer.numel()
+
+    def add(self, name: str, load_name: str, tensor: Tensor) -> None:
+        """Copy a tensor behind the others."""
+        offset, shape = _aligned(self.end), list(tensor.shape)
+        _view(self.buffer, tensor.dtype, shape, offset).copy_(tensor.detach())
+        self.tensors.append((name, load_name, str(tensor.dtype).removeprefix("torch."), shape, offset))
+        self.end = offset + tensor.nbytes
+
+    def piece(self) -> Piece:
+        """As it is now."""
+        if self.path is None:
+            torch.cuda.synchronize(self.device)
+            return Piece("cuda", _handle(self.buffer), self.end, self.tensors, self.buffer)
+        os.truncate(self.path, max(self.end, 1))
+        return Piece("file", self.path, self.end, self.tensors)
+
+    def discard(self) -> None:
+        """Nobody gets it."""
+        if self.path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
 
 
-def _copy(tensors: list[TensorInPiece], buffer: Tensor) -> None:
-    for t in tensors:
-        _view(buffer, t.tensor.dtype, list(t.tensor.shape), t.offset).copy_(t.tensor)
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
 def _view(buffer: Tensor, dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.infra.local import LocalLauncher
 from nemo_rl_core.infra.weight_sync import InProcessSync
 from nemo_rl_core.models import load_model
@@ -74,8 +75,6 @@ class _Engine:
         self.weights = {name: tensor.clone() for name, tensor in tensors}
 
     def fingerprint(self):
-        from nemo_rl_core.infra.fingerprint import fingerprint
-
         return fingerprint(self.weights.items())
 
 
@@ -113,6 +112,8 @@ def test_resuming_is_bit_equal_and_a_damaged_file_is_named(group, make_shipped_l
     group.call("save_checkpoint", tmp_path, timeout_s=60)
     expected = group.call_each("train_step", arguments, timeout_s=60)
     weights = [t.clone() for _, t in group.iterate("export_weights", timeout_s=60)]
+    of_rank = group.call("apply", lambda backend: fingerprint(backend.export_weights()), timeout_s=60)
+    assert of_rank[0] == of_rank[1]  # "exports_on_every_rank"
     group.call("load_checkpoint", tmp_path, timeout_s=60)
     assert group.call_each("train_step", arguments, timeout_s=60) == expected
     again = [t.clone() for _, t in group.iterate("export_weights", timeout_s=60)]

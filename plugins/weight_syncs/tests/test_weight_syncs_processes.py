@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import gc
 import os
 import signal
 
@@ -37,6 +39,8 @@ SYNCS = {
 
 class Trainer(SyncedTrainer):
     """Three tensors and what a test does to them."""
+
+    capabilities = frozenset({"exports_on_every_rank"})
 
     def setup(self, config, context):
         pass
@@ -74,8 +78,15 @@ class Engine(GenerationBackend):
         return fingerprint(self.weights.items())
 
 
-def set_fault(engine, fault):
-    engine.fault = fault
+def set_fault(side, fault):
+    """To the trainer a fault is a weight that it cannot export."""
+    side.fault = fault
+    if isinstance(side, SyncedTrainer):
+        side.before_item = lambda name: 1 / (f"cannot export {name}" != fault)
+
+
+def scale_embedding(trainer, factor):
+    trainer.weights["embed"].mul_(factor)
 
 
 def version(engine):
@@ -215,6 +226,16 @@ def test_disk_keeps_whole_versions_only(trainer, engines, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name.split("-")[1] for path in folder.iterdir()) == ["v2", "v3"]
     assert len(list(next(folder.glob("weights-v3-*")).glob("*.safetensors"))) > 1
+    trainer.call_each("apply", [(set_fault, "cannot export norm"), (set_fault, None)])
+    with pytest.raises(ZeroDivisionError):
+        refit(sync, trainer, engines, 4)
+    (folder / ".weights-v4-killed.unfinished").mkdir()
+    trainer.call("apply", set_fault, None)
+    refit(sync, trainer, engines, 5)
+    assert sorted(path.name.split("-")[1] for path in folder.iterdir()) == ["v3", "v5"]
+    del sync
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_that_cannot_be_written_is_told(trainer, engines, tmp_path):
@@ -245,7 +266,60 @@ def test_shared_memory_refuses_another_machine():
     here = find_place()
     there = attrs.evolve(here, machine="another", host="node-7")
     with pytest.raises(ConfigError, match="engines on node-7. Set weight_sync: collective"):
-        SharedMemorySync().carriers(here, [here, there], None)
+        SharedMemorySync().routes({0: here}, [here, there])
+
+
+def test_an_engine_is_served_by_the_rank_on_its_device_or_its_machine():
+    here, sync = find_place(), SharedMemorySync()
+
+    def on(device_id, machine="a"):
+        return attrs.evolve(here, machine=machine, device="cuda:0" if device_id else "cpu", device_id=device_id)
+
+    def kinds(trainers, engines):
+        """Engines by rank, and whether they are served from device memory."""
+        routes = sync.routes(dict(enumerate(trainers)), engines)
+        return {
+            rank: (numbers, sync.carriers(trainers[rank], [engines[n] for n in numbers], None)[0][1])
+            for rank, numbers in routes.items()
+        }
+
+    two = [on("A"), on("B")]
+    assert kinds(two, two) == {0: ((0,), True), 1: ((1,), True)}
+    assert kinds(two, [on("B"), on("A"), on("B")]) == {1: ((0, 2), True), 0: ((1,), True)}
+    assert kinds(two, [on("B")]) == {1: ((0,), True)}
+    assert kinds(two[:1], two) == {0: ((0, 1), False)}  # the backend exports on rank 0 only
+    assert kinds(two, [on("C")]) == {0: ((0,), False)}  # devices of its own
+    assert kinds([on(""), on("")], [on(""), on("")]) == {0: ((0, 1), False)}
+    nodes = [on("A", "a"), on("B", "b")]
+    assert kinds(nodes, [on("B", "b"), on("A", "a"), on("", "b")]) == {1: ((0, 2), False), 0: ((1,), True)}
+
+
+def test_ranks_serve_engines_side_by_side(trainer, engines, monkeypatch):
+    """As where each is on the device of an engine; here through the machine's memory."""
+    sync = SYNCS["shared_memory"]()
+    monkeypatch.setattr(sync, "routes", lambda trainers, places: {0: (1,), 1: (0,)})
+    for number in (1, 2):
+        report = refit(sync, trainer, engines, number)
+        assert report.fingerprint == engines.fingerprint() and report.num_tensors == 3
+        trainer.call("train")
+    engines.links[0].wait(engines.links[0].submit(set_fault, "flips a bit"), what="set", timeout_s=30)
+    with pytest.raises(InvariantViolation, match="engine generation-0's weights differ"):
+        refit(sync, trainer, engines, 3)
+    engines.links[0].wait(engines.links[0].submit(set_fault, "hangs"), what="set", timeout_s=30)
+    with pytest.raises(DeadlineExceeded, match="waiting for the engine generation-0"):
+        refit(sync, trainer, engines, 4, timeout_s=1.0)
+    engines.apply(set_fault, None)
+    assert refit(sync, trainer, engines, 5).fingerprint == engines.fingerprint()
+
+
+def test_ranks_that_export_other_weights_are_told(trainer, engines, monkeypatch):
+    sync = SYNCS["shared_memory"]()
+    monkeypatch.setattr(sync, "routes", lambda trainers, places: {0: (0,), 1: (1,)})
+    trainer.call_each("apply", [(set_fault, None), (scale_embedding, 2.0)])
+    with pytest.raises(InvariantViolation, match="engine generation-1's weights differ"):
+        refit(sync, trainer, engines, 1)
+    trainer.call_each("apply", [(set_fault, None), (scale_embedding, 0.5)])
+    refit(sync, trainer, engines, 2)
 
 
 def test_nccl_needs_a_device_for_each():
@@ -265,3 +339,32 @@ def test_collective_reaches_another_machine(trainer, engines, monkeypatch):
     monkeypatch.setattr(sync, "carriers", apart)
     report = refit(sync, trainer, engines, 1)
     assert report.fingerprint == engines.fingerprint()
+
+
+def gloo_for_nccl(worker, *_):
+    """In a process of the test: a group of gloo where NCCL's would be made, which needs a GPU for each."""
+    from nemo_rl_plugins_weight_syncs import collective
+
+    def make(store, rank, size):
+        return collective._gloo(store, rank, size, datetime.timedelta(seconds=30), local=True)
+
+    collective._nccl = make
+
+
+def test_nccl_goes_from_device_to_device(trainer, engines, monkeypatch):
+    """All but the group itself is real: neither side is asked for a device but by its place."""
+    trainer.call("apply", gloo_for_nccl)
+    engines.apply(gloo_for_nccl)
+    sync = CollectiveSync(CollectiveConfig(chunk_bytes=700))
+    carriers = sync.carriers
+
+    def on_gpus(place, places, transfer):
+        apart = [attrs.evolve(one, device_id=f"GPU-{number}") for number, one in enumerate([place, *places])]
+        out, into = carriers(apart[0], apart[1:], transfer)
+        assert out[1] == into[1] == "nccl"
+        return out, into
+
+    monkeypatch.setattr(sync, "carriers", on_gpus)
+    for number in (1, 2):
+        assert refit(sync, trainer, engines, number).fingerprint == engines.fingerprint()
+        trainer.call("train")

@@ -55,7 +55,15 @@ class DTensorBackend(TrainingBackend):
 
     config_class: ClassVar[type] = DTensorConfig
     capabilities: frozenset[str] = frozenset(
-        {"tensor_parallel", "share_weights", "scalar_head", "top_logprobs", "over_vocabulary", "lora"}
+        {
+            "tensor_parallel",
+            "exports_on_every_rank",
+            "share_weights",
+            "scalar_head",
+            "top_logprobs",
+            "over_vocabulary",
+            "lora",
+        }
     )
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:

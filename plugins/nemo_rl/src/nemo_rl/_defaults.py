@@ -13,4 +13,5 @@ def nemo_rl_defaults() -> dict[str, str]:
         "generation_backends": "torch_engine",
         "launchers": "local",
         "weight_syncs.workers": "collective",
+        "weight_syncs.colocated": "shared_memory",
     }

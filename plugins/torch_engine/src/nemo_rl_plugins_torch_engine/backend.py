@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError, GenerationError
+from nemo_rl_core.infra.fingerprint import KeptSums
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
 from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 from nemo_rl_plugins_torch_engine.decoders import build_decoder
@@ -49,6 +50,7 @@ class TorchEngine(GenerationBackend):
         self._loop: EngineLoop | None = None
         self._pending: dict[asyncio.AbstractEventLoop, list[Sequence]] = {}
         self._broken_weights: str | None = None
+        self._sums = KeptSums()
 
     def setup(self, config: GenerationConfig, context: WorkerContext) -> None:
         """Load the model and start the engine's thread.
@@ -125,9 +127,10 @@ class TorchEngine(GenerationBackend):
 
         def load() -> None:
             self._broken_weights = None if share else "was not finished"
+            self._sums = sums = KeptSums()
             try:
                 with torch.inference_mode(mode=False):
-                    copied = load_weights(self._model, tensors, share=share)
+                    copied = load_weights(self._model, tensors, share=share, sums=sums)
             except GenerationError as error:
                 self._broken_weights = None if share else f"failed: {error}"
                 raise
@@ -150,9 +153,7 @@ class TorchEngine(GenerationBackend):
 
     def fingerprint(self) -> str:
         """Digest of the weights the engine now samples from."""
-        from nemo_rl_core.infra.fingerprint import fingerprint
-
-        return str(fingerprint(named_weights(self._model)))
+        return self._sums.fingerprint(named_weights(self._model))
 
     def metrics(self) -> Mapping[str, float]:
         """Counters since the last call.
@@ -180,6 +181,7 @@ class TorchEngine(GenerationBackend):
             if not self._scheduler.idle:
                 raise GenerationError("The torch engine cannot sleep while requests are in flight.")
             self._scheduler.decoder.cache.release()
+            self._sums = KeptSums()  # what others do with the memory meanwhile is not counted
 
         self._running().call(release, what="Sleep", timeout_s=self._options.refit_timeout_s)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
+from nemo_rl_core.infra.fingerprint import KeptSums
 
 __all__ = ["load_weights", "named_weights"]
 
@@ -21,13 +22,16 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.detach()
 
 
-def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]], *, share: bool) -> int:
+def load_weights(
+    model: Any, tensors: Iterable[tuple[str, Tensor]], *, share: bool, sums: KeptSums | None = None
+) -> int:
     """Replace every parameter of `model`.
 
     Args:
         model: A Hugging Face module.
         tensors: Name and full tensor; a tied weight comes once, under any of its names.
         share: Let the parameters alias the tensors where device and type are equal.
+        sums: Takes in, by the names of `named_weights`, what was copied.
 
     Returns:
         Bytes copied; 0 when everything is aliased.
@@ -37,7 +41,8 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]], *, share: bo
             the model is then unchanged; otherwise the tensors before the bad one are loaded.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = {id(p): name for name, p in reversed(parameters.items())}
+    first = {id(p): name for name, p in reversed(parameters.items())}
+    missing = dict(first)
     buffers = dict(model.named_buffers())
     if share:
         tensors = list(tensors)
@@ -51,6 +56,8 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]], *, share: bo
                 target.data = tensor.detach()
             else:
                 target.copy_(tensor)
+                if sums is not None and id(target) in first:
+                    sums.add(first[id(target)], target)
                 copied += tensor.numel() * target.element_size()
     _refuse_missing(missing)
     return copied

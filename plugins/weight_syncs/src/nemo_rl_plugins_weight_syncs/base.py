@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from nemo_rl_core.errors import WorkerDied
@@ -17,7 +17,7 @@ from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_plugins_weight_syncs.hub import Deadline, call_off
 from nemo_rl_plugins_weight_syncs.sides import Sides
-from nemo_rl_plugins_weight_syncs.streaming import Received, Sent, Transfer, open_hub, receive, send
+from nemo_rl_plugins_weight_syncs.streaming import Lane, Received, Sent, Transfer, open_hub, receive, send
 
 __all__ = ["StreamedSync", "WorkerSync", "conclude", "until_all_alive"]
 
@@ -56,7 +56,7 @@ class WorkerSync(ABC):
 
 
 class StreamedSync(WorkerSync):
-    """Streams chunks from the trainer's rank 0 to every engine. A sub-class says how they are carried.
+    """Streams chunks from ranks of the trainer to the engines. A sub-class says how they are carried.
 
     Args:
         config: Options; None takes the defaults.
@@ -67,9 +67,23 @@ class StreamedSync(WorkerSync):
         self._session = uuid.uuid4().hex
         self._epoch = 0
 
+    def routes(self, trainers: Mapping[int, Place], engines: Sequence[Place]) -> dict[int, tuple[int, ...]]:
+        """Which engines each rank of the trainer serves, by their numbers; here rank 0 all of them.
+
+        Args:
+            trainers: The ranks that export whole tensors, among them rank 0.
+            engines: By number.
+
+        Raises:
+            ConfigError: An engine is where no rank reaches it.
+        """
+        return {0: tuple(range(len(engines)))}
+
     @abstractmethod
     def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
-        """(class of the trainer's carrier, options...), (class of the engines' carrier, options...).
+        """(class of a rank's carrier, options...), (class of the carrier of the engines that it serves, options...).
+
+        Each is made with the transfer, the torch device of its own side's `Place`, and the options.
 
         Raises:
             ConfigError: The trainer and the engines are where this sync cannot reach.
@@ -83,7 +97,8 @@ class StreamedSync(WorkerSync):
             raise
 
     def _stream(self, sides: Sides, start: float) -> SyncReport:
-        here, there = sides.places()
+        trainers, engines = sides.places()
+        names = sides.engine_names
         transfer = Transfer(
             session=self._session,
             epoch=self._epoch,
@@ -91,19 +106,33 @@ class StreamedSync(WorkerSync):
             timeout_s=sides.deadline.left,
             chunk_bytes=self.config.chunk_bytes,
             dtype=getattr(sides.engine, "dtype", None),
-            names=tuple(sides.engine_names),
             fingerprint=self.config.check_fingerprint,
         )
-        out, into = self.carriers(here, there, transfer)
-        local = all(place.machine == here.machine for place in there)
-        rendezvous = sides.trainer(open_hub, (transfer, None if local else here.address_between_machines()))[0]
-        arguments = [(name, rendezvous, transfer, *into) for name in transfer.names]
+        lanes: dict[int, Lane] = {}
+        server: dict[int, tuple[int, tuple[Any, ...]]] = {}  # of an engine: the rank, and its own carrier
+        addresses: dict[int, str | None] = {}
+        for rank, numbers in self.routes(trainers, engines).items():
+            here, there = trainers[rank], [engines[number] for number in numbers]
+            out, into = self.carriers(here, there, transfer)
+            lanes[rank] = Lane(names=tuple(names[number] for number in numbers), device=here.device, carrier=out)
+            server |= {number: (rank, into) for number in numbers}
+            local = all(place.machine == here.machine for place in there)
+            addresses[rank] = None if local else here.address_between_machines()
+        doors = sides.trainer(open_hub, (transfer, addresses))
+        arguments = []
+        for number, (name, place) in enumerate(zip(names, engines, strict=True)):
+            rank, into = server[number]
+            arguments.append((name, doors[rank], transfer, place.device, *into))
         try:
-            sent, received = sides.both(send, (transfer, *out), receive, arguments)
+            sent, received = sides.both(send, (transfer, lanes), receive, arguments)
         except BaseException as error:
-            call_off(rendezvous, error)
+            for door in doors:
+                if door is not None:
+                    call_off(door, error)
             raise
-        return conclude(sent[0], received, transfer, seconds=time.perf_counter() - start)
+        return conclude(
+            [sent[server[number][0]] for number in range(len(names))], received, names, transfer, start=start
+        )
 
 
 def until_all_alive(engine: Any, deadline: Deadline, attempt: Callable[[], SyncReport]) -> SyncReport:
@@ -126,22 +155,33 @@ def until_all_alive(engine: Any, deadline: Deadline, attempt: Callable[[], SyncR
         return report
 
 
-def conclude(sent: Sent, received: list[Received], transfer: Transfer, *, seconds: float) -> SyncReport:
+def conclude(
+    sent: Sequence[Sent], received: Sequence[Received], names: Sequence[str], transfer: Transfer, *, start: float
+) -> SyncReport:
     """Compare both sides and report.
 
+    Args:
+        sent: By engine: what the rank says that served it.
+        received: By engine.
+        names: Of the engines.
+        transfer: The refit.
+        start: When it began.
+
     Raises:
-        InvariantViolation: An engine has other weights than were sent.
+        InvariantViolation: An engine has other weights than were sent, or two ranks sent different ones.
     """
-    for name, one in zip(transfer.names, received, strict=True):
+    first = sent[0]
+    for name, given, one in zip(names, sent, received, strict=True):
         if one.fingerprint is not None:
-            compare_fingerprints(
-                sent.fingerprint, one.fingerprint, version=transfer.version, num_tensors=sent.num_tensors, name=name
-            )
+            for digest in (one.fingerprint, given.fingerprint):  # the second differs where it was sent other weights
+                compare_fingerprints(
+                    first.fingerprint, digest, version=transfer.version, num_tensors=first.num_tensors, name=name
+                )
     return SyncReport(
         version=transfer.version,
-        num_tensors=sent.num_tensors,
-        num_bytes=sent.num_bytes,
-        seconds=seconds,
-        fingerprint=sent.fingerprint if transfer.fingerprint else "",
-        num_bytes_sent=sent.num_bytes_sent,
+        num_tensors=first.num_tensors,
+        num_bytes=first.num_bytes,
+        seconds=time.perf_counter() - start,
+        fingerprint=first.fingerprint if transfer.fingerprint else "",
+        num_bytes_sent=first.num_bytes_sent,
     )

@@ -11,6 +11,7 @@ import datetime
 import itertools
 import os
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ __all__ = ["CollectiveSync"]
 
 _NUM_SLOTS = 2
 _LOOPBACK = "127.0.0.1"
+_WATCHDOG = datetime.timedelta(days=1)
+"""After which NCCL ends the process. Every wait here has the refit's deadline, and what is left then is aborted."""
 
 
 class CollectiveSync(StreamedSync):
@@ -64,33 +67,39 @@ class CollectiveSync(StreamedSync):
 class _Group:
     """A process group of its own: rank 0 is the trainer's, the others are the engines."""
 
-    def __init__(self, backend: str, store: Any, rank: int, size: int, *, timeout: Any, local: bool) -> None:
+    def __init__(self, kind: str, store: Any, rank: int, size: int, *, timeout: Any, local: bool) -> None:
+        self.kind = kind
         self.store = store
-        self.works: deque[Any] = deque(maxlen=_NUM_SLOTS)
-        if backend == "nccl":
-            self.inner: Any = dist.ProcessGroupNCCL(store, rank, size, _nccl_options(timeout))
-        else:
-            self.inner = dist.ProcessGroupGloo(store, rank, size, _gloo_options(timeout, local=local))
+        self.broadcasts: deque[_Broadcast] = deque(maxlen=_NUM_SLOTS)
+        self.inner: Any = _nccl(store, rank, size) if kind == "nccl" else _gloo(store, rank, size, timeout, local=local)
 
-    def broadcast(self, buffer: Tensor) -> Any:
+    def broadcast(self, buffer: Tensor) -> _Broadcast:
         """Start a broadcast from rank 0."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        work = self.inner.broadcast([buffer], options)
-        self.works.append(work)
-        return work
+        started = _Broadcast(self.kind, self.inner, buffer, options)
+        self.broadcasts.append(started)
+        return started
 
     def close(self) -> None:
         """Leave it.
 
-        Where a broadcast is still under way, because the other side gave up, the group is left to the end of the
-        process: gloo's destructor would wait for that broadcast until the group's deadline, and nothing can end it.
+        A broadcast may still be under way, because the other side gave up. NCCL's is aborted: its kernel would stay
+        on the device, and NCCL's watchdog end this process. A gloo group is left to the end of the process: its
+        destructor would wait for that broadcast until the group's deadline, and nothing can end it.
         """
-        if not all(work.is_completed() for work in self.works):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.inner))
+        if not all(started.work.is_completed() for started in self.broadcasts):
+            if self.kind == "nccl":
+                self.inner.abort()
+            else:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.inner))
         self.inner = None
         self.store = None
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: datetime.timedelta, *, local: bool) -> Any:
+    return dist.ProcessGroupGloo(store, rank, size, _gloo_options(timeout, local=local))
 
 
 def _gloo_options(timeout: datetime.timedelta, *, local: bool) -> Any:
@@ -108,27 +117,39 @@ def _gloo_options(timeout: datetime.timedelta, *, local: bool) -> Any:
     return options
 
 
-def _nccl_options(timeout: datetime.timedelta) -> Any:
+def _nccl(store: Any, rank: int, size: int) -> Any:
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return options
+    options._timeout = _WATCHDOG
+    return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-def _wait(work: Any, deadline: Deadline, peer: str, device: torch.device) -> None:
-    """Wait for a broadcast.
+class _Broadcast:
+    """One that was started."""
 
-    Raises:
-        DeadlineExceeded: It took too long.
-        PeerGaveUp: It broke.
-    """
-    try:
-        work.wait(datetime.timedelta(seconds=max(deadline.left, 0.001)))
-    except RuntimeError as error:
-        if deadline.left == 0:
-            raise deadline.passed(peer) from error
-        raise PeerGaveUp(f"the broadcast with {peer} broke: {error}") from error
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def __init__(self, kind: str, group: Any, buffer: Tensor, options: Any) -> None:
+        self.kind = kind
+        self.device = buffer.device
+        self.started = time.monotonic()
+        self.work = group.broadcast([buffer], options)
+
+    def wait(self, deadline: Deadline, peer: str) -> None:
+        """Wait until the buffer may be read, or written again.
+
+        Raises:
+            DeadlineExceeded: It took too long.
+            PeerGaveUp: It broke.
+        """
+        seconds = max(deadline.left, 0.001)
+        if self.kind == "nccl":  # which counts from the start
+            seconds += time.monotonic() - self.started
+        try:
+            self.work.wait(datetime.timedelta(seconds=seconds))
+        except RuntimeError as error:
+            if deadline.left == 0:
+                raise deadline.passed(peer) from error
+            raise PeerGaveUp(f"the broadcast with {peer} broke: {error}") from error
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 class _Buffers:
@@ -150,11 +171,11 @@ class _Out:
     num_bytes_sent = None
     in_flight = _NUM_SLOTS
 
-    def __init__(self, transfer: Transfer, backend: Any, kind: str, address: str) -> None:
+    def __init__(self, transfer: Transfer, device: str, kind: str, address: str) -> None:
         self.transfer, self.kind, self.address = transfer, kind, address
-        self.device = torch.device(backend.device if kind == "nccl" else "cpu")
+        self.device = torch.device(device if kind == "nccl" else "cpu")
         self.buffers: _Buffers = keep(transfer.key("out buffers"), _Buffers)
-        self.works: list[Any] = [None] * _NUM_SLOTS
+        self.started: list[_Broadcast | None] = [None] * _NUM_SLOTS
 
     def begin(self, hub: Hub, num_engines: int) -> None:
         """Join the engines in a group: the one of the last refit if they are the same."""
@@ -174,12 +195,13 @@ class _Out:
     def send(self, hub: Hub, number: int, chunk: Chunk) -> None:
         slot = number % _NUM_SLOTS
         deadline = hub.wires[0].deadline
-        if self.works[slot] is not None:
-            _wait(self.works[slot], deadline, "the engines", self.device)
+        before = self.started[slot]
+        if before is not None:
+            before.wait(deadline, "the engines")
         buffer = self.buffers.slot(number, chunk.num_bytes, self.transfer.chunk_bytes, self.device)
         pack(chunk, buffer)
         hub.tell(("chunk", number, chunk.num_bytes, chunk.entries))
-        self.works[slot] = self.group.broadcast(buffer)
+        self.started[slot] = self.group.broadcast(buffer)
 
     def end(self, digest: str) -> None:
         pass
@@ -233,12 +255,12 @@ def _timeout(transfer: Transfer) -> datetime.timedelta:
 
 
 class _In:
-    def __init__(self, transfer: Transfer, engine: Any, kind: str) -> None:
+    def __init__(self, transfer: Transfer, device: str, kind: str) -> None:
         self.transfer, self.kind = transfer, kind
-        self.device = torch.device(str(engine.device) if kind == "nccl" else "cpu")
+        self.device = torch.device(device if kind == "nccl" else "cpu")
         self.buffers: _Buffers = keep(transfer.key("in buffers"), _Buffers)
         self.joined: _Joined = keep(transfer.key("in group"), _Joined)
-        self.posted: dict[int, tuple[Tensor, Any]] = {}
+        self.posted: dict[int, tuple[Tensor, _Broadcast]] = {}
 
     def hello(self) -> dict[str, Any]:
         return {"process": PROCESS, "group": self.joined.name}
@@ -255,8 +277,8 @@ class _In:
 
     def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         number = message[1]
-        buffer, work = self.posted.pop(number, None) or self._post(message)
-        _wait(work, wire.deadline, "the trainer", self.device)
+        buffer, started = self.posted.pop(number, None) or self._post(message)
+        started.wait(wire.deadline, "the trainer")
         for name, tensor in unpack(message[3], buffer):
             following = wire.peek()  # let the next chunk come while this one is loaded
             if following is not None and following[0] == "chunk" and following[1] not in self.posted:
@@ -265,7 +287,7 @@ class _In:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _post(self, message: Sequence[Any]) -> tuple[Tensor, Any]:
+    def _post(self, message: Sequence[Any]) -> tuple[Tensor, _Broadcast]:
         _, number, num_bytes, _ = message
         buffer = self.buffers.slot(number, num_bytes, self.transfer.chunk_bytes, self.device)
         return buffer, self.group.broadcast(buffer)

@@ -54,6 +54,6 @@ class DiskConfig:
     shard_bytes: int = field(default=1 << 30, validator=gt(0))
     """Size of one safetensors file at most, unless a single tensor is larger."""
     keep: int = field(default=1, validator=ge(1))
-    """Newest versions that stay on the disk."""
+    """Newest versions that stay on the disk during the run; after it none does."""
     check_fingerprint: bool = True
     """Compare the weights of both sides after each refit."""

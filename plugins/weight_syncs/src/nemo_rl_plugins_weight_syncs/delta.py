@@ -55,7 +55,7 @@ class _Out:
 
     in_flight = 2
 
-    def __init__(self, transfer: Transfer, backend: Any, full: bool) -> None:
+    def __init__(self, transfer: Transfer, device: str, full: bool) -> None:
         self.full = full
         self.base: _Base = keep(transfer.key("sent base"), _Base)
         self.num_bytes_sent: int | None = 0
@@ -71,12 +71,12 @@ class _Out:
     def send(self, hub: Hub, number: int, chunk: Chunk) -> None:
         changes, pieces = [], []
         for entry, tensor in zip(chunk.entries, chunk.tensors, strict=True):
-            here = tensor.detach().cpu().contiguous()
+            here = tensor.detach().contiguous()
             base = self.base.tensors.get(entry.name)
             fits = base is not None and base.shape == here.shape and base.dtype == here.dtype
             change, parts = difference(entry.name, here, base if fits else None)
             if not fits:
-                self.base.tensors[entry.name] = here.clone()
+                self.base.tensors[entry.name] = here.to("cpu", copy=True)
             changes.append(change)
             pieces += parts
         data = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
@@ -92,7 +92,7 @@ class _Out:
 class _In:
     """Applies changes to its own copy and loads from that."""
 
-    def __init__(self, transfer: Transfer, engine: Any) -> None:
+    def __init__(self, transfer: Transfer, device: str) -> None:
         self.base: _Base = keep(transfer.key("received base"), _Base)
 
     def hello(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ class DiskSync(WorkerSync):
     def __init__(self, config: DiskConfig | None = None) -> None:
         self.config = config or DiskConfig()
         self._session = uuid.uuid4().hex[:12]
-        self._temporary: Path | None = None
+        self._own: Path | None = None
 
     def _attempt(self, sides: Sides, start: float) -> SyncReport:
         folder, version = self._folder(sides), sides.deadline.version
@@ -55,29 +54,35 @@ class DiskSync(WorkerSync):
             timeout_s=sides.deadline.left,
             chunk_bytes=self.config.shard_bytes,
             dtype=getattr(sides.engine, "dtype", None),
-            names=tuple(sides.engine_names),
             fingerprint=self.config.check_fingerprint,
         )
         # A name of its own for every attempt: one that was given up may still be writing.
         target = folder / f"weights-v{version}-{uuid.uuid4().hex[:8]}"
         sent = sides.trainer(_write, (transfer, target, self.config.keep))[0]
-        received = sides.engines(_read, [(transfer, target)] * len(transfer.names))
-        return conclude(sent, received, transfer, seconds=time.perf_counter() - start)
+        received = sides.engines(_read, [(transfer, target)] * len(sides.engine_names))
+        return conclude([sent] * len(received), received, sides.engine_names, transfer, start=start)
 
     def _folder(self, sides: Sides) -> Path:
+        """That of this session; it goes with this object, at the end of the run at the latest."""
         if self.config.folder is not None:
-            return Path(self.config.folder).absolute() / f"refits-{self._session}"
-        here, there = sides.places()
+            if self._own is None:
+                self._own = self._removed_at_end(Path(self.config.folder).absolute() / f"refits-{self._session}")
+            return self._own
+        trainers, there = sides.places()
+        here = trainers[0]
         elsewhere = sorted({place.host for place in there if place.machine != here.machine})
         if elsewhere:
             raise ConfigError(
                 f"weight_sync: disk without a folder uses a temporary one of the trainer's machine {here.host}, which "
                 f"the engines on {', '.join(elsewhere)} do not see. Set weight_sync.options.folder to a shared one."
             )
-        if self._temporary is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix="nemo-rl-refits-"))
-            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
-        return self._temporary
+        if self._own is None:
+            self._own = self._removed_at_end(Path(tempfile.mkdtemp(prefix="nemo-rl-refits-")))
+        return self._own
+
+    def _removed_at_end(self, folder: Path) -> Path:
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def _write(backend: Any, rank: int, transfer: Transfer, target: Path, keep: int) -> Sent | None:
@@ -101,11 +106,23 @@ def _write(backend: Any, rank: int, transfer: Transfer, target: Path, keep: int)
 
 
 def _write_version(source: Iterator[tuple[str, Tensor]], transfer: Transfer, target: Path, keep: int) -> Sent:
-    from safetensors.torch import save_file
-
     outgoing = OutgoingWeights(source, transfer.dtype)
     unfinished = target.with_name(f".{target.name}.unfinished")
     unfinished.mkdir(parents=True)
+    try:
+        digest = _write_files(unfinished, outgoing, transfer)
+        os.rename(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _remove_old(target, keep)
+    return Sent(num_tensors=outgoing.num_tensors, num_bytes=outgoing.num_bytes, num_bytes_sent=None, fingerprint=digest)
+
+
+def _write_files(unfinished: Path, outgoing: OutgoingWeights, transfer: Transfer) -> str:
+    """Write all of a version; its digest."""
+    from safetensors.torch import save_file
+
     files = []
     for number, chunk in enumerate(chunks(outgoing, transfer.chunk_bytes)):
         tensors = {e.name: t.contiguous() for e, t in zip(chunk.entries, chunk.tensors, strict=True)}
@@ -114,14 +131,13 @@ def _write_version(source: Iterator[tuple[str, Tensor]], transfer: Transfer, tar
     digest = outgoing.digest.hexdigest()
     index = {"version": transfer.version, "fingerprint": digest, "files": files}
     (unfinished / _INDEX).write_text(json.dumps(index), encoding="utf-8")
-    os.rename(unfinished, target)
-    _remove_old(target, keep)
-    return Sent(num_tensors=outgoing.num_tensors, num_bytes=outgoing.num_bytes, num_bytes_sent=None, fingerprint=digest)
+    return digest
 
 
 def _remove_old(newest: Path, keep: int) -> None:
     found = sorted(newest.parent.glob("weights-v*"), key=lambda path: path.stat().st_mtime)
-    for path in [path for path in found if path != newest][: max(0, len(found) - keep)]:
+    old = [path for path in found if path != newest][: max(0, len(found) - keep)]
+    for path in [*old, *newest.parent.glob(".weights-v*.unfinished")]:  # of a trainer that was killed
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The wires between the trainer's rank 0 and the engines: who may send when, who failed, who is waited for.
+"""The wires between a rank of the trainer and the engines it serves: who may send when, who failed, who is waited for.
 
 The trainer listens, every engine connects with the refit's key. What goes over these connections are small messages
 (which chunk lies where, that it was taken, that one side gave up) and the changes of `delta`; the other syncs move the
@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import struct
 import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from typing import Any
 
 from attrs import define, field, frozen
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.infra.arrivals import Arrivals, arrive
+from nemo_rl_core.infra.arrivals import Arrivals, arrive, limit_waits
 
 __all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "call_off", "connect"]
 
+_CALL_OFF_S = 5.0
 PROCESS = uuid.uuid4().hex
 """Names this process: two of them on two machines may have one process id."""
 
@@ -61,7 +60,7 @@ class Deadline:
 
 @frozen(kw_only=True)
 class Rendezvous:
-    """Where an engine finds the trainer's rank 0 for one refit."""
+    """Where an engine finds the rank that serves it in one refit."""
 
     address: Any
     key: bytes
@@ -83,11 +82,7 @@ class Wire:
     """Messages that were read before their turn."""
 
     def __attrs_post_init__(self) -> None:
-        seconds = max(self.deadline.left, 0.001)
-        wait = struct.pack("@ll", int(seconds), int((seconds % 1) * 1e6))
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as shared:
-            shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
-            shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+        limit_waits(self.connection, max(self.deadline.left, 0.001))
 
     def send(self, message: Any) -> None:
         """Send a small message."""
@@ -236,5 +231,8 @@ def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: 
 
 def call_off(rendezvous: Rendezvous, error: BaseException) -> None:
     """Tell a trainer that may still wait for engines to connect that one of them will not."""
-    with contextlib.suppress(OSError, EOFError), Client(rendezvous.address, authkey=rendezvous.key) as connection:
+    with (
+        contextlib.suppress(OSError, EOFError, DeadlineExceeded),
+        arrive(rendezvous.address, rendezvous.key, who="The trainer", timeout_s=_CALL_OFF_S) as connection,
+    ):
         connection.send(("gave_up", f"{type(error).__name__}: {error}"))

@@ -1,7 +1,7 @@
 """The weight sync `shared_memory`: a few buffers that the trainer fills and the engines read, on one machine.
 
-On a CPU the buffers are memory that both sides map. Where the trainer and every engine use one CUDA device they are
-device memory, opened by the engines through CUDA IPC, and no byte leaves the device.
+On a CPU the buffers are memory that both sides map. An engine on the CUDA device of one of the trainer's ranks is
+served by that rank, from device memory that it opens through CUDA IPC: no byte leaves the device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,21 +38,39 @@ class SharedMemorySync(StreamedSync):
 
     config_class: ClassVar[type] = SharedMemoryConfig
 
-    def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
-        """Device memory if all are on one CUDA device, else the machine's.
+    def routes(self, trainers: Mapping[int, Place], engines: Sequence[Place]) -> dict[int, tuple[int, ...]]:
+        """To each engine the rank on its CUDA device; where there is none, the first rank on its machine.
 
         Raises:
-            ConfigError: An engine is on another machine.
+            ConfigError: On the machine of an engine there is no rank that has whole tensors.
         """
-        elsewhere = {place.host for place in engines if place.machine != trainer.machine}
+        found: dict[int, tuple[int, ...]] = {}
+        elsewhere = set()
+        for number, engine in enumerate(engines):
+            rank = _nearest(trainers, engine)
+            if rank is None:
+                elsewhere.add(engine.host)
+            else:
+                found[rank] = (*found.get(rank, ()), number)
         if elsewhere:
+            hosts = sorted({place.host for place in trainers.values()})
             raise ConfigError(
                 f"weight_sync: shared_memory needs trainer and engines on one machine; the trainer is on "
-                f"{trainer.host}, engines on {', '.join(sorted(elsewhere))}. Set weight_sync: collective, delta or "
+                f"{', '.join(hosts)}, engines on {', '.join(sorted(elsewhere))}. Set weight_sync: collective, delta or "
                 "disk."
             )
+        return found
+
+    def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
+        """Device memory if all are on one CUDA device, else the machine's."""
         one_device = bool(trainer.device_id) and all(place.device_id == trainer.device_id for place in engines)
-        return (_Out, trainer.device if one_device else "cpu"), (_In,)
+        return (_Out, one_device), (_In,)
+
+
+def _nearest(trainers: Mapping[int, Place], engine: Place) -> int | None:
+    here = [rank for rank, place in sorted(trainers.items()) if place.machine == engine.machine]
+    beside = [rank for rank in here if engine.device_id and trainers[rank].device_id == engine.device_id]
+    return next(iter(beside or here), None)
 
 
 class _Slots:
@@ -130,9 +148,9 @@ class _Out:
     num_bytes_sent = None
     in_flight = _NUM_SLOTS
 
-    def __init__(self, transfer: Transfer, backend: Any, device: str) -> None:
+    def __init__(self, transfer: Transfer, device: str, one_device: bool) -> None:
         self.transfer = transfer
-        self.device = device
+        self.device = device if one_device else "cpu"
         self.slots: _Slots = keep(transfer.key("slots"), _Slots)
 
     def begin(self, hub: Hub, num_engines: int) -> None:
@@ -159,7 +177,7 @@ class _Out:
 
 
 class _In:
-    def __init__(self, transfer: Transfer, engine: Any) -> None:
+    def __init__(self, transfer: Transfer, device: str) -> None:
         self.opened: dict[int, tuple[Any, Tensor]] = keep(transfer.key("opened"), dict)
 
     def hello(self) -> dict[str, Any]:

@@ -51,14 +51,15 @@ class Sides:
             return [f"the engine {link.name}" for link in self.engine.links]
         return ["the engine"]
 
-    def places(self) -> tuple[Place, list[Place]]:
-        """Where the trainer's rank 0 and the engines are."""
+    def places(self) -> tuple[dict[int, Place], list[Place]]:
+        """Where the trainer's ranks that get whole tensors are (rank 0 always does), and the engines."""
         if isinstance(self.engine, EngineWorkers):
             self.engine.wait_alive(self.deadline.left)
             engines = [link.served.place for link in self.engine.links]
         else:
             engines = [place_of(self.engine)]
-        return self.trainer(_rank_zero, (_find,))[0], engines
+        found = self.trainer(_find, ())
+        return {rank: place for rank, place in enumerate(found) if place is not None}, engines
 
     def trainer(self, work: Work, args: tuple[Any, ...]) -> list[Any]:
         """`work(backend, rank, *args)` on every rank; results by rank."""
@@ -148,9 +149,6 @@ def _in_thread(work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
     return future
 
 
-def _rank_zero(backend: Any, rank: int, work: Work) -> Any:
-    return work(backend) if rank == 0 else None
-
-
-def _find(backend: Any) -> Place:
-    return place_of(backend)
+def _find(backend: Any, rank: int) -> Place | None:
+    everywhere = "exports_on_every_rank" in getattr(backend, "capabilities", ())
+    return place_of(backend) if rank == 0 or everywhere else None

@@ -6,6 +6,7 @@ bytes (gap and value) makes a sixteenth of the tensor.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -37,13 +38,15 @@ class Change:
 def difference(name: str, tensor: Tensor, base: Tensor | None) -> tuple[Change, list[Tensor]]:
     """What to send of a tensor, as the smallest of nothing, gaps with values, and all of it.
 
+    The bits are compared where the tensor is: from a GPU only what is sent comes to the CPU.
+
     Args:
         name: Of the tensor.
-        tensor: As it is now, on the CPU.
-        base: As the other side has it, of equal shape and type; None sends all. It is brought up to date.
+        tensor: As it is now, contiguous, on any device.
+        base: On the CPU, as the other side has it, of equal shape and type; None sends all. It is brought up to date.
 
     Returns:
-        The description, and the pieces (each a vector of bytes) that belong to it.
+        The description, and the pieces (each a vector of bytes on the CPU) that belong to it.
     """
     bits = _bits(tensor)
     shape = tuple(tensor.shape)
@@ -53,21 +56,27 @@ def difference(name: str, tensor: Tensor, base: Tensor | None) -> tuple[Change, 
         return Change(name=name, dtype=tensor.dtype, shape=shape, positions=positions, num_bytes=size), pieces
 
     if base is None:
-        return described(0, [bits.view(torch.uint8)])
+        return described(0, [bits.cpu().view(torch.uint8)])
     old = _bits(base)
-    changed = bits != old
-    count = int(changed.sum())
+    changed = bits != old.to(bits.device)
+    count = int(torch.count_nonzero(changed))
     if count == 0:
         return described(0, [])
     if count * (2 + bits.element_size()) >= tensor.nbytes:
         old.copy_(bits)
-        return described(0, [bits.view(torch.uint8)])
+        return described(0, [bits.cpu().view(torch.uint8)])
     changed[::_LARGEST_GAP] = True  # no gap is larger than 16 bits hold
-    positions = changed.nonzero().squeeze(1)
-    values = bits[positions]
+    where = _positions(changed)
+    positions, values = where.cpu(), bits[where].cpu()
     old[positions] = values
     gaps = torch.diff(positions, prepend=positions.new_zeros(1)).to(torch.uint16)
     return described(len(positions), [gaps.view(torch.uint8), values.view(torch.uint8)])
+
+
+def _positions(chosen: Tensor) -> Tensor:
+    if chosen.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(chosen.numpy()))  # half the time of torch's
+    return chosen.nonzero().squeeze(1)
 
 
 def apply(change: Change, data: Tensor, base: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ same for all of them and stand here.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from nemo_rl_plugins_weight_syncs.hub import Deadline, Hub, PeerGaveUp, Rendezvo
 from nemo_rl_plugins_weight_syncs.kept import forget, keep, start_epoch
 from nemo_rl_plugins_weight_syncs.packing import Chunk, chunks
 
-__all__ = ["InCarrier", "OutCarrier", "Received", "Sent", "Transfer", "open_hub", "receive", "send"]
+__all__ = ["InCarrier", "Lane", "OutCarrier", "Received", "Sent", "Transfer", "open_hub", "receive", "send"]
 
 
 class OutCarrier(Protocol):
@@ -69,8 +69,6 @@ class Transfer:
     chunk_bytes: int
     dtype: torch.dtype | None
     """Of the engines' weights."""
-    names: tuple[str, ...]
-    """The engines."""
     fingerprint: bool
 
     def key(self, what: str) -> tuple[str, str, int]:
@@ -84,8 +82,20 @@ class Transfer:
 
 
 @frozen(kw_only=True)
+class Lane:
+    """What one rank of the trainer sends, and to whom."""
+
+    names: tuple[str, ...]
+    """Its engines."""
+    device: str
+    """Of its weights, as its `Place` has it."""
+    carrier: tuple[Any, ...]
+    """What makes the `OutCarrier` from (transfer, device, *options), and the options."""
+
+
+@frozen(kw_only=True)
 class Sent:
-    """What rank 0 says of a refit."""
+    """What a rank that served engines says of a refit."""
 
     num_tensors: int
     num_bytes: int
@@ -101,10 +111,18 @@ class Received:
     fingerprint: str | None
 
 
-def open_hub(backend: Any, rank: int, transfer: Transfer, address: str | None) -> Rendezvous | None:
-    """On the trainer's rank 0: listen for the engines of one refit."""
-    if rank != 0:
+def open_hub(backend: Any, rank: int, transfer: Transfer, addresses: Mapping[int, str | None]) -> Rendezvous | None:
+    """On every rank of the trainer: those that serve engines listen for them.
+
+    Args:
+        backend: The training backend.
+        rank: Its rank.
+        transfer: The refit.
+        addresses: By serving rank: where to listen; None for engines on its own machine.
+    """
+    if rank not in addresses:
         return None
+    address = addresses[rank]
     start_epoch(transfer.session, transfer.epoch)
     key = transfer.key("hub")
     forget(key)
@@ -112,25 +130,25 @@ def open_hub(backend: Any, rank: int, transfer: Transfer, address: str | None) -
     return hub.rendezvous
 
 
-def send(backend: Any, rank: int, transfer: Transfer, carrier: Any, *options: Any) -> Sent | None:
-    """On every rank of the trainer: export the weights; on rank 0 send them.
+def send(backend: Any, rank: int, transfer: Transfer, lanes: Mapping[int, Lane]) -> Sent | None:
+    """On every rank of the trainer: export the weights; send them on those that serve engines.
 
     Args:
         backend: The training backend.
         rank: Its rank.
         transfer: The refit.
-        carrier: Makes the `OutCarrier` from (transfer, backend, *options).
-        options: Of the carrier.
+        lanes: By serving rank.
     """
     source = iter(backend.export_weights())
-    if rank != 0:
+    lane = lanes.get(rank)
+    if lane is None:
         for _ in source:
             pass
         return None
     key = transfer.key("hub")
     hub: Hub = keep(key, lambda: Hub(None))
     try:
-        return _send(hub, source, transfer, carrier(transfer, backend, *options))
+        return _send(hub, source, transfer, lane)
     except BaseException as error:
         hub.give_up(error)
         forget(transfer.key("slots"))  # no named memory outlives a refit that failed
@@ -141,9 +159,11 @@ def send(backend: Any, rank: int, transfer: Transfer, carrier: Any, *options: An
         forget(key)
 
 
-def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, carrier: OutCarrier) -> Sent:
-    hub.gather(transfer.names, transfer.deadline)
-    carrier.begin(hub, len(transfer.names))
+def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, lane: Lane) -> Sent:
+    make, *options = lane.carrier
+    carrier: OutCarrier = make(transfer, lane.device, *options)
+    hub.gather(lane.names, transfer.deadline)
+    carrier.begin(hub, len(lane.names))
     outgoing = OutgoingWeights(source, transfer.dtype, digest=False)
     for number, chunk in enumerate(chunks(outgoing, transfer.chunk_bytes)):
         hub.wait_acked(number - carrier.in_flight + 1)
@@ -164,7 +184,7 @@ def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, ca
 
 
 def receive(
-    engine: Any, name: str, rendezvous: Rendezvous, transfer: Transfer, carrier: Any, *options: Any
+    engine: Any, name: str, rendezvous: Rendezvous, transfer: Transfer, device: str, carrier: Any, *options: Any
 ) -> Received:
     """In an engine's process: load the weights that the trainer sends.
 
@@ -173,11 +193,12 @@ def receive(
         name: Of this engine.
         rendezvous: Where the trainer listens.
         transfer: The refit.
-        carrier: Makes the `InCarrier` from (transfer, engine, *options).
+        device: Of the engine, as its `Place` has it.
+        carrier: Makes the `InCarrier` from (transfer, device, *options).
         options: Of the carrier.
     """
     start_epoch(transfer.session, transfer.epoch)
-    made: InCarrier = carrier(transfer, engine, *options)
+    made: InCarrier = carrier(transfer, device, *options)
     wire = connect(rendezvous, name, made.hello(), transfer.deadline)
     stream = _Stream(wire, made)
     try:
