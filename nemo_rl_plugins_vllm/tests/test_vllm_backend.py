@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from vllm_kit import complete, generate, needs_vllm, request
+from vllm_kit import complete, generate, largest_difference, needs_vllm, reference_logprobs, request
 
 from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.errors import ConfigError, GenerationError
@@ -23,18 +23,6 @@ from nemo_rl_plugins_vllm.config import VLLMConfig
 pytestmark = needs_vllm
 
 PROMPT = (20, 31, 42, 53, 64)
-
-
-def reference_logprobs(model, prompt, token_ids):
-    """Logprobs of a continuation by a plain forward pass."""
-    logprobs = forward_logits(model, [*prompt, *token_ids]).log_softmax(-1)[len(prompt) - 1 : -1]
-    return logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
-
-
-def largest_difference(model, prompt, completion):
-    return float(
-        (torch.tensor(completion.logprobs) - reference_logprobs(model, prompt, completion.token_ids)).abs().max()
-    )
 
 
 def test_a_conversation_reads_its_earlier_turns_from_the_cache(engine, pool):
