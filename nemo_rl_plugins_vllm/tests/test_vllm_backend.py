@@ -225,6 +225,14 @@ def test_engine_arguments_are_checked_by_name():
         set_up(engine_args={"max_num_seq": 3})
     with pytest.raises(ConfigError, match="sets it itself"):
         set_up(engine_args={"logprobs_mode": "raw_logprobs"})
+    with pytest.raises(ConfigError, match=r"Set generation\.options\.max_num_seqs instead"):
+        set_up(engine_args={"max_num_seqs": 3})
+
+
+@pytest.mark.parametrize("wrong", [{"max_num_batched_tokens": 100}, {"engine_args": {"enable_chunked_prefill": True}}])
+def test_on_a_cpu_no_prompt_is_cut_into_pieces(wrong):
+    with pytest.raises(ConfigError, match=r"(?s)is 100.*may have (\d+) tokens.*Set it to \1 or more|Remove it"):
+        set_up(**wrong)
 
 
 def test_what_vllm_refuses_is_an_error_in_its_words():

@@ -21,11 +21,12 @@ class VLLMConfig:
     data_parallel_size: int = field(default=1, validator=ge(1))
     """Copies of the engine; requests go to the one with the least to do."""
     distributed_executor_backend: Literal["mp", "ray"] | None = None
-    """How vLLM starts its workers; None is processes of this machine."""
+    """How vLLM starts its workers. None is processes if there are several; `ray` is refused, since workers on other
+    machines could not be refitted."""
     max_num_seqs: int | None = field(default=None, validator=optional(ge(1)))
     """Sequences decoded together by one engine."""
     max_num_batched_tokens: int | None = field(default=None, validator=optional(ge(1)))
-    """Tokens of one step, prompts and decoded ones together."""
+    """Tokens of one step, prompts and decoded ones together. Without a GPU at least those of a whole sequence."""
     kv_cache_gib: float | None = field(default=None, validator=optional(gt(0)))
     """GiB of KV cache for each device. None is 1 without a GPU, and with one what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = field(default=0.9, validator=[gt(0), le(1)])
@@ -57,7 +58,7 @@ class VLLMConfig:
     import_modules: tuple[str, ...] = ()
     """Modules that each of vLLM's processes imports at its start, such as one that registers a model with vLLM."""
     engine_args: dict[str, Any] = Factory(dict)
-    """Further arguments of vLLM's `AsyncEngineArgs`, by name."""
+    """Further arguments of vLLM's `AsyncEngineArgs`, by name; none that is an option here."""
     allow_untested_version: bool = False
     """Run with a version of vLLM that this package was not tested with."""
     start_timeout_s: float = field(default=900.0, validator=gt(0))
