@@ -12,7 +12,7 @@ import torch
 from vllm_kit import complete, generate, largest_difference, needs_vllm, reference_logprobs, request
 
 from nemo_rl_core.config.schema import GenerationConfig
-from nemo_rl_core.errors import ConfigError, GenerationError
+from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
@@ -41,11 +41,13 @@ def test_more_seeded_prompts_than_a_batch_holds_are_all_sampled(engine, pool):
     assert all(largest_difference(pool.tiny.model, p, c) < 1e-4 for p, c in zip(prompts, found, strict=True))
 
 
-def test_after_an_update_no_old_cache_is_read(engine, pool):
+@pytest.mark.parametrize("version", [0, 1])
+def test_after_an_update_no_old_cache_is_read(engine, pool, version):
+    """Not even after one that has the version of the weights before it."""
     prompt = tuple(3 + i % 90 for i in range(300))
     new = pool.tiny.changed_weights()
     complete(engine, request(prompt, seed=1, max_new_tokens=4, ignore_eos=True))
-    engine.update_weights(1, iter(new.items()))
+    engine.update_weights(version, iter(new.items()))
     engine.metrics()
     (after,) = complete(engine, request(prompt, seed=1, max_new_tokens=4, ignore_eos=True))
     assert engine.metrics()["prefix_cached_tokens"] == 0
@@ -83,8 +85,11 @@ def update_in_flight(engine, weights, *, at_version=1):
         asked = [request(PROMPT, seed=seed, max_new_tokens=600, ignore_eos=True) for seed in range(3, 35)]
         calls = [asyncio.ensure_future(engine.generate(one)) for one in asked]
         await engine.generate(request(PROMPT, seed=2, max_new_tokens=2, ignore_eos=True))
-        await asyncio.to_thread(engine.update_weights, at_version, iter(weights.items()))
-        return (await asyncio.gather(*calls))[0]
+        try:
+            await asyncio.to_thread(engine.update_weights, at_version, iter(weights.items()))
+        finally:
+            found = await asyncio.wait_for(asyncio.gather(*calls), 60)
+        return found[0]
 
     return asyncio.run(run())
 
@@ -100,6 +105,14 @@ def test_the_cache_of_requests_in_flight_is_kept_or_computed_again(engine, pool,
     last = (torch.tensor(found.logprobs) - wanted)[-20:].abs().max()
     # With the cache computed again the end is what the new weights alone predict; an old cache is part of it otherwise.
     assert last > 1e-3 if kept else last < 1e-4
+
+
+def test_requests_in_flight_go_on_after_an_update_that_could_not_begin(engine, pool, monkeypatch):
+    monkeypatch.setattr(engine, "_options", VLLMConfig(refit_timeout_s=0.5))
+    monkeypatch.setattr(engine._thread._llm, "start_weight_update", asyncio.Event().wait)
+    with pytest.raises(DeadlineExceeded, match="Weight update to version 1 passed its deadline"):
+        update_in_flight(engine, pool.tiny.weights())
+    assert engine.metrics()["requests"] == 33
 
 
 def test_a_cancelled_request_leaves_the_engine(engine):

@@ -88,8 +88,8 @@ def refit(
         # A handle serves one process on the same device.
         cuda_ipc=options.weight_transport == "cuda_ipc" or (options.weight_transport == "auto" and num_devices(options) == 1),
     )
-    frozen = deadline.wait(thread.begin(thread.begin_update()))
     try:
+        deadline.wait(thread.begin(thread.begin_update()))
         num_bytes = _send(thread, pieces, deadline)
         recompute = options.kv_cache_on_update == "recompute"
         deadline.wait(thread.begin(thread.end_update(version, recompute=recompute)))
@@ -99,7 +99,7 @@ def refit(
         raise
     finally:
         with contextlib.suppress(Exception):
-            thread.call(thread.thaw(frozen), what="Going on", timeout_s=_ABANDON_TIMEOUT_S)
+            thread.call(thread.thaw(), what="Going on", timeout_s=_ABANDON_TIMEOUT_S)
     return RefitReport(num_bytes, time.monotonic() - start)
 
 
