@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.infra.starting import starting
 from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.cpu import KV_CACHE_GIB, environment
 from nemo_rl_plugins_vllm.layout import check_one_machine, executor, visible_devices
@@ -43,8 +41,6 @@ _OURS = frozenset(
 """Arguments that the backend depends on."""
 _OF_PIECES = ("enable_chunked_prefill", "long_prefill_token_threshold")
 """Arguments that cut prompts into pieces."""
-_starting = threading.Lock()
-"""The environment of a process is one: engines start one after another."""
 
 
 def has_gpu() -> bool:
@@ -168,34 +164,5 @@ def starting_environment(options: VLLMConfig, context: WorkerContext, *, gpu: bo
         values |= environment(
             min(threads, default=None), single=single and options.distributed_executor_backend is None
         )
-    with _starting, _variables(values), _without_main():
+    with starting(values):
         yield
-
-
-@contextlib.contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Hide where the main module came from, which `multiprocessing` would import in a new process."""
-    main = sys.modules.get("__main__")
-    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if main and name in vars(main)}
-    if main is not None:
-        main.__spec__ = None
-    try:
-        yield
-    finally:
-        if main is not None:
-            vars(main).pop("__spec__", None)
-            vars(main).update(hidden)

@@ -7,12 +7,8 @@ an allocation whose handle goes to the process on the same device, which takes a
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,13 +16,12 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
+from nemo_rl_core.infra.shared_files import SharedFile, map_shared
 
 __all__ = ["ExpectedWeights", "Piece", "TensorInPiece", "open_piece", "pack"]
 
 _ALIGNMENT = 64
 _SHOWN = 5
-_SHARED_MEMORY = Path("/dev/shm")
-"""Where files live in memory on Linux; elsewhere the folder for temporary files serves."""
 
 
 @frozen
@@ -56,7 +51,7 @@ class Piece:
     """Path of the file, or the pickled handle and the device's identity."""
     num_bytes: int
     tensors: list[tuple[str, str, str, list[int], int]]
-    _held: Tensor | None = field(default=None, repr=False)
+    _held: Tensor | SharedFile | None = field(default=None, repr=False)
 
     def update_info(self) -> dict[str, Any]:
         """What the receiver is told."""
@@ -64,10 +59,9 @@ class Piece:
 
     def close(self) -> None:
         """Called when the receiver has answered; what it has mapped stays readable there."""
-        self._held = None
-        if self.kind == "file":
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.where)
+        held, self._held = self._held, None
+        if isinstance(held, SharedFile):
+            held.close()
 
 
 @frozen
@@ -144,6 +138,7 @@ def pack(
 
     Raises:
         GenerationError: A name or shape does not belong to the model, or, at the end, one is missing.
+        ResourceError: Shared memory is too small for a piece.
     """
     waiting: list[TensorInPiece] = []
     seen: set[str] = set()
@@ -172,18 +167,13 @@ def _fill(tensors: list[TensorInPiece], num_bytes: int, *, cuda_ipc: bool) -> Pi
         _copy(tensors, buffer)
         torch.cuda.synchronize(device)
         return Piece("cuda", _handle(buffer), num_bytes, descriptions, buffer)
-    folder = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
-    number, path = tempfile.mkstemp(prefix="nemo-rl-weights-", dir=folder)
+    file = SharedFile(num_bytes, fix="Lower generation.options.refit_chunk_mib: two pieces of it are held at once.")
     try:
-        os.ftruncate(number, max(num_bytes, 1))
-        buffer = _mapped(path, num_bytes)
-        _copy(tensors, buffer)
+        _copy(tensors, file.map())
     except BaseException:
-        os.unlink(path)
+        file.close()
         raise
-    finally:
-        os.close(number)
-    return Piece("file", path, num_bytes, descriptions)
+    return Piece("file", file.path, num_bytes, descriptions, file)
 
 
 def _copy(tensors: list[TensorInPiece], buffer: Tensor) -> None:
@@ -196,10 +186,6 @@ def _view(buffer: Tensor, dtype: torch.dtype, shape: list[int], offset: int) -> 
     for size in shape:
         count *= size
     return buffer[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
-
-
-def _mapped(path: str, num_bytes: int) -> Tensor:
-    return torch.from_file(path, shared=True, size=max(num_bytes, 1), dtype=torch.uint8)
 
 
 def _handle(buffer: Tensor) -> tuple[bytes, str]:
@@ -228,7 +214,7 @@ def open_piece(
     Raises:
         RuntimeError: The piece lies on another GPU.
     """
-    buffer = _mapped(where, num_bytes) if kind == "file" else _copied_from_gpu(where, device)
+    buffer = map_shared(where, max(num_bytes, 1)) if kind == "file" else _copied_from_gpu(where, device)
     for name, load_name, dtype, shape, offset in tensors:
         yield name, load_name, _view(buffer, getattr(torch, dtype), shape, offset)
 
