@@ -116,10 +116,10 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def _too_small(folder: str, num_bytes: int, fix: str) -> str:
-    found = os.statvfs(folder)
-    mib = 1 << 20
+    found, mib = os.statvfs(folder), 1 << 20
+    total, free = (number * found.f_frsize / mib for number in (found.f_blocks, found.f_bavail))
     return (
-        f"No room for {num_bytes / mib:.0f} MiB of shared memory: {folder} has {found.f_blocks * found.f_frsize / mib:.0f} "
-        f"MiB, of which {found.f_bavail * found.f_frsize / mib:.0f} are free. {fix} Or make it larger: in Docker with "
+        f"No room for {num_bytes / mib:.0f} MiB of shared memory: {folder} has {total:.0f} MiB, of which {free:.0f} "
+        f"are free. {fix} Or make it larger: in Docker with "
         "`--shm-size 8g` (its default is 64 MiB) or `--ipc=host`, in Kubernetes with an emptyDir of medium Memory."
     )

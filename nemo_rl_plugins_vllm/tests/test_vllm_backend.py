@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from vllm_kit import complete, generate, largest_difference, needs_vllm, reference_logprobs, request
+from vllm_kit import SHAPE, complete, generate, largest_difference, needs_vllm, reference_logprobs, request
 
 from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.reference import forward_logits
+from nemo_rl_core.testing.conformance.reference import forward_logits, tiny_model
+from nemo_rl_plugins_vllm.arguments import engine_arguments
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
 
@@ -195,10 +197,13 @@ def test_metrics_count_what_was_sampled(engine):
     assert "tokens" not in engine.metrics()
 
 
-def test_first_weights_of_a_scratch_model_are_those_of_the_trainer():
-    """And a script needs no `if __name__ == "__main__":` to start an engine."""
+def test_first_weights_of_a_scratch_model_are_those_of_the_trainer(tmp_path):
+    """And a script needs no `if __name__ == "__main__":` for an engine, whose processes import what they are to."""
+    note = "import os, pathlib\npathlib.Path(__file__).with_suffix(f'.{os.getpid()}').touch()"
+    (tmp_path / "registers_a_model.py").write_text(note)
     script = """
         import asyncio
+        import os
         from nemo_rl_core.config.schema import GenerationConfig
         from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
         from nemo_rl_core.protocols.launcher import WorkerContext
@@ -206,25 +211,56 @@ def test_first_weights_of_a_scratch_model_are_those_of_the_trainer():
         from nemo_rl_plugins_vllm.config import VLLMConfig
 
         engine = VLLMEngine()
-        config = GenerationConfig(model_name="scratch:qwen2-tiny", options=VLLMConfig(kv_cache_gib=0.1))
+        options = VLLMConfig(kv_cache_gib=0.1, import_modules=("registers_a_model",))
+        config = GenerationConfig(model_name="scratch:qwen2-tiny", options=options)
         engine.setup(config, WorkerContext(seed=3, num_threads=1))
         sampling = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
+        print("process", os.getpid())
         print("digest", engine.fingerprint())
         found = asyncio.run(engine.generate(GenerationRequest(request_id="r", prompt_ids=[5, 6, 7], sampling=sampling)))
         print("tokens", found.token_ids)
         engine.shutdown()
     """
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-"], input=textwrap.dedent(script), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-"],
+        input=textwrap.dedent(script),
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("digest", "tokens")))
+    said = dict(
+        line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("process", "digest", "tokens"))
+    )
     assert said, done.stderr[-2000:]
+    importers = {p.suffix[1:] for p in tmp_path.glob("registers_a_model.[0-9]*")}
+    assert importers - {said["process"]}, "no process of vLLM has imported it"
     model = load_model("scratch:qwen2-tiny", dtype=torch.float32, seed=3).eval()
     assert said["digest"] == fingerprint((n, p.detach()) for n, p in model.named_parameters())
     ids = [5, 6, 7]
     for _ in range(6):
         ids.append(int(forward_logits(model, ids)[-1].argmax()))
     assert said["tokens"] == str(ids[3:])
+
+
+def test_a_trainer_on_the_same_gpu_leaves_the_engine_half_of_it():
+    def share(*, shares_device, **options):
+        found = engine_arguments(
+            VLLMConfig(**options),
+            folder=tiny_model(SHAPE).folder,
+            precision="bfloat16",
+            max_length=100,
+            seed=0,
+            gpu=True,
+            shares_device=shares_device,
+        )
+        return found.gpu_memory_utilization
+
+    assert (share(shares_device=False), share(shares_device=True)) == (0.9, 0.5)
+    assert share(shares_device=True, gpu_memory_utilization=0.3) == 0.3
+    assert share(shares_device=True, kv_cache_gib=2.0) < 0.05  # vLLM asks for this much free memory all the same
 
 
 def set_up(**options):

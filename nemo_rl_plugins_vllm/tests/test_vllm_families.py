@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from vllm_kit import SHAPE, EnginePool, complete, largest_difference, needs_vllm, request
 
 from nemo_rl_core.errors import GenerationError

@@ -11,6 +11,7 @@ from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig, RunConfi
 from nemo_rl_core.errors import ConfigError, GenerationError, MissingExtra
 from nemo_rl_core.infra.local import LocalLauncher
 from nemo_rl_core.training.engine_assembly import engine_placement
+from nemo_rl_plugins_vllm import backend
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.cpu import environment
@@ -86,6 +87,17 @@ def test_an_engine_over_several_machines_is_refused(wrong):
 def test_several_workers_are_processes_wherever_vllm_is_started():
     assert executor(VLLMConfig(pipeline_parallel_size=2)) == "mp"
     assert executor(VLLMConfig()) is None
+
+
+def test_an_engine_has_its_own_deadline_of_a_start():
+    assert VLLMEngine.start_timeout_s(GenerationConfig(options={"start_timeout_s": 1000.0})) == 1000.0
+
+
+def test_an_untested_version_is_refused_before_vllm_is_imported(monkeypatch):
+    monkeypatch.setattr(backend, "installed_version", lambda: ("vllm", "0.31.0"))
+    with pytest.raises(MissingExtra, match="vllm 0.31.0 is installed"):
+        VLLMEngine.check_installed(GenerationConfig())
+    VLLMEngine.check_installed(GenerationConfig(options={"allow_untested_version": True}))
 
 
 def test_the_users_environment_wins(monkeypatch):

@@ -39,6 +39,8 @@ _OURS = frozenset(
     }
 )
 """Arguments that the backend depends on."""
+_SHARE, _SHARE_BESIDE_TRAINER, _LEAST_SHARE = 0.9, 0.5, 0.01
+"""Of a GPU's memory."""
 _OF_PIECES = ("enable_chunked_prefill", "long_prefill_token_threshold")
 """Arguments that cut prompts into pieces."""
 
@@ -51,7 +53,7 @@ def has_gpu() -> bool:
 
 
 def engine_arguments(
-    options: VLLMConfig, *, folder: str, precision: str, max_length: int, seed: int, gpu: bool
+    options: VLLMConfig, *, folder: str, precision: str, max_length: int, seed: int, gpu: bool, shares_device: bool
 ) -> AsyncEngineArgs:
     """VLLM's arguments.
 
@@ -62,6 +64,7 @@ def engine_arguments(
         max_length: Tokens of prompt and completion together.
         seed: Of requests that have none.
         gpu: Whether vLLM drives a GPU.
+        shares_device: Whether a trainer holds memory on the same devices.
 
     Raises:
         ConfigError: `engine_args` has a name that vLLM does not know, or one that is set elsewhere; the engine would
@@ -88,7 +91,7 @@ def engine_arguments(
         "distributed_executor_backend": executor(options),
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "gpu_memory_utilization": _memory_share(options, shares_device=shares_device),
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
         "kv_cache_dtype": options.kv_cache_dtype,
         "quantization": options.quantization,
@@ -126,6 +129,16 @@ def _check_further(given: Mapping[str, Any], known: set[str]) -> None:
             close = get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"generation.options.engine_args.{name}: vLLM has no such engine argument.{hint}")
+
+
+def _memory_share(options: VLLMConfig, *, shares_device: bool) -> float:
+    """Of each GPU's memory.
+
+    VLLM refuses to start where less is free, also with a KV cache of a given size, which it takes whatever this is.
+    """
+    if options.kv_cache_gib is not None:
+        return _LEAST_SHARE
+    return options.gpu_memory_utilization or (_SHARE_BESIDE_TRAINER if shares_device else _SHARE)
 
 
 def _check_whole_prompts(options: VLLMConfig, max_length: int) -> None:

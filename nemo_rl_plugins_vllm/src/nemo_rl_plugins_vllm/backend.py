@@ -22,7 +22,7 @@ from nemo_rl_plugins_vllm.checkpoint import (
     tokenizer_of,
 )
 from nemo_rl_plugins_vllm.config import VLLMConfig
-from nemo_rl_plugins_vllm.installed import require_vllm
+from nemo_rl_plugins_vllm.installed import check_version, installed_version, require_vllm
 from nemo_rl_plugins_vllm.layout import check_one_machine, num_devices
 from nemo_rl_plugins_vllm.requests import completion, refusal, sampling_params
 
@@ -58,6 +58,20 @@ class VLLMEngine(GenerationBackend):
         options = _options_of(config)
         check_one_machine(options)
         return num_devices(options)
+
+    @staticmethod
+    def start_timeout_s(config: GenerationConfig) -> float:
+        """Seconds that `setup` may take."""
+        return _options_of(config).start_timeout_s
+
+    @staticmethod
+    def check_installed(config: GenerationConfig) -> None:
+        """Refuse a vLLM that is missing or untested, without importing it.
+
+        Raises:
+            MissingExtra: Says what to install.
+        """
+        check_version(installed_version(), allow_untested=_options_of(config).allow_untested_version)
 
     def __init__(self) -> None:
         self._thread: EngineThread | None = None
@@ -111,6 +125,7 @@ class VLLMEngine(GenerationBackend):
                 max_length=self._limits.max_length,
                 seed=context.seed,
                 gpu=self._gpu,
+                shares_device=context.shares_device,
             )
             self._thread = EngineThread(arguments, self._tokenizer)
             self._thread.start(options.start_timeout_s)

@@ -29,9 +29,9 @@ class VLLMConfig:
     """Tokens of one step, prompts and decoded ones together. Without a GPU at least those of a whole sequence."""
     kv_cache_gib: float | None = field(default=None, validator=optional(gt(0)))
     """GiB of KV cache for each device. None is 1 without a GPU, and with one what `gpu_memory_utilization` leaves."""
-    gpu_memory_utilization: float = field(default=0.9, validator=[gt(0), le(1)])
-    """Share of a GPU's memory for weights and KV cache, if `kv_cache_gib` is not set. Lower it when the trainer lives
-    on the same GPU."""
+    gpu_memory_utilization: float | None = field(default=None, validator=optional([gt(0), le(1)]))
+    """Share of a GPU's memory for weights and KV cache, if `kv_cache_gib` is not set; it must be free at the start.
+    None is 0.5 where a trainer shares the GPU, and 0.9 elsewhere."""
     kv_cache_dtype: str | None = None
     """Precision of the KV cache, such as `fp8`; None is that of the model."""
     quantization: str | None = None
@@ -62,6 +62,6 @@ class VLLMConfig:
     allow_untested_version: bool = False
     """Run with a version of vLLM that this package was not tested with."""
     start_timeout_s: float = field(default=900.0, validator=gt(0))
-    """Deadline of starting the engine."""
+    """Deadline of starting the engine, also where the launcher's own is shorter."""
     refit_timeout_s: float = field(default=600.0, validator=gt(0))
     """Deadline of a weight update, of `sleep` and of `wake`."""

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_one_machine", "executor", "num_devices", "visible_devices"]
 
-_BEYOND = frozenset({"nnodes", "node_rank", "data_parallel_backend", "data_parallel_address", "data_parallel_hybrid_lb"})
+_BEYOND = frozenset(
+    {"nnodes", "node_rank", "data_parallel_backend", "data_parallel_address", "data_parallel_hybrid_lb"}
+)
 """Engine arguments with which vLLM spreads an engine over machines."""
 
 

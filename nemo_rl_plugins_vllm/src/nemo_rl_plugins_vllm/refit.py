@@ -86,7 +86,8 @@ def refit(
         expected,
         chunk_bytes=options.refit_chunk_mib * _MIB,
         # A handle serves one process on the same device.
-        cuda_ipc=options.weight_transport == "cuda_ipc" or (options.weight_transport == "auto" and num_devices(options) == 1),
+        cuda_ipc=options.weight_transport == "cuda_ipc"
+        or (options.weight_transport == "auto" and num_devices(options) == 1),
     )
     try:
         deadline.wait(thread.begin(thread.begin_update()))
