@@ -147,7 +147,7 @@ class LocalLauncher:
         Raises:
             ResourceError: More devices are asked for than there are.
             WorkerDied: A process ended during its start.
-            DeadlineExceeded: A worker was not ready in `start_timeout_s`.
+            DeadlineExceeded: A worker was not ready in `start_timeout_s`, the launcher's or that of `spec`.
         """
         if self.resources is None:
             raise RuntimeError("LocalLauncher.setup(cluster) must come before launch().")
@@ -169,6 +169,7 @@ class LocalLauncher:
                 run_dir=spec.run_dir,
                 timeout_s=spec.timeout_s,
                 num_threads=placement.num_threads,
+                shares_device=spec.shares_device,
             )
             for rank, device in enumerate(placement.devices)
         ]
@@ -190,7 +191,7 @@ class LocalLauncher:
         return ProcessGroup.start(
             spec,
             contexts,
-            start_timeout_s=self.config.start_timeout_s,
+            start_timeout_s=max(self.config.start_timeout_s, spec.start_timeout_s or 0.0),
             call_timeout_s=self.config.call_timeout_s,
             failure_grace_s=self.config.failure_grace_s,
         )

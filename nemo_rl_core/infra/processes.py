@@ -7,10 +7,9 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from nemo_rl_core.infra.remote import (
     status_text,
     worker_environment,
 )
+from nemo_rl_core.infra.starting import starting
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
 from nemo_rl_core.registry import check_nodes
 
@@ -39,8 +39,6 @@ _log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
 _VERIFY_GRACE_S = 5.0
 """Once a worker has told that its plugins differ, how long the others may take to tell whether theirs do."""
-_starting = threading.Lock()
-"""Held while `__main__` looks otherwise than it is."""
 
 
 class ProcessGroup:
@@ -217,7 +215,7 @@ class ProcessGroup:
             name=f"nemo-rl-{spec.label}-{context.rank}",
             daemon=True,
         )
-        with _without_main():
+        with starting():
             process.start()
         there.close()
         self._processes.append(process)
@@ -396,22 +394,3 @@ def _end_children(pid: int) -> None:
 
 def _sooner(deadline: float, grace_s: float) -> float:
     return min(deadline, time.monotonic() + grace_s)
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep a spawned process from running the user's script again.
-
-    Whatever stands in `__main__` travels by value, so that a script needs no `if __name__ == "__main__"`.
-    """
-    _starting.acquire()
-    main = sys.modules["__main__"]
-    kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
-    restore: Callable[[], None] = lambda: main.__dict__.update(kept)  # noqa: E731
-    main.__dict__.pop("__file__", None)
-    main.__dict__["__spec__"] = None
-    try:
-        yield
-    finally:
-        restore()
-        _starting.release()

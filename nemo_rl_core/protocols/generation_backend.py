@@ -86,6 +86,11 @@ class GenerationBackend(Protocol):
             "prefix_sharing", "sleep".
         devices_per_worker: Function of the `GenerationConfig` (a static method): devices that one engine takes for its
             own tensor and pipeline parallelism. May be left out: then 1.
+        start_timeout_s: Function of the `GenerationConfig` (a static method): seconds that `setup` may take, where the
+            launcher's deadline is shorter. May be left out.
+        check_installed: Function of the `GenerationConfig` (a static method): raises `MissingExtra` if what the engine
+            needs is not installed here. Called before a model is loaded, where the engine will run in this
+            installation. May be left out.
     """
 
     config_class: ClassVar[type]

@@ -32,6 +32,8 @@ class WorkerContext:
     """Deadline of one collective."""
     num_threads: int | None = None
     """CPU threads this worker may use; None leaves torch's default."""
+    shares_device: bool = False
+    """Workers of other roles hold memory on this device too."""
 
 
 @frozen(kw_only=True)
@@ -59,6 +61,10 @@ class WorkerSpec:
     seed: int = 0
     run_dir: str | None = None
     timeout_s: float = 600.0
+    start_timeout_s: float | None = None
+    """Seconds that `setup` may take, where that is more than the launcher's own deadline of a start."""
+    shares_device: bool = False
+    """For `WorkerContext.shares_device`."""
     manifest: Sequence[Mapping[str, Any]] = ()
     """Rows (`nemo_rl_core.registry.manifest`) of the installed plugins that every worker must have too.
 

@@ -264,8 +264,11 @@ def _is_initial_policy(parts: RunParts, name: str) -> bool:
 
 
 def _check_engine(config: RunConfig, launcher: Launcher, resolver: _Resolver) -> None:
-    """Find out before a model is loaded whether the run's engine can be refitted."""
+    """Find out before a model is loaded whether the run's engine can start and be refitted."""
     engine_class = resolver.resolve("generation_backends", config.generation.backend).load()
+    check = getattr(engine_class, "check_installed", None)
+    if check is not None and getattr(launcher, "in_process", True):  # else it may have an installation of its own
+        check(config.generation)
     choose_weight_sync(config, engine_placement(config, engine_class, launcher))
 
 
@@ -296,6 +299,7 @@ def _add_engine(
         seed=config.seed,
         run_dir=run_dir,
         manifest=worker_rows(get_registry().manifest(resolver.used)),
+        shares_device=parts.policy is not None and (config.cluster.colocated or not config.cluster.roles),
     )
     stack.callback(parts.generation.shutdown)
     if parts.policy is not None:

@@ -22,6 +22,7 @@ __all__ = ["EnginePlacement", "choose_weight_sync", "engine_placement", "start_e
 
 _ROLE = "generation"
 _SYNCS = "weight_syncs"
+_REPORT_S = 60.0
 
 
 @frozen(kw_only=True)
@@ -117,6 +118,12 @@ def _fitting(needed: str, plugins: Mapping[str, str]) -> list[str]:
     return sorted(found)
 
 
+def _start_timeout_s(engine_class: Any, config: GenerationConfig) -> float | None:
+    """The engine's own deadline, and the time to report that it has passed."""
+    asked = getattr(engine_class, "start_timeout_s", None)
+    return None if asked is None else float(asked(config)) + _REPORT_S
+
+
 def start_engine(
     launcher: Launcher,
     engine: ComponentRef,
@@ -126,8 +133,19 @@ def start_engine(
     seed: int,
     run_dir: str,
     manifest: Sequence[Mapping[str, Any]],
+    shares_device: bool = False,
 ) -> GenerationBackend:
     """The engine itself, or what stands for the engines in other processes.
+
+    Args:
+        launcher: Starts it.
+        engine: The generation backend.
+        config: Of the engine.
+        placement: Where it lives.
+        seed: Of the run.
+        run_dir: Of the run.
+        manifest: Plugins that the engine's process must have too.
+        shares_device: Whether a trainer holds memory on the engine's devices.
 
     Raises:
         ConfigError: The launcher put a worker that may live in this process into another.
@@ -140,6 +158,8 @@ def start_engine(
         seed=seed,
         run_dir=run_dir,
         manifest=manifest,
+        shares_device=shares_device,
+        start_timeout_s=_start_timeout_s(engine.load(), config),
     )
     if placement.in_driver:
         group = launcher.launch(spec)

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from vllm_kit import complete, generate, needs_vllm, request
+from vllm_kit import SHAPE, complete, generate, largest_difference, needs_vllm, reference_logprobs, request
 
 from nemo_rl_core.config.schema import GenerationConfig
-from nemo_rl_core.errors import ConfigError, GenerationError
+from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.reference import forward_logits
+from nemo_rl_core.testing.conformance.reference import forward_logits, tiny_model
+from nemo_rl_plugins_vllm.arguments import engine_arguments
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
 
 pytestmark = needs_vllm
 
 PROMPT = (20, 31, 42, 53, 64)
-
-
-def reference_logprobs(model, prompt, token_ids):
-    """Logprobs of a continuation by a plain forward pass."""
-    logprobs = forward_logits(model, [*prompt, *token_ids]).log_softmax(-1)[len(prompt) - 1 : -1]
-    return logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
-
-
-def largest_difference(model, prompt, completion):
-    return float(
-        (torch.tensor(completion.logprobs) - reference_logprobs(model, prompt, completion.token_ids)).abs().max()
-    )
 
 
 def test_a_conversation_reads_its_earlier_turns_from_the_cache(engine, pool):
@@ -53,11 +43,13 @@ def test_more_seeded_prompts_than_a_batch_holds_are_all_sampled(engine, pool):
     assert all(largest_difference(pool.tiny.model, p, c) < 1e-4 for p, c in zip(prompts, found, strict=True))
 
 
-def test_after_an_update_no_old_cache_is_read(engine, pool):
+@pytest.mark.parametrize("version", [0, 1])
+def test_after_an_update_no_old_cache_is_read(engine, pool, version):
+    """Not even after one that has the version of the weights before it."""
     prompt = tuple(3 + i % 90 for i in range(300))
     new = pool.tiny.changed_weights()
     complete(engine, request(prompt, seed=1, max_new_tokens=4, ignore_eos=True))
-    engine.update_weights(1, iter(new.items()))
+    engine.update_weights(version, iter(new.items()))
     engine.metrics()
     (after,) = complete(engine, request(prompt, seed=1, max_new_tokens=4, ignore_eos=True))
     assert engine.metrics()["prefix_cached_tokens"] == 0
@@ -95,8 +87,11 @@ def update_in_flight(engine, weights, *, at_version=1):
         asked = [request(PROMPT, seed=seed, max_new_tokens=600, ignore_eos=True) for seed in range(3, 35)]
         calls = [asyncio.ensure_future(engine.generate(one)) for one in asked]
         await engine.generate(request(PROMPT, seed=2, max_new_tokens=2, ignore_eos=True))
-        await asyncio.to_thread(engine.update_weights, at_version, iter(weights.items()))
-        return (await asyncio.gather(*calls))[0]
+        try:
+            await asyncio.to_thread(engine.update_weights, at_version, iter(weights.items()))
+        finally:
+            found = await asyncio.wait_for(asyncio.gather(*calls), 60)
+        return found[0]
 
     return asyncio.run(run())
 
@@ -112,6 +107,14 @@ def test_the_cache_of_requests_in_flight_is_kept_or_computed_again(engine, pool,
     last = (torch.tensor(found.logprobs) - wanted)[-20:].abs().max()
     # With the cache computed again the end is what the new weights alone predict; an old cache is part of it otherwise.
     assert last > 1e-3 if kept else last < 1e-4
+
+
+def test_requests_in_flight_go_on_after_an_update_that_could_not_begin(engine, pool, monkeypatch):
+    monkeypatch.setattr(engine, "_options", VLLMConfig(refit_timeout_s=0.5))
+    monkeypatch.setattr(engine._thread._llm, "start_weight_update", asyncio.Event().wait)
+    with pytest.raises(DeadlineExceeded, match="Weight update to version 1 passed its deadline"):
+        update_in_flight(engine, pool.tiny.weights())
+    assert engine.metrics()["requests"] == 33
 
 
 def test_a_cancelled_request_leaves_the_engine(engine):
@@ -194,10 +197,13 @@ def test_metrics_count_what_was_sampled(engine):
     assert "tokens" not in engine.metrics()
 
 
-def test_first_weights_of_a_scratch_model_are_those_of_the_trainer():
-    """And a script needs no `if __name__ == "__main__":` to start an engine."""
+def test_first_weights_of_a_scratch_model_are_those_of_the_trainer(tmp_path):
+    """And a script needs no `if __name__ == "__main__":` for an engine, whose processes import what they are to."""
+    note = "import os, pathlib\npathlib.Path(__file__).with_suffix(f'.{os.getpid()}').touch()"
+    (tmp_path / "registers_a_model.py").write_text(note)
     script = """
         import asyncio
+        import os
         from nemo_rl_core.config.schema import GenerationConfig
         from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
         from nemo_rl_core.protocols.launcher import WorkerContext
@@ -205,25 +211,56 @@ def test_first_weights_of_a_scratch_model_are_those_of_the_trainer():
         from nemo_rl_plugins_vllm.config import VLLMConfig
 
         engine = VLLMEngine()
-        config = GenerationConfig(model_name="scratch:qwen2-tiny", options=VLLMConfig(kv_cache_gib=0.1))
+        options = VLLMConfig(kv_cache_gib=0.1, import_modules=("registers_a_model",))
+        config = GenerationConfig(model_name="scratch:qwen2-tiny", options=options)
         engine.setup(config, WorkerContext(seed=3, num_threads=1))
         sampling = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
+        print("process", os.getpid())
         print("digest", engine.fingerprint())
         found = asyncio.run(engine.generate(GenerationRequest(request_id="r", prompt_ids=[5, 6, 7], sampling=sampling)))
         print("tokens", found.token_ids)
         engine.shutdown()
     """
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-"], input=textwrap.dedent(script), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-"],
+        input=textwrap.dedent(script),
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("digest", "tokens")))
+    said = dict(
+        line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("process", "digest", "tokens"))
+    )
     assert said, done.stderr[-2000:]
+    importers = {p.suffix[1:] for p in tmp_path.glob("registers_a_model.[0-9]*")}
+    assert importers - {said["process"]}, "no process of vLLM has imported it"
     model = load_model("scratch:qwen2-tiny", dtype=torch.float32, seed=3).eval()
     assert said["digest"] == fingerprint((n, p.detach()) for n, p in model.named_parameters())
     ids = [5, 6, 7]
     for _ in range(6):
         ids.append(int(forward_logits(model, ids)[-1].argmax()))
     assert said["tokens"] == str(ids[3:])
+
+
+def test_a_trainer_on_the_same_gpu_leaves_the_engine_half_of_it():
+    def share(*, shares_device, **options):
+        found = engine_arguments(
+            VLLMConfig(**options),
+            folder=tiny_model(SHAPE).folder,
+            precision="bfloat16",
+            max_length=100,
+            seed=0,
+            gpu=True,
+            shares_device=shares_device,
+        )
+        return found.gpu_memory_utilization
+
+    assert (share(shares_device=False), share(shares_device=True)) == (0.9, 0.5)
+    assert share(shares_device=True, gpu_memory_utilization=0.3) == 0.3
+    assert share(shares_device=True, kv_cache_gib=2.0) < 0.05  # vLLM asks for this much free memory all the same
 
 
 def set_up(**options):
@@ -237,6 +274,14 @@ def test_engine_arguments_are_checked_by_name():
         set_up(engine_args={"max_num_seq": 3})
     with pytest.raises(ConfigError, match="sets it itself"):
         set_up(engine_args={"logprobs_mode": "raw_logprobs"})
+    with pytest.raises(ConfigError, match=r"Set generation\.options\.max_num_seqs instead"):
+        set_up(engine_args={"max_num_seqs": 3})
+
+
+@pytest.mark.parametrize("wrong", [{"max_num_batched_tokens": 100}, {"engine_args": {"enable_chunked_prefill": True}}])
+def test_on_a_cpu_no_prompt_is_cut_into_pieces(wrong):
+    with pytest.raises(ConfigError, match=r"(?s)is 100.*may have (\d+) tokens.*Set it to \1 or more|Remove it"):
+        set_up(**wrong)
 
 
 def test_what_vllm_refuses_is_an_error_in_its_words():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm_kit import EnginePool, complete, needs_vllm, request
 
+from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.infra.fingerprint import fingerprint
 from nemo_rl_core.testing.conformance.reference import forward_logits
 
@@ -21,7 +22,16 @@ def check_logprobs(engine, model):
         torch.testing.assert_close(torch.tensor(found.logprobs), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["tensor_parallel_size", "pipeline_parallel_size"])
+def spoil(engine):
+    """The second copy of the engine forgets what the update brought it."""
+    core = engine._thread._llm.engine_core
+    work = core._call_utility_async(
+        "collective_rpc", "start_weight_update", None, (), None, engine=core.core_engines[1]
+    )
+    engine._thread.call(work, what="Spoiling", timeout_s=60)
+
+
+@pytest.mark.parametrize("layout", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
 def test_an_engine_of_two_workers_samples_as_the_whole_model(layout):
     pool = EnginePool()
     try:
@@ -31,5 +41,12 @@ def test_an_engine_of_two_workers_samples_as_the_whole_model(layout):
         engine.update_weights(1, iter(new.items()))
         assert engine.fingerprint() == fingerprint(new.items())
         check_logprobs(engine, pool.tiny.copy(new))
+        engine.sleep()
+        engine.wake()
+        check_logprobs(engine, pool.tiny.copy(new))
+        if layout == "data_parallel_size":
+            spoil(engine)
+            with pytest.raises(GenerationError, match="hold different weights"):
+                engine.fingerprint()
     finally:
         pool.close()

@@ -7,10 +7,16 @@ import os
 import pytest
 import torch
 
-from nemo_rl_core.errors import GenerationError, MissingExtra
+from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig, RunConfig
+from nemo_rl_core.errors import ConfigError, GenerationError, MissingExtra
+from nemo_rl_core.infra.local import LocalLauncher
+from nemo_rl_core.training.engine_assembly import engine_placement
+from nemo_rl_plugins_vllm import backend
+from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.cpu import environment
 from nemo_rl_plugins_vllm.installed import check_version
+from nemo_rl_plugins_vllm.layout import executor, visible_devices
 from nemo_rl_plugins_vllm.pieces import ExpectedWeights, open_piece, pack
 
 
@@ -45,6 +51,53 @@ def test_the_tested_versions_are_taken(number):
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         VLLMConfig(**wrong)
+
+
+def placed(options, **cluster):
+    generation = GenerationConfig(options=options)
+    config = RunConfig(generation=generation, cluster=ClusterConfig(**cluster))
+    return engine_placement(config, VLLMEngine, LocalLauncher())
+
+
+def test_an_engine_takes_a_device_for_each_of_its_workers():
+    parallel = {"tensor_parallel_size": 2}
+    apart = placed(parallel, colocated=False, roles={"policy": 8, "generation": 8})
+    assert (apart.num_workers, apart.devices_per_worker) == (4, 2)
+    options = VLLMConfig(tensor_parallel_size=2, pipeline_parallel_size=2, data_parallel_size=3)
+    assert placed(options).devices_per_worker == 12
+    with pytest.raises(ConfigError, match=r"generation is 3.*takes 12"):
+        placed(options, colocated=False, roles={"policy": 1, "generation": 3})
+
+
+def test_an_engine_sees_its_own_gpus(monkeypatch):
+    two = VLLMConfig(tensor_parallel_size=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert visible_devices("cuda:2", two) == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    assert visible_devices("cuda:0", two) == {}
+    with pytest.raises(ConfigError, match=r"takes 2 GPUs; from cuda:3 on there are 1 \(visible here: 4, 5, 6, 7\)"):
+        visible_devices("cuda:3", two)
+
+
+@pytest.mark.parametrize("wrong", [{"distributed_executor_backend": "ray"}, {"engine_args": {"nnodes": 2}}])
+def test_an_engine_over_several_machines_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"could never be refitted.*cluster\.launcher: ray"):
+        placed(wrong)
+
+
+def test_several_workers_are_processes_wherever_vllm_is_started():
+    assert executor(VLLMConfig(pipeline_parallel_size=2)) == "mp"
+    assert executor(VLLMConfig()) is None
+
+
+def test_an_engine_has_its_own_deadline_of_a_start():
+    assert VLLMEngine.start_timeout_s(GenerationConfig(options={"start_timeout_s": 1000.0})) == 1000.0
+
+
+def test_an_untested_version_is_refused_before_vllm_is_imported(monkeypatch):
+    monkeypatch.setattr(backend, "installed_version", lambda: ("vllm", "0.31.0"))
+    with pytest.raises(MissingExtra, match="vllm 0.31.0 is installed"):
+        VLLMEngine.check_installed(GenerationConfig())
+    VLLMEngine.check_installed(GenerationConfig(options={"allow_untested_version": True}))
 
 
 def test_the_users_environment_wins(monkeypatch):

@@ -6,14 +6,16 @@ A start of vLLM takes 10 to 15 seconds, so tests share engines and put the first
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.reference import TINY_SHAPE, TinyModel, tiny_model
+from nemo_rl_core.testing.conformance.reference import TINY_SHAPE, TinyModel, forward_logits, tiny_model
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.installed import installed_version
@@ -33,7 +35,8 @@ needs_vllm = [
 class EnginePool:
     """Engines by what they were made with; each has the checkpoint's weights, version 0, when it is handed out."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Mapping[str, Any] = SHAPE) -> None:
+        self._shape = shape
         self._engines: dict[tuple[Any, ...], VLLMEngine] = {}
 
     def get(self, *, max_sequence_length: int = LONG, seed: int = 0, **options: Any) -> VLLMEngine:
@@ -57,7 +60,7 @@ class EnginePool:
 
     @property
     def tiny(self) -> TinyModel:
-        return tiny_model(SHAPE)
+        return tiny_model(self._shape)
 
     def close(self) -> None:
         for engine in self._engines.values():
@@ -85,3 +88,15 @@ def complete(engine, *requests):
         if isinstance(result, BaseException):
             raise result
     return results
+
+
+def reference_logprobs(model, prompt, token_ids):
+    """Logprobs of a continuation by a plain forward pass."""
+    logprobs = forward_logits(model, [*prompt, *token_ids]).log_softmax(-1)[len(prompt) - 1 : -1]
+    return logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+
+
+def largest_difference(model, prompt, completion):
+    """Between the logprobs of a completion and those of a plain forward pass."""
+    wanted = reference_logprobs(model, prompt, completion.token_ids)
+    return float((torch.tensor(completion.logprobs) - wanted).abs().max())

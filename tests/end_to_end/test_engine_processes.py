@@ -5,14 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from typing import ClassVar
 
 import pytest
 import torch
 
 import nemo_rl
 from nemo_rl_core.config.schema import ClusterConfig, RunConfig
-from nemo_rl_core.errors import ConfigError, WorkerDied
+from nemo_rl_core.errors import ConfigError, MissingExtra, WorkerDied
 from nemo_rl_core.training.engine_assembly import EnginePlacement, choose_weight_sync
+from nemo_rl_plugins_dtensor.backend import DTensorBackend
+from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 pytestmark = pytest.mark.xdist_group("engine_processes")  # one worker makes what they share
 
@@ -135,3 +138,32 @@ def test_the_default_sync_is_that_of_the_placement(num_workers, cluster, expecte
 def test_a_sync_that_does_not_reach_the_engine_is_refused(train):
     with pytest.raises(ConfigError, match=r"in_process does not reach the engines.*Set weight_sync to one of: .*delta"):
         train("in_process", num_workers=1)
+
+
+class NotInstalled(TorchEngine):
+    """An engine that lacks what it runs on."""
+
+    @staticmethod
+    def check_installed(config):
+        raise MissingExtra("install what the engine runs on")
+
+
+def test_an_engine_that_is_not_installed_is_told_before_a_model_is_loaded(train, monkeypatch):
+    monkeypatch.setattr(DTensorBackend, "setup", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(MissingExtra, match="install what the engine runs on"):
+        train(backend=NotInstalled)
+
+
+class Neighbour(TorchEngine):
+    """Notes whether a trainer shares its device."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def setup(self, config, context):
+        self.seen.append(context.shares_device)
+        super().setup(config, context)
+
+
+def test_an_engine_is_told_that_the_trainer_shares_its_device(train, in_process):
+    assert train(backend=Neighbour) == in_process
+    assert Neighbour.seen == [True]

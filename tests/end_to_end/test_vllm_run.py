@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,10 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import PolicyConfig
+from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig, PolicyConfig, RunConfig
 from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.models import load_model
+from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.registry import get_registry
 from nemo_rl_core.rollouts.jsonl import read_groups
+from nemo_rl_core.testing.conformance.reference import forward_logits
+from nemo_rl_core.training.engine_assembly import engine_placement, start_engine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Runs, check_pair, check_same_first_step, check_same_run
@@ -44,6 +51,36 @@ def test_the_pair_trains(runs, training, launcher):
 @pytest.mark.parametrize("training", ["dtensor", "megatron"])
 def test_ray_takes_the_steps_of_this_machine(runs, training):
     check_same_run(runs(training, "vllm", "local"), runs(training, "vllm", "ray"))
+
+
+def test_an_engine_of_two_workers_runs_on_ray(tmp_path):
+    """vLLM starts its workers as processes there too, and is given both of its devices."""
+    registry = get_registry()
+    vllm = registry.resolve("generation_backends", "vllm")
+    options = {"tensor_parallel_size": 2, "kv_cache_gib": 0.1}
+    generation = GenerationConfig(model_name="scratch:qwen2-tiny", max_sequence_length=64, options=options)
+    cluster = ClusterConfig(device="cpu", cpus_per_node=2, colocated=False, roles={"generation": 2})
+    launcher = registry.resolve("launchers", "ray").load()()
+    launcher.setup(cluster)
+    try:
+        place = engine_placement(RunConfig(cluster=cluster, generation=generation), vllm.load(), launcher)
+        assert (place.num_workers, place.devices_per_worker) == (1, 2)
+        engines = start_engine(
+            launcher, vllm, config=generation, placement=place, seed=3, run_dir=str(tmp_path), manifest=()
+        )
+        sampling = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
+        asked = GenerationRequest(request_id="r", prompt_ids=[5, 6, 7], sampling=sampling)
+        found = asyncio.run(engines.generate(asked))
+        digest = engines.fingerprint()
+        engines.shutdown()
+    finally:
+        launcher.shutdown()
+    model = load_model("scratch:qwen2-tiny", dtype=torch.float32, seed=3).eval()
+    assert digest == fingerprint((name, p.detach()) for name, p in model.named_parameters())
+    ids = [5, 6, 7]
+    for _ in range(6):
+        ids.append(int(forward_logits(model, ids)[-1].argmax()))
+    assert found.token_ids == ids[3:]
 
 
 def test_both_trainers_take_the_same_first_step(runs):

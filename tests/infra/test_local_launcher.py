@@ -106,6 +106,17 @@ def group(launcher):
     found.shutdown()
 
 
+def test_a_group_may_ask_for_more_time_to_start_than_the_launcher_gives():
+    hasty = LocalLauncher(LocalConfig(start_timeout_s=0.01))
+    hasty.setup(ClusterConfig(device="cpu", cpus_per_node=4))
+    try:
+        with pytest.raises(DeadlineExceeded, match="deadline of 0.01 s"):
+            hasty.launch(_spec(own_process=True))
+        assert hasty.launch(_spec(own_process=True, start_timeout_s=60.0)).call("rank") == [0]
+    finally:
+        hasty.shutdown()
+
+
 # -- one worker ------------------------------------------------------------------------------------------
 
 

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.infra.starting import starting
+from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.cpu import KV_CACHE_GIB, environment
+from nemo_rl_plugins_vllm.layout import check_one_machine, executor, visible_devices
 from nemo_rl_plugins_vllm.plugin import HOST_VARIABLE, IMPORT_VARIABLE, TRANSFER_BACKEND
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
 
     from nemo_rl_core.protocols.launcher import WorkerContext
-    from nemo_rl_plugins_vllm.config import VLLMConfig
 
 __all__ = ["engine_arguments", "has_gpu", "starting_environment"]
 
 _GIB = 1 << 30
 _OURS = frozenset(
-    {"model", "logprobs_mode", "skip_tokenizer_init", "weight_transfer_config", "worker_extension_cls", "dtype"}
+    {
+        "model",
+        "dtype",
+        "max_model_len",
+        "logprobs_mode",
+        "skip_tokenizer_init",
+        "enable_sleep_mode",
+        "kv_cache_memory_bytes",
+        "weight_transfer_config",
+        "worker_extension_cls",
+    }
 )
 """Arguments that the backend depends on."""
-_starting = threading.Lock()
-"""The environment of a process is one: engines start one after another."""
+_SHARE, _SHARE_BESIDE_TRAINER, _LEAST_SHARE = 0.9, 0.5, 0.01
+"""Of a GPU's memory."""
+_OF_PIECES = ("enable_chunked_prefill", "long_prefill_token_threshold")
+"""Arguments that cut prompts into pieces."""
 
 
 def has_gpu() -> bool:
@@ -40,7 +54,7 @@ def has_gpu() -> bool:
 
 
 def engine_arguments(
-    options: VLLMConfig, *, folder: str, precision: str, max_length: int, seed: int, gpu: bool
+    options: VLLMConfig, *, folder: str, precision: str, max_length: int, seed: int, gpu: bool, shares_device: bool
 ) -> AsyncEngineArgs:
     """VLLM's arguments.
 
@@ -51,14 +65,19 @@ def engine_arguments(
         max_length: Tokens of prompt and completion together.
         seed: Of requests that have none.
         gpu: Whether vLLM drives a GPU.
+        shares_device: Whether a trainer holds memory on the same devices.
 
     Raises:
-        ConfigError: `engine_args` has a name that vLLM does not know, or one that is set elsewhere.
+        ConfigError: `engine_args` has a name that vLLM does not know, or one that is set elsewhere; the engine would
+            stand on several machines; without a GPU, prompts would be cut into pieces.
     """
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
 
+    check_one_machine(options)
     _check_further(options.engine_args, {f.name for f in fields(AsyncEngineArgs)})
+    if not gpu:
+        _check_whole_prompts(options, max_length)
     kv_cache_gib = options.kv_cache_gib or (None if gpu else KV_CACHE_GIB)
     arguments: dict[str, Any] = {
         "model": folder,
@@ -70,10 +89,10 @@ def engine_arguments(
         "tensor_parallel_size": options.tensor_parallel_size,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "data_parallel_size": options.data_parallel_size,
-        "distributed_executor_backend": options.distributed_executor_backend,
+        "distributed_executor_backend": executor(options),
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "gpu_memory_utilization": _memory_share(options, shares_device=shares_device),
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
         "kv_cache_dtype": options.kv_cache_dtype,
         "quantization": options.quantization,
@@ -88,15 +107,20 @@ def engine_arguments(
         "disable_log_stats": True,
         "enable_log_requests": False,
     }
-    if not gpu and (options.max_num_batched_tokens or max_length) >= max_length:
-        # A prompt that is cut into pieces takes back a draw of its generator, which those of a CPU cannot do.
+    if not gpu:
         arguments["enable_chunked_prefill"] = False
     given = {name: value for name, value in arguments.items() if value is not None}
     return AsyncEngineArgs(**{**given, **options.engine_args})
 
 
 def _check_further(given: Mapping[str, Any], known: set[str]) -> None:
+    own = {f.name for f in attrs.fields(VLLMConfig)}
     for name in given:
+        if name in own:
+            raise ConfigError(
+                f"generation.options.engine_args.{name}: this is an option of the backend. Set "
+                f"generation.options.{name} instead."
+            )
         if name in _OURS:
             raise ConfigError(
                 f"generation.options.engine_args.{name}: this backend sets it itself. Remove it; what can be chosen "
@@ -108,6 +132,37 @@ def _check_further(given: Mapping[str, Any], known: set[str]) -> None:
             raise ConfigError(f"generation.options.engine_args.{name}: vLLM has no such engine argument.{hint}")
 
 
+def _memory_share(options: VLLMConfig, *, shares_device: bool) -> float:
+    """Of each GPU's memory.
+
+    VLLM refuses to start where less is free, also with a KV cache of a given size, which it takes whatever this is.
+    """
+    if options.kv_cache_gib is not None:
+        return _LEAST_SHARE
+    return options.gpu_memory_utilization or (_SHARE_BESIDE_TRAINER if shares_device else _SHARE)
+
+
+def _check_whole_prompts(options: VLLMConfig, max_length: int) -> None:
+    """Without a GPU a prompt must be computed in one step.
+
+    One that is cut into pieces takes back a draw of its seeded generator, which generators of a CPU cannot do; vLLM's
+    engine ends with it.
+    """
+    budget = options.max_num_batched_tokens
+    if budget is not None and budget < max_length:
+        least = max(max_length, options.max_num_seqs or 0)
+        raise ConfigError(
+            f"generation.options.max_num_batched_tokens is {budget}, and a sequence may have {max_length} tokens. "
+            f"Without a GPU vLLM cannot cut a prompt into pieces. Set it to {least} or more, leave it out, or lower "
+            "policy.max_sequence_length."
+        )
+    for name in _OF_PIECES:
+        if options.engine_args.get(name):
+            raise ConfigError(
+                f"generation.options.engine_args.{name}: without a GPU vLLM cannot cut a prompt into pieces. Remove it."
+            )
+
+
 @contextlib.contextmanager
 def starting_environment(options: VLLMConfig, context: WorkerContext, *, gpu: bool) -> Iterator[None]:
     """The environment in which vLLM's processes start; put back afterwards.
@@ -116,52 +171,12 @@ def starting_environment(options: VLLMConfig, context: WorkerContext, *, gpu: bo
     """
     values = {IMPORT_VARIABLE: ",".join(options.import_modules), HOST_VARIABLE: str(os.getpid())}
     if gpu:
-        values |= _visible_devices(context.device, options)
+        values |= visible_devices(context.device, options)
     else:
         threads = [n for n in (options.num_threads, context.num_threads) if n is not None]
         single = options.tensor_parallel_size * options.pipeline_parallel_size == 1
         values |= environment(
             min(threads, default=None), single=single and options.distributed_executor_backend is None
         )
-    with _starting, _variables(values), _without_main():
+    with starting(values):
         yield
-
-
-def _visible_devices(device: str, options: VLLMConfig) -> dict[str, str]:
-    """VLLM counts devices from 0: hide those before ours."""
-    first = int(device.partition(":")[2] or 0)
-    if first == 0:
-        return {}
-    count = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(i) for i in range(first + count)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + count])}
-
-
-@contextlib.contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Hide where the main module came from, which `multiprocessing` would import in a new process."""
-    main = sys.modules.get("__main__")
-    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if main and name in vars(main)}
-    if main is not None:
-        main.__spec__ = None
-    try:
-        yield
-    finally:
-        if main is not None:
-            vars(main).pop("__spec__", None)
-            vars(main).update(hidden)

@@ -22,7 +22,8 @@ from nemo_rl_plugins_vllm.checkpoint import (
     tokenizer_of,
 )
 from nemo_rl_plugins_vllm.config import VLLMConfig
-from nemo_rl_plugins_vllm.installed import require_vllm
+from nemo_rl_plugins_vllm.installed import check_version, installed_version, require_vllm
+from nemo_rl_plugins_vllm.layout import check_one_machine, num_devices
 from nemo_rl_plugins_vllm.requests import completion, refusal, sampling_params
 
 if TYPE_CHECKING:
@@ -36,11 +37,41 @@ _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 """Set before vLLM is imported, where the user has not."""
 
 
+def _options_of(config: GenerationConfig) -> VLLMConfig:
+    given = config.options
+    return given if isinstance(given, VLLMConfig) else VLLMConfig(**(given or {}))
+
+
 class VLLMEngine(GenerationBackend):
     """Samples with vLLM's async engine, which decodes in processes of its own."""
 
     config_class: ClassVar[type] = VLLMConfig
     capabilities: ClassVar[frozenset[str]] = frozenset({"in_flight_updates", "prefix_sharing", "sleep"})
+
+    @staticmethod
+    def devices_per_worker(config: GenerationConfig) -> int:
+        """Devices that one engine takes: one for each of vLLM's workers.
+
+        Raises:
+            ConfigError: The engine would stand on several machines.
+        """
+        options = _options_of(config)
+        check_one_machine(options)
+        return num_devices(options)
+
+    @staticmethod
+    def start_timeout_s(config: GenerationConfig) -> float:
+        """Seconds that `setup` may take."""
+        return _options_of(config).start_timeout_s
+
+    @staticmethod
+    def check_installed(config: GenerationConfig) -> None:
+        """Refuse a vLLM that is missing or untested, without importing it.
+
+        Raises:
+            MissingExtra: Says what to install.
+        """
+        check_version(installed_version(), allow_untested=_options_of(config).allow_untested_version)
 
     def __init__(self) -> None:
         self._thread: EngineThread | None = None
@@ -60,8 +91,7 @@ class VLLMEngine(GenerationBackend):
             GenerationError: vLLM did not start.
             DeadlineExceeded: It was not ready within `start_timeout_s`.
         """
-        given = config.options
-        self._options = given if isinstance(given, VLLMConfig) else VLLMConfig(**(given or {}))
+        self._options = _options_of(config)
         if config.model_name is None:
             raise ConfigError("generation.model_name is not set; it is filled from policy.model_name.")
         for name, value in _QUIET.items():
@@ -95,6 +125,7 @@ class VLLMEngine(GenerationBackend):
                 max_length=self._limits.max_length,
                 seed=context.seed,
                 gpu=self._gpu,
+                shares_device=context.shares_device,
             )
             self._thread = EngineThread(arguments, self._tokenizer)
             self._thread.start(options.start_timeout_s)

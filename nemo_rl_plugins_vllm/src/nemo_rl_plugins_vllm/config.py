@@ -21,16 +21,17 @@ class VLLMConfig:
     data_parallel_size: int = field(default=1, validator=ge(1))
     """Copies of the engine; requests go to the one with the least to do."""
     distributed_executor_backend: Literal["mp", "ray"] | None = None
-    """How vLLM starts its workers; None is processes of this machine."""
+    """How vLLM starts its workers. None is processes if there are several; `ray` is refused, since workers on other
+    machines could not be refitted."""
     max_num_seqs: int | None = field(default=None, validator=optional(ge(1)))
     """Sequences decoded together by one engine."""
     max_num_batched_tokens: int | None = field(default=None, validator=optional(ge(1)))
-    """Tokens of one step, prompts and decoded ones together."""
+    """Tokens of one step, prompts and decoded ones together. Without a GPU at least those of a whole sequence."""
     kv_cache_gib: float | None = field(default=None, validator=optional(gt(0)))
     """GiB of KV cache for each device. None is 1 without a GPU, and with one what `gpu_memory_utilization` leaves."""
-    gpu_memory_utilization: float = field(default=0.9, validator=[gt(0), le(1)])
-    """Share of a GPU's memory for weights and KV cache, if `kv_cache_gib` is not set. Lower it when the trainer lives
-    on the same GPU."""
+    gpu_memory_utilization: float | None = field(default=None, validator=optional([gt(0), le(1)]))
+    """Share of a GPU's memory for weights and KV cache, if `kv_cache_gib` is not set; it must be free at the start.
+    None is 0.5 where a trainer shares the GPU, and 0.9 elsewhere."""
     kv_cache_dtype: str | None = None
     """Precision of the KV cache, such as `fp8`; None is that of the model."""
     quantization: str | None = None
@@ -57,10 +58,10 @@ class VLLMConfig:
     import_modules: tuple[str, ...] = ()
     """Modules that each of vLLM's processes imports at its start, such as one that registers a model with vLLM."""
     engine_args: dict[str, Any] = Factory(dict)
-    """Further arguments of vLLM's `AsyncEngineArgs`, by name."""
+    """Further arguments of vLLM's `AsyncEngineArgs`, by name; none that is an option here."""
     allow_untested_version: bool = False
     """Run with a version of vLLM that this package was not tested with."""
     start_timeout_s: float = field(default=900.0, validator=gt(0))
-    """Deadline of starting the engine."""
+    """Deadline of starting the engine, also where the launcher's own is shorter."""
     refit_timeout_s: float = field(default=600.0, validator=gt(0))
     """Deadline of a weight update, of `sleep` and of `wake`."""

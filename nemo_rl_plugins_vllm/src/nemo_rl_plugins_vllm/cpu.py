@@ -1,4 +1,4 @@
-"""What only vLLM without a GPU needs: threads that share the machine, tied heads, pipelines, and its sleep.
+"""What only vLLM without a GPU needs: threads that share the machine, packed weights, pipelines, and its sleep.
 
 vLLM's own sleep mode rests on the allocator of CUDA. On the CPU we take the pages of the KV cache back and give new
 ones, behind the tensors that the attention layers hold.
@@ -9,7 +9,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["KV_CACHE_GIB", "environment", "prepare_pipeline", "release_cache", "repack_tied_heads", "restore_cache"]
+__all__ = [
+    "KV_CACHE_GIB",
+    "environment",
+    "forget_expert_kernels",
+    "keep_expert_kernels",
+    "prepare_pipeline",
+    "release_cache",
+    "repack_tied_heads",
+    "restore_cache",
+]
 
 KV_CACHE_GIB = 1.0
 """Of `kv_cache_gib`, where vLLM itself would take most of the machine."""
@@ -56,6 +65,30 @@ def repack_tied_heads(model: Any) -> None:
         tied = any(other is not head and other.weight is head.weight for other in embeddings)
         if isinstance(head, ParallelLMHead) and tied:
             head.quant_method.process_weights_after_loading(head)
+
+
+def forget_expert_kernels(model: Any) -> list[tuple[Any, Any]]:
+    """Let the next load of each layer of experts make its kernel anew; returns what `keep_expert_kernels` takes.
+
+    The CPU's grouped matrix product reads the experts padded and packed. vLLM does both only where it makes the kernel,
+    and at a reload it takes the kernel that is there: the plain weights would be read as if they were packed.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    kernels = []
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is not None:
+            kernels.append((method, method.moe_kernel))
+            method.moe_kernel = None
+    return kernels
+
+
+def keep_expert_kernels(kernels: list[tuple[Any, Any]]) -> None:
+    """Give the layers that were not loaded, since the update was broken off, their kernels back."""
+    for method, kernel in kernels:
+        if method.moe_kernel is None:
+            method.moe_kernel = kernel
 
 
 def prepare_pipeline(model_runner: Any) -> None:

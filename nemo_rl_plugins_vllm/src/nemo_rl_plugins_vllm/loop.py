@@ -88,9 +88,12 @@ class EngineThread:
         self._active: set[Call] = set()
         self._shut: set[str] = set()
         self._standing = False
+        self._frozen = False
+        self._num_updates = 0
         self._pausing = asyncio.Lock()
         self._llm: Any = None
-        self.salt = "0"
+        self.salt = "0.0"
+        """Of the prefix cache: the weights' version, and the number of the update that brought them."""
 
     # -- its life ------------------------------------------------------------------------------------------
 
@@ -125,7 +128,7 @@ class EngineThread:
         llm.output_processor.tokenizer = self._tokenizer
         if self._arguments.pipeline_parallel_size > 1:
             await llm.collective_rpc("nemo_rl_prepare_pipeline")
-        await llm.update_weight_version(self.salt)
+        await llm.update_weight_version("0")
         await llm.get_supported_tasks()  # asked once, so that no request has to wait for the answer
 
     async def _first_token(self) -> None:
@@ -296,18 +299,16 @@ class EngineThread:
         """Whether nothing is in flight; exact in the loop's thread only."""
         return not self._active
 
-    async def begin_update(self) -> bool:
+    async def begin_update(self) -> None:
         """Shut the gate, stop those in flight where they are, and make vLLM ready for new weights.
 
-        Returns:
-            Whether requests are in flight.
+        `thaw` undoes as much of it as was done.
         """
         self._shut.add("update")
-        frozen = bool(self._active)
-        if frozen:
+        if self._active:
+            self._frozen = True
             await self._llm.pause_generation(mode="keep", clear_cache=False)
         await self._llm.start_weight_update()
-        return frozen
 
     async def load(self, update_info: dict[str, Any]) -> None:
         """One piece of the new weights."""
@@ -318,7 +319,8 @@ class EngineThread:
     async def end_update(self, version: int, *, recompute: bool) -> None:
         """Put the new weights to work: later tokens have `version`, and new requests a cache of their own."""
         await self._llm.finish_weight_update(weight_version=str(version))
-        self.salt = str(version)
+        self._num_updates += 1  # the same version may come with other weights
+        self.salt = f"{version}.{self._num_updates}"
         if recompute and self._active:
             await self._llm.reset_prefix_cache(reset_running_requests=True)
 
@@ -326,17 +328,19 @@ class EngineThread:
         """Leave a broken update."""
         await self._llm.collective_rpc("nemo_rl_abandon_update")
 
-    async def thaw(self, frozen: bool) -> None:
+    async def thaw(self) -> None:
         """Go on after an update."""
-        if frozen:
+        if self._frozen:
             await self._llm.resume_generation()
+            self._frozen = False
         self._shut.discard("update")
         self._admit()
 
     async def fingerprints(self) -> list[str | None]:
-        """Of each worker."""
-        found: list[str | None] = await self._llm.collective_rpc("nemo_rl_fingerprint")
-        return found
+        """Of each worker of each engine; vLLM's own `collective_rpc` asks them all and returns those of the first."""
+        ask = self._llm.engine_core.call_utility_all_async
+        found: list[list[str | None]] = await ask("collective_rpc", "nemo_rl_fingerprint", None, (), None)
+        return [digest for of_engine in found for digest in of_engine]
 
     async def sleep(self, level: int, *, gpu: bool) -> None:
         """Give memory back.

@@ -7,12 +7,8 @@ an allocation whose handle goes to the process on the same device, which takes a
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,14 +16,13 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
+from nemo_rl_core.infra.shared_files import SharedFile, map_shared
 
 __all__ = ["ExpectedWeights", "Piece", "open_piece", "pack"]
 
 _ALIGNMENT = 64
 _CPU = torch.device("cpu")
 _SHOWN = 5
-_SHARED_MEMORY = Path("/dev/shm")
-"""Where files live in memory on Linux; elsewhere the folder for temporary files serves."""
 _Description = tuple[str, str, str, list[int], int]
 """What the trainer calls a tensor, what the model loads it as (the name by which a tied weight is known), its type and
 shape, and where in the piece it begins (bytes)."""
@@ -42,7 +37,7 @@ class Piece:
     """Path of the file, or the pickled handle and the device's identity."""
     num_bytes: int
     tensors: list[_Description]
-    _held: Tensor | None = field(default=None, repr=False)
+    _held: Tensor | SharedFile | None = field(default=None, repr=False)
 
     def update_info(self) -> dict[str, Any]:
         """What the receiver is told."""
@@ -50,10 +45,9 @@ class Piece:
 
     def close(self) -> None:
         """Called when the receiver has answered; what it has mapped stays readable there."""
-        self._held = None
-        if self.kind == "file":
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.where)
+        held, self._held = self._held, None
+        if isinstance(held, SharedFile):
+            held.close()
 
 
 @frozen
@@ -130,6 +124,7 @@ def pack(
 
     Raises:
         GenerationError: A name or shape does not belong to the model, or, at the end, one is missing.
+        ResourceError: Shared memory is too small for a piece.
     """
     filling: _Filling | None = None
     seen: set[str] = set()
@@ -159,21 +154,18 @@ class _Filling:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.device = device
-        self.path: str | None = None
+        self.file: SharedFile | None = None
         self.tensors: list[_Description] = []
         self.end = 0
-        if device != _CPU:
+        if device == _CPU:
+            self.file = SharedFile(
+                capacity,
+                fix="Lower generation.options.refit_chunk_mib: two pieces of it are held at once.",
+                reserve=False,
+            )
+            self.buffer = self.file.map()
+        else:
             self.buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
-            return
-        folder = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
-        number, self.path = tempfile.mkstemp(prefix="nemo-rl-weights-", dir=folder)
-        os.close(number)
-        try:
-            os.truncate(self.path, max(capacity, 1))  # memory is taken by what is written only
-            self.buffer = _mapped(self.path, capacity)
-        except BaseException:
-            self.discard()
-            raise
 
     def takes(self, tensor: Tensor, device: torch.device) -> bool:
         """Whether there is room, and it is the right place."""
@@ -182,23 +174,23 @@ class _Filling:
     def add(self, name: str, load_name: str, tensor: Tensor) -> None:
         """Copy a tensor behind the others."""
         offset, shape = _aligned(self.end), list(tensor.shape)
+        if self.file is not None:
+            self.file.reserve(offset, tensor.nbytes)
         _view(self.buffer, tensor.dtype, shape, offset).copy_(tensor.detach())
         self.tensors.append((name, load_name, str(tensor.dtype).removeprefix("torch."), shape, offset))
         self.end = offset + tensor.nbytes
 
     def piece(self) -> Piece:
         """As it is now."""
-        if self.path is None:
+        if self.file is None:
             torch.cuda.synchronize(self.device)
             return Piece("cuda", _handle(self.buffer), self.end, self.tensors, self.buffer)
-        os.truncate(self.path, max(self.end, 1))
-        return Piece("file", self.path, self.end, self.tensors)
+        return Piece("file", self.file.path, self.end, self.tensors, self.file)
 
     def discard(self) -> None:
         """Nobody gets it."""
-        if self.path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+        if self.file is not None:
+            self.file.close()
 
 
 def _aligned(offset: int) -> int:
@@ -210,10 +202,6 @@ def _view(buffer: Tensor, dtype: torch.dtype, shape: list[int], offset: int) -> 
     for size in shape:
         count *= size
     return buffer[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
-
-
-def _mapped(path: str, num_bytes: int) -> Tensor:
-    return torch.from_file(path, shared=True, size=max(num_bytes, 1), dtype=torch.uint8)
 
 
 def _handle(buffer: Tensor) -> tuple[bytes, str]:
@@ -242,7 +230,7 @@ def open_piece(
     Raises:
         RuntimeError: The piece lies on another GPU.
     """
-    buffer = _mapped(where, num_bytes) if kind == "file" else _copied_from_gpu(where, device)
+    buffer = map_shared(where, max(num_bytes, 1)) if kind == "file" else _copied_from_gpu(where, device)
     for name, load_name, dtype, shape, offset in tensors:
         yield name, load_name, _view(buffer, getattr(torch, dtype), shape, offset)
 

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from nemo_rl_core.infra.fingerprint import Fingerprint, fingerprint
-from nemo_rl_plugins_vllm.cpu import repack_tied_heads
+from nemo_rl_plugins_vllm.cpu import forget_expert_kernels, keep_expert_kernels, repack_tied_heads
 from nemo_rl_plugins_vllm.pieces import open_piece
 
 __all__ = ["ReceivedPiece", "ReceiverInit", "WeightReceiver"]
@@ -57,6 +57,7 @@ class WeightReceiver(WeightTransferEngine[ReceiverInit, ReceivedPiece]):
         self._digest: Fingerprint | None = None
         self._received: str | None = None
         self._loaded: str | None = None
+        self._kernels: list[Any] = []
 
     def init_transfer_engine(self, init_info: ReceiverInit) -> None:
         """Nothing to connect."""
@@ -65,6 +66,8 @@ class WeightReceiver(WeightTransferEngine[ReceiverInit, ReceivedPiece]):
         """Begin with the first piece."""
         self._received = self._loaded = None
         self._digest = Fingerprint()
+        if self.device.type == "cpu":
+            self._kernels = forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -89,7 +92,7 @@ class WeightReceiver(WeightTransferEngine[ReceiverInit, ReceivedPiece]):
     def finish_weight_update(self) -> None:
         """Put the last layers together, and note what was received and what became of it."""
         assert self._digest is not None, "start_weight_update comes first"
-        finalize_layerwise_reload(self.model, self.model_config)
+        self._finalize()
         if self.device.type == "cpu":
             repack_tied_heads(self.model)
         self._received, self._digest = self._digest.hexdigest(), None
@@ -99,7 +102,14 @@ class WeightReceiver(WeightTransferEngine[ReceiverInit, ReceivedPiece]):
         """Leave a broken update; the model holds a mixture then, until the next one is through."""
         if self._digest is not None:
             self._digest = None
+            self._finalize()
+
+    def _finalize(self) -> None:
+        kernels, self._kernels = self._kernels, []
+        try:
             finalize_layerwise_reload(self.model, self.model_config)
+        finally:
+            keep_expert_kernels(kernels)
 
     def fingerprint(self) -> str | None:
         """Digest of the tensors of the last update; None if there was none, or it did not finish.

@@ -12,6 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from nemo_rl_core.errors import DeadlineExceeded
+from nemo_rl_plugins_vllm.layout import num_devices
 from nemo_rl_plugins_vllm.pieces import ExpectedWeights, Piece, pack
 
 if TYPE_CHECKING:
@@ -80,16 +81,16 @@ def refit(
     deadline = _Deadline(thread, version=version, timeout_s=options.refit_timeout_s)
     if wake_weights:
         deadline.wait(thread.begin(thread.wake(gpu=gpu, only_weights=True)))
-    num_workers = options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
     pieces = pack(
         tensors,
         expected,
         chunk_bytes=options.refit_chunk_mib * _MIB,
         # A handle serves one process on the same device.
-        cuda_ipc=options.weight_transport == "cuda_ipc" or (options.weight_transport == "auto" and num_workers == 1),
+        cuda_ipc=options.weight_transport == "cuda_ipc"
+        or (options.weight_transport == "auto" and num_devices(options) == 1),
     )
-    frozen = deadline.wait(thread.begin(thread.begin_update()))
     try:
+        deadline.wait(thread.begin(thread.begin_update()))
         num_bytes = _send(thread, pieces, deadline)
         recompute = options.kv_cache_on_update == "recompute"
         deadline.wait(thread.begin(thread.end_update(version, recompute=recompute)))
@@ -99,7 +100,7 @@ def refit(
         raise
     finally:
         with contextlib.suppress(Exception):
-            thread.call(thread.thaw(frozen), what="Going on", timeout_s=_ABANDON_TIMEOUT_S)
+            thread.call(thread.thaw(), what="Going on", timeout_s=_ABANDON_TIMEOUT_S)
     return RefitReport(num_bytes, time.monotonic() - start)
 
 

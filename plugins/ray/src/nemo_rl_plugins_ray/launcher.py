@@ -75,7 +75,7 @@ class RayLauncher:
             ResourceError: More devices are asked for than there are, or than are free in `placement_timeout_s`.
             PluginIncompatible: Workers lack a plugin or have another version; the message holds a table.
             WorkerDied: An actor ended during its start.
-            DeadlineExceeded: A worker was not ready in `start_timeout_s`.
+            DeadlineExceeded: A worker was not ready in `start_timeout_s`, the launcher's or that of `spec`.
         """
         with self._changed:
             cluster = self._cluster
@@ -183,7 +183,7 @@ class RayLauncher:
         for member, context in zip(group.members, contexts, strict=True):
             place = evolve(context, master_addr=addresses[seats[0].node_id], master_port=answers[0]["port"])
             setups[member.rank] = member.actor.setup.remote(_payload(spec, place))
-        group.collect("setup", setups, limit)
+        group.collect("setup", setups, max(limit, spec.start_timeout_s or 0.0))
 
 
 def _context(spec: WorkerSpec, rank: int, seat: Seat) -> WorkerContext:
@@ -197,6 +197,7 @@ def _context(spec: WorkerSpec, rank: int, seat: Seat) -> WorkerContext:
         run_dir=None if spec.run_dir is None else os.path.abspath(spec.run_dir),
         timeout_s=spec.timeout_s,
         num_threads=seat.num_threads,
+        shares_device=spec.shares_device,
     )
 
 

@@ -6,12 +6,8 @@ served by that rank, from device memory that it opens through CUDA IPC: no byte 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +15,7 @@ from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.place import Place
+from nemo_rl_core.infra.shared_files import SharedFile, map_shared
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import SharedMemoryConfig
 from nemo_rl_plugins_weight_syncs.hub import PROCESS, Hub, Wire
@@ -30,7 +27,7 @@ __all__ = ["SharedMemorySync"]
 
 _NUM_SLOTS = 4
 """With two, each side waits for the other at every chunk; a few small ones let both run, and stay in the caches."""
-_SHARED = Path("/dev/shm")
+_FIX = f"Lower weight_sync.options.chunk_bytes: {_NUM_SLOTS} buffers of it are held at once."
 
 
 class SharedMemorySync(StreamedSync):
@@ -107,14 +104,11 @@ class _Buffer:
 
     def __init__(self, num_bytes: int, device: str) -> None:
         self.device = device
-        self.path: str | None = None
+        self.file: SharedFile | None = None
         if device == "cpu":
-            folder = str(_SHARED) if _SHARED.is_dir() else None
-            descriptor, self.path = tempfile.mkstemp(prefix=f"nemo-rl-refit-{os.getpid()}-", dir=folder)
-            os.truncate(descriptor, num_bytes)
-            os.close(descriptor)
-            self.tensor = _map(self.path, num_bytes)
-            self.handle: Any = ("file", self.path, num_bytes)
+            self.file = SharedFile(num_bytes, fix=_FIX)
+            self.tensor = self.file.map()
+            self.handle: Any = ("file", self.file.path, num_bytes)
         else:
             from torch.multiprocessing.reductions import reduce_tensor
 
@@ -123,22 +117,17 @@ class _Buffer:
 
     def opened(self) -> None:
         """Every engine has opened it: its name is not needed any more, and cannot be left behind."""
-        if self.path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
-            self.path = None
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
     def close(self) -> None:
         self.opened()
 
 
-def _map(path: str, num_bytes: int) -> Tensor:
-    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
-
-
 def _open(handle: Sequence[Any]) -> Tensor:
     if handle[0] == "file":
-        return _map(handle[1], handle[2])
+        return map_shared(handle[1], handle[2])
     rebuild, args = pickle.loads(handle[1])
     opened: Tensor = rebuild(*args)
     return opened
