@@ -177,6 +177,10 @@ class Episode:
             result = await self._call(
                 "step", environment.drive, rollout.task, self.environment_seed, session, limit_s=limit_s
             )
+        except Exception as error:
+            if session.failure is not None:  # whatever the environment made of it
+                raise session.failure from error
+            raise
         finally:
             session.close()
             rollout.segments = session.segments

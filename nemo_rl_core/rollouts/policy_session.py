@@ -127,7 +127,7 @@ class PolicySession:
 
     Attributes:
         failure: The engine failed the last call with this, and none has succeeded since.
-        refused: Code of the last `CallRefused` that the session raised while it was open.
+        refused: The last `CallRefused` that the session raised while it was open.
         generation_s: Seconds in which at least one call was under way.
     """
 
@@ -161,7 +161,7 @@ class PolicySession:
         self._closed = False
         self._busy_since = 0.0
         self.failure: Exception | None = None
-        self.refused: str | None = None
+        self.refused: CallRefused | None = None
         self.generation_s = 0.0
 
     @property
@@ -242,8 +242,8 @@ class PolicySession:
             )
 
     def _refusal(self, message: str, code: str) -> CallRefused:
-        self.refused = code
-        return CallRefused(message, code)
+        self.refused = CallRefused(message, code)
+        return self.refused
 
     def _sampling_of(self, call: PolicyCall, asked: Asked) -> SamplingParams:
         room = self._max_length - len(asked.prompt_ids)
