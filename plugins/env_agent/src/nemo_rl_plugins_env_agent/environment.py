@@ -178,7 +178,9 @@ def agent_environment(
         **options: Others of `AgentConfig`.
     """
     choice = reward if isinstance(reward, ComponentChoice) else ComponentChoice(name=reward)
-    return functools.partial(AgentEnvironment, AgentConfig(agent=agent, reward=choice, **options))
+    made = functools.partial(AgentEnvironment, AgentConfig(agent=agent, reward=choice, **options))
+    made.__name__ = agent if isinstance(agent, str) else name_of(agent)  # type: ignore[attr-defined]  # for manifests
+    return made
 
 
 def register_agent(name: str, **options: Any) -> Callable[[_F], _F]:
