@@ -167,8 +167,8 @@ def events_of(answer: Mapping[str, Any], body: Body, *, chat: bool) -> Iterator[
     for choice in answer["choices"]:
         if chat:
             piece = {k: v for k, v in choice.items() if k not in ("message", "finish_reason")}
-            yield {**common, "choices": [{**piece, "delta": _delta(choice["message"]), "finish_reason": None}]}
-            end = {"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]}
+            yield {**common, "choices": [dict(piece, delta=_delta(choice["message"]), finish_reason=None)]}
+            end = dict(index=choice["index"], delta={}, finish_reason=choice["finish_reason"])
             yield {**common, "choices": [end]}
         else:
             yield {**common, "choices": [choice]}

@@ -94,7 +94,8 @@ class _AgentThread(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        value, error = None, None
+        value: Any = None
+        error: BaseException | None = None
         try:
             value = self._function(**self._arguments)
             if inspect.isawaitable(value):
