@@ -51,6 +51,33 @@ class ChatFormatter:
         self._prompts: OrderedDict[Any, tuple[int, ...]] = OrderedDict()
         self._texts: OrderedDict[Any, str] = OrderedDict()
         self._pieces: OrderedDict[Any, tuple[int, ...]] = OrderedDict()
+        self._with_tools: OrderedDict[Any, ChatFormatter] = OrderedDict()
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatFormatter:
+        """A formatter whose conversations offer these tools.
+
+        Args:
+            tools: Descriptions of functions, as the chat API has them; with none it is this formatter.
+
+        Raises:
+            DataError: The chat template leaves tools out, so the policy would never hear of them.
+        """
+        if not tools:
+            return self
+        key = json.dumps(tools, sort_keys=True, default=repr)
+        found = self._with_tools.get(key)
+        if found is None:
+            found = ChatFormatter(
+                self.tokenizer, chat_template_kwargs={**self._template_kwargs, "tools": [dict(t) for t in tools]}
+            )
+            probe: list[Message] = [{"role": "user", "content": "x"}]
+            if self.tokenizer.chat_template is None or found._render(probe) == self._render(probe):
+                raise DataError(
+                    "The chat template does not render tools, so the policy would not see them. Choose a model whose "
+                    "template does, give a template as data.chat_template, or describe the tools in a message."
+                )
+            _remember(self._with_tools, key, found)
+        return found
 
     def initial(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, the generation prompt included.

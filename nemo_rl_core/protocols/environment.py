@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
 from attrs import field, frozen
 
+from nemo_rl_core.errors import EnvironmentFailure
+
+if TYPE_CHECKING:
+    from nemo_rl_core.rollouts.policy_session import PolicySession
+
 __all__ = [
+    "DrivingEnvironment",
     "Environment",
     "EnvironmentContext",
     "EnvironmentStep",
@@ -124,3 +130,44 @@ class SingleTurnEnvironment:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class DrivingEnvironment:
+    """Base of an environment that asks the policy itself, as often and with what it likes. Override `drive`.
+
+    It is for programs that hold the loop in their own hands, such as an agent with a client of the chat API. What
+    the policy is asked through the session is recorded, and becomes the rollout.
+    """
+
+    config_class: ClassVar[type] = dict
+
+    def __init__(self, config: Any, context: EnvironmentContext) -> None:
+        self.config = config
+        self.context = context
+
+    async def drive(self, task: Task, seed: int, policy: PolicySession) -> EnvironmentStep:
+        """Play the whole episode.
+
+        Args:
+            task: The row.
+            seed: Equal for the rollouts of a group.
+            policy: Asks the policy and records it. It takes `rollouts.max_turns` calls, and none after `drive` has
+                returned.
+
+        Returns:
+            Rewards and how it ended; messages are left out of account. Neither terminated nor truncated counts as
+            terminated.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define drive(task, seed, policy)")
+
+    def reset(self, task: Task, seed: int) -> Sequence[Message]:
+        """Not called: there is no prompt before the environment asks."""
+        raise EnvironmentFailure(f"{type(self).__name__} asks the policy itself: call drive() instead of reset().")
+
+    def step(self, message: Message) -> EnvironmentStep:
+        """Not called, as `reset`."""
+        raise EnvironmentFailure(f"{type(self).__name__} asks the policy itself: call drive() instead of step().")
+
+    def close(self) -> Awaitable[None] | None:
+        """Nothing is held."""
+        return None

@@ -142,7 +142,7 @@ class RolloutEngine:
 
     def _is_settled(self) -> bool:
         admitted = self._num_unadmitted == 0 or self._slots.locked()
-        return admitted and self.num_in_flight == self.traffic.count
+        return admitted and self.num_in_flight <= self.traffic.count  # an episode may ask for more than one
 
     async def _admit(
         self,

@@ -21,7 +21,7 @@ from nemo_rl_core.errors import (
     NemoRLError,
     RewardError,
 )
-from nemo_rl_core.protocols.environment import Environment, EnvironmentStep, Message
+from nemo_rl_core.protocols.environment import DrivingEnvironment, Environment, EnvironmentStep, Message
 from nemo_rl_core.protocols.generation_backend import (
     Completion,
     GenerationBackend,
@@ -31,6 +31,7 @@ from nemo_rl_core.protocols.generation_backend import (
 from nemo_rl_core.registry import PluginCall, origin_of
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.deadlines import Deadline, DeadlineWatch
+from nemo_rl_core.rollouts.policy_session import PolicySession, check_completion
 from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
 from nemo_rl_core.rollouts.seeds import stable_seed
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
@@ -40,6 +41,7 @@ __all__ = ["Episode", "EpisodeSettings", "finite_rewards"]
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
 _T = TypeVar("_T")
+_DEADLINE_OF_TURNS = "rollouts.max_turns x (generation_timeout_s + environment_timeout_s)"
 
 
 @frozen(kw_only=True, eq=False)
@@ -141,22 +143,67 @@ class Episode:
     # -- the turns ------------------------------------------------------------------------------
 
     async def _play(self, environment: Environment) -> None:
+        if isinstance(environment, DrivingEnvironment):
+            await self._be_driven(environment)
+            return
         prompt = await self._call("reset", environment.reset, self.rollout.task, self.environment_seed)
         self._begin(list(prompt))
         for turn in range(self.config.max_turns):
             completion = await self._generate(turn)
             message = self._append_sampled(completion)
             self.context.completion_ids = completion.token_ids
-            step = await self._call("step", environment.step, message)
-            if not isinstance(step, EnvironmentStep):
-                raise EnvironmentFailure(
-                    f"{type(environment).__name__}.step returned {type(step).__name__}; "
-                    "it must return an EnvironmentStep."
-                )
+            step = _checked_step(await self._call("step", environment.step, message), environment.step)
             self._record(step)
             last = turn + 1 == self.config.max_turns or completion.finish_reason == "length"
             if self._ends(step, last) or not self._continue_with(step.messages):
                 return
+
+    async def _be_driven(self, environment: DrivingEnvironment) -> None:
+        """Lend the policy to an environment that asks by itself; what it asked becomes the rollout."""
+        config, rollout = self.config, self.rollout
+        session = PolicySession(
+            self._sample_for_session,
+            self.chat,
+            sampling=self.sampling,
+            max_sequence_length=self.settings.max_sequence_length,
+            seed=rollout.seed,
+            name=f"{self.group_id}/{rollout.rollout_id}",
+            timeout_s=config.generation_timeout_s,
+            max_calls=config.max_turns,
+            order=(self.group_id, rollout.index),
+        )
+        limit_s = config.max_turns * (config.generation_timeout_s + config.environment_timeout_s)
+        try:
+            result = await self._call(
+                "step", environment.drive, rollout.task, self.environment_seed, session, limit_s=limit_s
+            )
+        except Exception as error:
+            if session.failure is not None:  # whatever the environment made of it
+                raise session.failure from error
+            raise
+        finally:
+            session.close()
+            rollout.segments = session.segments
+            self._generation_s = session.generation_s
+            self._environment_s = max(0.0, self._environment_s - session.generation_s)
+        step = _checked_step(result, environment.drive)
+        if session.failure is not None:  # the agent may have taken it for an answer
+            raise session.failure
+        if not rollout.num_sampled_tokens:
+            raise EnvironmentFailure("The environment made no call of the policy, so there is nothing to train on.")
+        self._record(step)
+        last = [segment[-1] for segment in rollout.segments]
+        cut = session.refused is not None or any(turn.finish_reason == "length" for turn in last)
+        rollout.truncated = step.truncated or cut
+        rollout.terminated = not step.truncated
+
+    async def _sample_for_session(self, request: GenerationRequest) -> Completion:
+        await self.settings.traffic.enter()
+        try:
+            with PluginCall("generation_backends", self.settings.generation, "generate"):
+                return await self.settings.generation.generate(request)
+        finally:
+            self.settings.traffic.leave()
 
     def _begin(self, messages: list[Message]) -> None:
         self._stage = "reset"
@@ -203,7 +250,7 @@ class Episode:
         finally:
             self.settings.traffic.leave()
             self._generation_s += self._now() - started
-        _check(completion)
+        check_completion(completion)
         return completion
 
     def _append_sampled(self, completion: Completion) -> Message:
@@ -270,23 +317,23 @@ class Episode:
 
     # -- calls into the environment -----------------------------------------------------------------
 
-    async def _call(self, stage: _Stage, method: Any, *args: Any) -> Any:
-        """Call a method of the environment, sync or async, under the environment's deadline."""
+    async def _call(self, stage: _Stage, method: Any, *args: Any, limit_s: float | None = None) -> Any:
+        """Call a method of the environment, sync or async, under the environment's deadline or another."""
         self._stage = stage
         started = self._now()
         try:
             with PluginCall("environments", method.__self__, stage):
                 result = method(*args)
                 if hasattr(result, "__await__"):
-                    result = await self._in_time(stage, result)
+                    result = await self._in_time(stage, result, limit_s)
                 return result
         except SystemExit as error:
             raise EnvironmentFailure(f"The environment called sys.exit({error.code!r}) in {stage}.") from error
         finally:
             self._environment_s += self._now() - started
 
-    async def _in_time(self, stage: _Stage, waiting: Awaitable[_T]) -> _T:
-        limit = self.config.environment_timeout_s
+    async def _in_time(self, stage: _Stage, waiting: Awaitable[_T], limit_s: float | None) -> _T:
+        limit = limit_s or self.config.environment_timeout_s
         try:
             return await self._deadline.wait(waiting, limit)
         except TimeoutError as error:
@@ -294,7 +341,7 @@ class Episode:
                 raise  # the environment's own
             raise DeadlineExceeded(
                 f"environment {stage} of {self.name} passed its deadline of {limit:g} s "
-                "(rollouts.environment_timeout_s)."
+                f"({_DEADLINE_OF_TURNS if limit_s else 'rollouts.environment_timeout_s'})."
             ) from error
 
     async def _close(self, environment: Environment) -> None:
@@ -318,6 +365,14 @@ class Episode:
         self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message, origin=origin)
         self.rollout.rewards = {}
         _log.debug("%s failed in %s: %s: %s", self.name, stage, type(error).__name__, message)
+
+
+def _checked_step(found: Any, method: Any) -> EnvironmentStep:
+    if isinstance(found, EnvironmentStep):
+        return found
+    raise EnvironmentFailure(
+        f"{method.__qualname__} returned {type(found).__name__}; it must return an EnvironmentStep."
+    )
 
 
 def finite_rewards(rewards: Mapping[str, Any]) -> dict[str, float]:
@@ -365,19 +420,3 @@ def _for_turn(sampling: SamplingParams, room: int, seed: int) -> SamplingParams:
         ignore_eos=sampling.ignore_eos,
         seed=seed,
     )
-
-
-def _check(completion: Completion) -> None:
-    """A completion that cannot be trained on is a failure of the engine, not data.
-
-    Raises:
-        GenerationError: Cut off, or its logprobs are missing or not finite.
-    """
-    if completion.finish_reason == "abort":
-        raise GenerationError("The engine cut the completion off (finish reason 'abort').")
-    if len(completion.logprobs) != len(completion.token_ids):
-        raise GenerationError(
-            f"The engine returned {len(completion.token_ids)} tokens with {len(completion.logprobs)} logprobs."
-        )
-    if not math.isfinite(sum(completion.logprobs)):
-        raise GenerationError("The engine returned a logprob that is not finite.")

@@ -138,8 +138,13 @@ class EnvironmentContract(Contract):
         """The case that the component gives as its `example`: keywords of `EnvironmentCase`.
 
         Raises:
-            NemoRLError: It gives none, so there is nothing to play.
+            NemoRLError: It gives none, so there is nothing to play; or it has no steps.
         """
+        from nemo_rl_core.protocols.environment import DrivingEnvironment
+
+        component = ref.load()
+        if isinstance(component, type) and issubclass(component, DrivingEnvironment):
+            raise NemoRLError(f"The environment {ref.name!r} asks the policy itself: test it with a RolloutEngine.")
         if "task" not in example:
             raise NemoRLError(
                 f"The environment {ref.name!r} cannot be checked by its name alone: it does not say what to play. Give "
