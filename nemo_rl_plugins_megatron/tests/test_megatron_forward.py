@@ -13,7 +13,8 @@ from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_core.testing.conformance.reference import ReferenceTrainer, WeightedLoss, forward_logits, forward_logprobs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_megatron._megatron import _LOWEST, check_version
-from nemo_rl_plugins_megatron.attention import PackedAttention
+from nemo_rl_plugins_megatron.attention import PackedAttention, attend_end
+from nemo_rl_plugins_megatron.cpu import attend_end_on_cpu
 
 
 class LogitsLoss:
@@ -99,3 +100,14 @@ def test_another_megatron_core_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.18.2")
     with pytest.raises(ConfigError, match=rf"{_LOWEST}.*installed is 0\.18\.2.*pip install"):
         check_version()
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(3, 7), (4, 4), (1, 5)])
+def test_the_end_of_a_sequence_attends_as_in_the_whole_on_either_device(num_queries, num_keys):
+    rng = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, num_keys, 8, generator=rng)
+    key, value = (torch.randn(1, 2, num_keys, 8, generator=rng) for _ in range(2))
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    for attend in (attend_end, attend_end_on_cpu):
+        found = attend(query[:, :, -num_queries:], key, value)
+        torch.testing.assert_close(found, whole[:, :, -num_queries:], rtol=1e-5, atol=1e-6)
