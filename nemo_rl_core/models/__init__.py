@@ -8,5 +8,14 @@ from nemo_rl_core.models.source import (
     load_tokenizer,
     scratch_names,
 )
+from nemo_rl_core.models.writing import write_model
 
-__all__ = ["eos_token_ids", "is_scratch", "load_model", "load_model_config", "load_tokenizer", "scratch_names"]
+__all__ = [
+    "eos_token_ids",
+    "is_scratch",
+    "load_model",
+    "load_model_config",
+    "load_tokenizer",
+    "scratch_names",
+    "write_model",
+]

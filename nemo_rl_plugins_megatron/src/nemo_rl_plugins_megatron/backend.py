@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
-from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.models import load_model, load_model_config
+from nemo_rl_core.models import load_model, load_model_config, write_model
 from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
@@ -299,14 +299,9 @@ class MegatronBackend(TrainingBackend):
 
     def export_model(self, path: Path) -> None:
         """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
-        whole = {name: tensor.cpu() for name, tensor in self.export_weights()}
-        if not self.ranks.is_first:
-            return
-        model = load_model(str(self.config.model_name), dtype=self.dtype, head=self.config.head, empty=True)
-        try:
-            model.save_pretrained(path, state_dict=whole)
-        except OSError as error:
-            raise CheckpointError(f"Cannot write the model to {path}: {error}. Check free space.") from error
+        name = str(self.config.model_name)
+        model = load_model(name, dtype=self.dtype, head=self.config.head, empty=True) if self.ranks.is_first else None
+        write_model(path, self.export_weights(), model)
 
     # -- checkpoints --------------------------------------------------------------------------
 

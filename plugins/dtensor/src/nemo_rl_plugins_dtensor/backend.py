@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
-from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.models import load_model
+from nemo_rl_core.models import load_model, write_model
 from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
@@ -363,16 +364,9 @@ class DTensorBackend(TrainingBackend):
             self.adapters.save(folder, self.ranks.full, is_first=self.ranks.is_first)
             if alone:
                 return
-        weights = dict(self.export_weights())
-        if not self.ranks.is_first:
-            return
-        for name, buffer in self.model.named_buffers():
-            if name in self.model.state_dict():
-                weights[name] = buffer
-        try:
-            self.model.save_pretrained(path, state_dict=weights)
-        except OSError as error:
-            raise CheckpointError(f"Cannot write the model to {path}: {error}. Check free space.") from error
+        state = self.model.state_dict()
+        buffers = [(name, buffer) for name, buffer in self.model.named_buffers() if name in state]
+        write_model(path, chain(self.export_weights(), buffers), self.model if self.ranks.is_first else None)
 
     # -- checkpoints --------------------------------------------------------------------------
 
