@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("megatron_parallel"), py
 LAYOUTS = {
     # name: (shape, options, tensor_parallel_size); 97 tokens, so the vocabulary is filled up with one row
     "tensor and sequence": ("qwen3", {}, 2),
+    "tensor over one key-value head": ("qwen3_one_head", {"sequence_parallel": False}, 2),
     "pipeline of tied embeddings": ("qwen2", {"pipeline_parallel_size": 2}, 1),
     "context": ("llama", {"context_parallel_size": 2, "distributed_optimizer": False}, 1),
     "experts": ("qwen3_moe", {"expert_parallel_size": 2}, 1),

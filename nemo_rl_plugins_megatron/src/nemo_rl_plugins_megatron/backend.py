@@ -6,14 +6,15 @@ Legend: B sequences, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
+from nemo_rl_core.config import Mistake, mistake
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import ConfigError, InvariantViolation
@@ -34,12 +35,13 @@ from nemo_rl_plugins_megatron._megatron import (
 from nemo_rl_plugins_megatron.config import MegatronConfig
 from nemo_rl_plugins_megatron.cpu import seed_rng_tracker, without_gpu
 from nemo_rl_plugins_megatron.families import family_of
-from nemo_rl_plugins_megatron.model import build_model, check_sizes, freeze_embedding_of
+from nemo_rl_plugins_megatron.model import build_model, check_rope, freeze_embedding_of
 from nemo_rl_plugins_megatron.optimizer import Optimizer
 from nemo_rl_plugins_megatron.outputs import TokenOutputs
-from nemo_rl_plugins_megatron.parallel import Ranks, check_world
+from nemo_rl_plugins_megatron.parallel import Ranks
 from nemo_rl_plugins_megatron.pretrained import open_weights
 from nemo_rl_plugins_megatron.rows import Row
+from nemo_rl_plugins_megatron.sizes import check_sizes, replica_sizes, size_mistakes
 from nemo_rl_plugins_megatron.weights import WeightMap
 
 if TYPE_CHECKING:
@@ -66,6 +68,23 @@ class MegatronBackend(TrainingBackend):
         {"tensor_parallel", "pipeline_parallel", "context_parallel", "scalar_head", "top_logprobs"}
     )
 
+    @staticmethod
+    def layout(policy: PolicyConfig) -> Mapping[str, int]:
+        """Tensor, pipeline and context parallelism make up a replica."""
+        return replica_sizes(policy)
+
+    @staticmethod
+    def check(policy: PolicyConfig) -> Iterator[Mistake]:
+        """A model that these layers do not do, and sizes that do not fit it or the workers."""
+        hf_config = load_model_config(str(policy.model_name))
+        try:
+            family_of(hf_config)
+            check_rope(hf_config)
+        except ConfigError as error:
+            yield mistake("model_name", str(error), "Set backend: dtensor, or take another model.", related=["backend"])
+            return
+        yield from size_mistakes(hf_config, policy)
+
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build this rank's part of the model, load its weights and make the optimizer.
 
@@ -85,8 +104,9 @@ class MegatronBackend(TrainingBackend):
         self.role = context.role
         self.hf_config = load_model_config(config.model_name)
         family_of(self.hf_config)
-        check_sizes(self.hf_config, config, self.options)
-        check_world(config, self.options, context.world_size)
+        check_rope(self.hf_config)
+        given = evolve(config, options=self.options, num_workers=context.world_size)
+        check_sizes(self.hf_config, given, role=context.role)
         self.ranks = Ranks(config, self.options, context, self.device)
         self._closed = False
         try:

@@ -116,10 +116,9 @@ class QueryKeyValue(Form):
     """Queries, keys and values in one: for each key-value head its query heads, then itself, then its values."""
 
     def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
-        """The rank's key-value heads with all that belongs to them."""
+        """The rank's key-value heads with all that belongs to them, or its rows of a head that several ranks share."""
         by_group = [tensor.reshape(heads.num_groups, -1, *tensor.shape[1:]) for tensor in whole]
-        fused = torch.cat(by_group, dim=1).chunk(size)[index]
-        return fused.flatten(0, 1)
+        return torch.cat(by_group, dim=1).flatten(0, 1).chunk(size)[index]
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         """Queries, keys and values."""

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nemo_rl_core.config import Mistake, mistake
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.models import load_model, write_model
+from nemo_rl_core.models import load_model, load_model_config, write_model
 from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
@@ -36,7 +37,7 @@ from nemo_rl_plugins_dtensor.optimizer import (
     make_optimizer,
     optimizer_state,
 )
-from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part
+from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part, undivided_heads
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
@@ -58,6 +59,16 @@ class DTensorBackend(TrainingBackend):
     capabilities: frozenset[str] = frozenset(
         {"tensor_parallel", "share_weights", "scalar_head", "top_logprobs", "over_vocabulary", "lora"}
     )
+
+    @staticmethod
+    def check(policy: PolicyConfig) -> Iterator[Mistake]:
+        """Heads that tensor-parallel ranks cannot share out."""
+        size = policy.tensor_parallel_size
+        if size > 1:
+            config = load_model_config(str(policy.model_name)).get_text_config()
+            for name, heads in undivided_heads(config, size).items():
+                problem = f"{size} does not divide the model's {name} {heads}"
+                yield mistake("tensor_parallel_size", problem, "Use a size that divides all heads.")
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build or load the model and the optimizer on this rank.
