@@ -45,10 +45,10 @@ class Anew(MegatronBackend):
     def become(self, config, port):
         """At a port of its own: what the store of the last group still holds would be taken for the next one's."""
         self.shutdown()
-        self.names, read = set(), WeightFiles._read
+        self.names, take = set(), WeightFiles.take
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                WeightFiles, "_read", lambda files, name, *rest: self.names.add(name) or read(files, name, *rest)
+                WeightFiles, "take", lambda files, name, *rest: self.names.add(name) or take(files, name, *rest)
             )
             super().setup(config, attrs.evolve(self.context, master_port=port))
 
