@@ -14,6 +14,7 @@ from nemo_rl_core.testing.conformance.reference import ReferenceTrainer, Weighte
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_megatron._megatron import _LOWEST, check_version
 from nemo_rl_plugins_megatron.attention import PackedAttention, attend_end
+from nemo_rl_plugins_megatron.config import MegatronConfig
 from nemo_rl_plugins_megatron.cpu import attend_end_on_cpu
 
 
@@ -78,6 +79,21 @@ def test_bfloat16_keeps_updates_that_are_below_its_steps(make_backend, batch):
         _step(backend, batch)
     moved = [float((t.float() - before[name].float()).abs().max()) for name, t in backend.export_weights()]
     assert max(moved) >= 3e-4  # 60 steps of 1e-5 add up, though each is lost in a weight of 0.1
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_masters_have_the_float32_values_of_the_model(make_backend, model_name, distributed):
+    options = MegatronConfig(distributed_optimizer=distributed)
+    rounded, exact = make_backend("qwen2", precision="bfloat16", options=options), make_backend("qwen2")
+    computes = dict(rounded.export_weights())
+    for name, tensor in exact.export_weights():
+        assert torch.equal(computes[name], tensor.bfloat16()), name
+    names = {id(tensor): name for name, tensor in rounded.weights.parameters.items()}
+    shares = list(rounded.optimizer.shares())
+    assert len(shares) == len(names)
+    for share in shares:
+        expected = exact.weights.parameters[names[id(share.weight)]].flatten()
+        assert torch.equal(share.tensors["param"].flatten(), expected[share.part])
 
 
 def test_a_frozen_model_takes_no_steps(make_backend, batch):

@@ -19,7 +19,7 @@ from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.models import load_model, load_model_config, write_model
+from nemo_rl_core.models import is_scratch, load_model, load_model_config, write_model
 from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
@@ -121,7 +121,9 @@ class MegatronBackend(TrainingBackend):
         seed_rng_tracker(self.device, seed)
         self.model = build_model(self.hf_config, config, self.options, ranks)
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        source = open_weights(config, self.hf_config, dtype=self.dtype, seed=seed)
+        # Random weights are drawn in float32, so that a policy and its reference start as one.
+        exact = config.trained or is_scratch(str(config.model_name))
+        source = open_weights(config, self.hf_config, dtype=torch.float32 if exact else self.dtype, seed=seed)
         self.weights = WeightMap(self.hf_config, source.shapes, self.model, ranks)
         self.weights.load(source)
         freeze_embedding_of(self.model, getattr(self.hf_config, "pad_token_id", None), ranks)
@@ -144,6 +146,8 @@ class MegatronBackend(TrainingBackend):
         self.chunk = DistributedDataParallel(self.model.config, ddp, self.model)
         self.model.config.finalize_model_grads_func = _sum_gradients
         self.optimizer = Optimizer(config, self.chunk, distributed=self.options.distributed_optimizer)
+        if self.weights.rounded:
+            self.weights.load_masters(source, self.optimizer.shares())
 
     # -- training -----------------------------------------------------------------------------
 
