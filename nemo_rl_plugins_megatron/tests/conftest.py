@@ -47,7 +47,6 @@ SHAPES = {
     "llama_scaled_rope": {**_COMMON, "model_type": "llama", "rope_parameters": _SCALED_ROPE},
     "qwen2": {**_COMMON, "model_type": "qwen2", "tie_word_embeddings": True, "pad_token_id": PADDING},
     "qwen3": {**_COMMON, "model_type": "qwen3", "tie_word_embeddings": False, "pad_token_id": PADDING},
-    "qwen3_one_head": {**_COMMON, "model_type": "qwen3", "num_key_value_heads": 1},
     "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
     "qwen3_moe_mixed": {**_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [0]},
     "mistral": {**_COMMON, "model_type": "mistral"},

@@ -12,10 +12,11 @@ from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_core.testing.conformance.reference import ReferenceTrainer, WeightedLoss, forward_logits, forward_logprobs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_plugins_megatron import model
 from nemo_rl_plugins_megatron._megatron import _LOWEST, check_version
 from nemo_rl_plugins_megatron.attention import PackedAttention, attend_end
 from nemo_rl_plugins_megatron.config import MegatronConfig
-from nemo_rl_plugins_megatron.cpu import attend_end_on_cpu
+from nemo_rl_plugins_megatron.cpu import NO_FUSIONS, attend_end_on_cpu
 
 
 class LogitsLoss:
@@ -79,6 +80,22 @@ def test_bfloat16_keeps_updates_that_are_below_its_steps(make_backend, batch):
         _step(backend, batch)
     moved = [float((t.float() - before[name].float()).abs().max()) for name, t in backend.export_weights()]
     assert max(moved) >= 3e-4  # 60 steps of 1e-5 add up, though each is lost in a weight of 0.1
+
+
+def test_a_gpu_takes_the_fused_kernels_that_are_installed_and_they_compute_the_same(make_backend, batch, monkeypatch):
+    found = model.fusions(torch.device("cuda"), trained=True)
+    assert found.keys() == NO_FUSIONS.keys()
+    assert [name for name, on in found.items() if on] == ["bias_activation_fusion", "bias_dropout_fusion"]
+    monkeypatch.setattr(model.rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *args: None)
+    monkeypatch.setattr(model.layers, "_grad_accum_fusion_available", True)
+    assert all(model.fusions(torch.device("cuda"), trained=True).values())
+    assert not model.fusions(torch.device("cuda"), trained=False)["gradient_accumulation_fusion"]
+    plain = make_backend()
+    monkeypatch.setattr(model, "fusions", lambda device, trained: found)  # without a compiler they run on a CPU too
+    fused = make_backend()
+    assert fused.model.config.bias_activation_fusion
+    torch.testing.assert_close(fused.get_logprobs(batch), plain.get_logprobs(batch), rtol=1e-6, atol=1e-6)
+    assert _step(fused, batch).grad_norm == pytest.approx(_step(plain, batch).grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("distributed", [True, False])

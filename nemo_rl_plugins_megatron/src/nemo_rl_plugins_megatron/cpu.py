@@ -16,9 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["attend_end_on_cpu", "seed_rng_tracker", "without_compiler", "without_gpu"]
+__all__ = ["NO_FUSIONS", "attend_end_on_cpu", "seed_rng_tracker", "without_compiler", "without_gpu"]
 
 _CPU = torch.device("cpu")
+
+NO_FUSIONS = {
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+}
+"""Megatron-core's fused kernels are compiled for GPUs, or written in CUDA."""
 
 
 class _CpuForCuda(TorchFunctionMode):

@@ -23,8 +23,11 @@ from nemo_rl_plugins_megatron._megatron import (
     get_bias_dropout_add,
     get_mlp_module_spec_for_backend,
     get_transformer_layer_offset,
+    layers,
+    rope_utils,
 )
 from nemo_rl_plugins_megatron.attention import PackedAttention
+from nemo_rl_plugins_megatron.cpu import NO_FUSIONS
 from nemo_rl_plugins_megatron.families import common_settings, family_of
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from nemo_rl_plugins_megatron.config import MegatronConfig
     from nemo_rl_plugins_megatron.parallel import Ranks
 
-__all__ = ["PolicyModel", "build_model", "check_rope", "freeze_embedding_of", "transformer_config"]
+__all__ = ["PolicyModel", "build_model", "check_rope", "freeze_embedding_of", "fusions", "transformer_config"]
 
 
 class _RMSNorm(nn.Module):
@@ -128,6 +131,20 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         return self.output_layer.weight  # type: ignore[no-any-return]
 
 
+def fusions(device: torch.device, *, trained: bool) -> dict[str, bool]:
+    """Megatron-core's fused kernels that the device and what is installed beside it can do."""
+    if device.type == "cpu":
+        return dict(NO_FUSIONS)
+    return {
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        # Of Transformer Engine.
+        "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb_thd is not None,
+        # Of Apex: the backward pass of a linear layer adds to the float32 gradient itself.
+        "gradient_accumulation_fusion": trained and layers._grad_accum_fusion_available,
+    }
+
+
 def transformer_config(hf_config: Any, policy: PolicyConfig, options: MegatronConfig, ranks: Ranks) -> Any:
     """Megatron-core's configuration of the model on these ranks."""
     dtype = torch.bfloat16 if policy.precision == "bfloat16" else torch.float32
@@ -164,11 +181,9 @@ def transformer_config(hf_config: Any, policy: PolicyConfig, options: MegatronCo
         # Without it megatron-core does not mark which weights are shares, and counts gradients wrongly.
         perform_initialization=True,
         use_cpu_initialization=ranks.device.type == "cpu",
-        gradient_accumulation_fusion=False,
+        **fusions(ranks.device, trained=policy.trained),
+        # Of layers that are not used here.
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],  # its default warns
     )

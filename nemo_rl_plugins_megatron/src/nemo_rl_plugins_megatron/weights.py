@@ -114,7 +114,9 @@ class WeightMap:
     def load_masters(self, source: WeightSource, shares: Iterable[Share]) -> None:
         """Give the optimizer's float32 copies the values that the weights were rounded from."""
         mine = {id(self.parameters[name]): name for name in self.rounded}
-        held = {mine[id(one.weight)]: one for one in shares if id(one.weight) in mine and one.part.stop > one.part.start}
+        held = {
+            mine[id(one.weight)]: one for one in shares if id(one.weight) in mine and one.part.stop > one.part.start
+        }
         for name, part in self._parts(source, only=held.keys()):
             master = held[name].tensors["param"]
             master.copy_(part.flatten()[held[name].part].view_as(master))
