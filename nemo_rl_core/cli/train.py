@@ -61,6 +61,7 @@ def train(
         changes.append("logging.progress=json")
     loaded = finalize(load_config(config, overrides=changes))
     if dry_run:
+        _check_models(loaded)
         _show_plan(loaded, as_json)
         return
     from nemo_rl_core.training.assembly import RunInputs
@@ -146,6 +147,20 @@ def _order(name: str) -> tuple[int, str, int]:
     """Scores first, pass@2 before pass@10."""
     stem, _, k = name.partition("@")
     return (0 if name == "accuracy" else 1 if k else 2, stem, int(k or 0))
+
+
+def _check_models(config: Any) -> None:
+    """Whether the models fit their backends, as far as can be told without starting a worker."""
+    from nemo_rl_core.config import InvalidConfig
+    from nemo_rl_core.errors import ConfigError
+    from nemo_rl_core.training.model_checks import check_models, configured_models
+
+    try:
+        check_models(configured_models(config))
+    except InvalidConfig:
+        raise
+    except ConfigError as error:  # such as a hub that only the cluster can reach
+        typer.echo(f"Whether the sizes of the models fit is not checked. {error}", err=True)
 
 
 def _show_plan(config: Any, as_json: bool) -> None:

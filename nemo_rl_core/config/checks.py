@@ -6,26 +6,30 @@ with `mistake(path, problem, fix)`, paths relative to itself.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
 from nemo_rl_core.config._types import fields_of
+from nemo_rl_core.config.components import Resolver
+from nemo_rl_core.config.layouts import replica_sizes
 from nemo_rl_core.config.mistakes import Mistake, mistake
 from nemo_rl_core.config.schema import CheckpointConfig, ClusterConfig, PolicyConfig, RunConfig
 
 __all__ = ["check_tree"]
 
 
-def check_tree(config: RunConfig) -> list[Mistake]:
-    """The mistakes between the fields of a finished configuration."""
+def check_tree(config: RunConfig, resolver: Resolver | None = None) -> list[Mistake]:
+    """The mistakes between the fields of a finished configuration; None is the registry of this process."""
     found = [*_length_of_run(config), *_lengths(config)]
     for f in fields_of(type(config)):
         model = getattr(config, f.name)
         if isinstance(model, PolicyConfig):
-            found += [*_ranks(f.name, model, config.cluster), *_filled_by_the_run(f.name, model)]
+            sizes = replica_sizes(model, config.plugins, resolver)
+            found += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
     found += _roles_of(config.cluster)
     found += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
     return [*found, *_evaluation(config), *_own_checks(config)]
@@ -85,12 +89,15 @@ def _filled_by_the_run(role: str, model: PolicyConfig) -> Iterator[Mistake]:
         yield mistake(f"{role}.trained", problem, "Remove it.")
 
 
-def _ranks(role: str, policy: PolicyConfig, cluster: ClusterConfig) -> Iterator[Mistake]:
-    workers, parallel = policy.num_workers, policy.tensor_parallel_size
-    if workers % parallel:
-        problem = f"{workers} workers cannot be divided into replicas of tensor_parallel_size = {parallel}"
-        fix = f"Use a multiple of {parallel}, such as {-(-workers // parallel) * parallel}."
-        yield mistake(f"{role}.num_workers", problem, fix, related=[f"{role}.tensor_parallel_size"])
+def _ranks(role: str, policy: PolicyConfig, cluster: ClusterConfig, sizes: Mapping[str, int]) -> Iterator[Mistake]:
+    workers, replica = policy.num_workers, math.prod(sizes.values())
+    if workers % replica:
+        told = {path.rpartition(".")[2]: size for path, size in sizes.items() if size > 1}
+        product = " x ".join(f"{name} = {size}" for name, size in told.items())
+        problem = f"{workers} workers cannot be divided into replicas of {product}"
+        problem += f", {replica} workers each" if len(told) > 1 else ""
+        fix = f"Use a multiple of {replica}, such as {-(-workers // replica) * replica}."
+        yield mistake(f"{role}.num_workers", problem, fix, related=[f"{role}.{path}" for path in sizes])
     if not cluster.gpus_per_node or cluster.device == "cpu":
         return
     devices = cluster.num_nodes * cluster.gpus_per_node

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+from nemo_rl_core.config.layouts import replica_sizes
 from nemo_rl_core.config.schema import RunConfig
 
 __all__ = ["ArithmeticRow", "arithmetic"]
@@ -65,7 +67,9 @@ def _step(config: RunConfig) -> list[ArithmeticRow]:
 
 def _workers(config: RunConfig) -> list[ArithmeticRow]:
     policy = config.policy
-    replicas = max(policy.num_workers // policy.tensor_parallel_size, 1)
+    sizes = replica_sizes(policy, config.plugins)
+    replicas = max(policy.num_workers // math.prod(sizes.values()), 1)
+    settings = " x ".join(f"policy.{path} {size}" for path, size in sizes.items())
     rollouts = config.num_items_per_step * config.group_size * config.num_passes_per_step
     per_update = -(-rollouts // config.num_updates_per_step)
     per_replica = -(-per_update // replicas)
@@ -78,7 +82,7 @@ def _workers(config: RunConfig) -> list[ArithmeticRow]:
             quantity="model replicas",
             value=replicas,
             unit="workers",
-            why=f"policy.num_workers {policy.num_workers} / policy.tensor_parallel_size {policy.tensor_parallel_size}",
+            why=f"policy.num_workers {policy.num_workers} / " + (f"({settings})" if len(sizes) > 1 else settings),
         ),
         ArithmeticRow(
             quantity="rollouts per replica and optimizer step",

@@ -91,7 +91,7 @@ def finalize(config: RunConfig, *, resolver: Resolver | None = None) -> RunConfi
     resolved, mistakes = resolve_tree(structured, resolver, structured.plugins)
     final, found = filled(resolved)
     mistakes += found
-    mistakes += check_tree(final)
+    mistakes += check_tree(final, resolver)
     if mistakes:
         raise InvalidConfig(locate(mistakes, {}))
     return final
@@ -165,7 +165,7 @@ def _checked(config: RunConfig, resolver: Resolver, before: Sequence[Mistake]) -
     wrong = {m.keys for m in (*before, *mistakes) if m.keys}
     wrong |= {(*m.keys[:-1], m.suggestion) for m in before if m.suggestion and m.keys}  # a typo of that key
     final, found = filled(resolved)
-    later = [*found, *([] if unknown_root else check_tree(final))]
+    later = [*found, *([] if unknown_root else check_tree(final, resolver))]
     mistakes += [m for m in later if not any(_touches(m, keys) for keys in wrong)]
     return resolved, mistakes
 

@@ -9,6 +9,7 @@ from nemo_rl_core.models.source import (
     located,
     scratch_names,
 )
+from nemo_rl_core.models.writing import write_model
 
 __all__ = [
     "eos_token_ids",
@@ -18,4 +19,5 @@ __all__ = [
     "load_tokenizer",
     "located",
     "scratch_names",
+    "write_model",
 ]

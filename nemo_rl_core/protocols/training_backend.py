@@ -17,6 +17,7 @@ from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nemo_rl_core.config.mistakes import Mistake
     from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.models.over_vocabulary import OutputLayer
@@ -89,6 +90,26 @@ class TrainingBackend(Protocol):
 
     config_class: ClassVar[type]
     capabilities: frozenset[str] = frozenset()
+
+    @staticmethod
+    def layout(policy: PolicyConfig) -> Mapping[str, int]:
+        """The settings that multiply to the workers of one replica of the model: path within `policy` to size.
+
+        Asked before any worker starts, of structured options. What `num_workers` has beyond one replica is data
+        parallel.
+        """
+        return {"tensor_parallel_size": policy.tensor_parallel_size}
+
+    @staticmethod
+    def check(policy: PolicyConfig) -> Iterator[Mistake]:
+        """What in `policy` does not fit its model, by path within it; the core checks workers against `layout`.
+
+        Asked on the driver, before any worker starts. It may read the model's configuration, never its weights.
+
+        Raises:
+            ConfigError: The model's configuration cannot be read.
+        """
+        yield from ()
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build or load the model and, if `config.trained`, the optimizer on this rank.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
 
-from nemo_rl_core.config.schema import ComponentChoice, RunConfig
+from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import ConfigError
@@ -28,6 +28,7 @@ from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
 from nemo_rl_core.training.engine_assembly import choose_weight_sync, engine_placement, start_engine
+from nemo_rl_core.training.model_checks import check_models
 from nemo_rl_core.training.policy import InitialModel, Policy
 from nemo_rl_core.training.replay import RecordedRollouts, check_recorded
 
@@ -247,12 +248,14 @@ def _add_policy(
         _check_head(name, role, backend)
         _check_capabilities(name, role, backend, parts.algorithm.loss)
         backends[name] = resolver.used[-1]
+    configs = {name: _config_of(role, config, backends[name]) for name, role in roles.items()}
+    check_models({name: (backends[name].load(), made) for name, made in configs.items()})
     rows = worker_rows(get_registry().manifest(resolver.used))
-    for name, role in roles.items():
+    for name in roles:
         if name != "policy" and _is_initial_policy(parts, name):
             parts.models[name] = InitialModel(parts.policy)
             continue
-        made = _model(launcher, backends[name], config, role, name=name, run_dir=run_dir, manifest=rows)
+        made = _model(launcher, backends[name], config, configs[name], name=name, run_dir=run_dir, manifest=rows)
         stack.callback(made.shutdown)
         parts.models[name] = made
 
@@ -354,22 +357,26 @@ def _launcher(config: RunConfig, resolver: _Resolver) -> Launcher:
     return launcher
 
 
-def _model(
-    launcher: Launcher,
-    backend: ComponentRef,
-    config: RunConfig,
-    role: ModelRole,
-    *,
-    name: str,
-    run_dir: str,
-    manifest: Sequence[Mapping[str, Any]],
-) -> Policy:
-    made = evolve(
+def _config_of(role: ModelRole, config: RunConfig, backend: ComponentRef) -> PolicyConfig:
+    """What the workers of a role are set up with."""
+    return evolve(
         role.config,
         model_name=located(role.config.model_name or str(config.policy.model_name)),
         options=_options(backend.load(), role.config.options),
         trained=role.trained,
     )
+
+
+def _model(
+    launcher: Launcher,
+    backend: ComponentRef,
+    config: RunConfig,
+    made: PolicyConfig,
+    *,
+    name: str,
+    run_dir: str,
+    manifest: Sequence[Mapping[str, Any]],
+) -> Policy:
     group = launcher.launch(
         WorkerSpec(
             role=name,

@@ -12,8 +12,11 @@ from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_core.testing.conformance.reference import ReferenceTrainer, WeightedLoss, forward_logits, forward_logprobs
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_plugins_megatron import model
 from nemo_rl_plugins_megatron._megatron import _LOWEST, check_version
-from nemo_rl_plugins_megatron.attention import PackedAttention
+from nemo_rl_plugins_megatron.attention import PackedAttention, attend_end
+from nemo_rl_plugins_megatron.config import MegatronConfig
+from nemo_rl_plugins_megatron.cpu import NO_FUSIONS, attend_end_on_cpu
 
 
 class LogitsLoss:
@@ -79,6 +82,37 @@ def test_bfloat16_keeps_updates_that_are_below_its_steps(make_backend, batch):
     assert max(moved) >= 3e-4  # 60 steps of 1e-5 add up, though each is lost in a weight of 0.1
 
 
+def test_a_gpu_takes_the_fused_kernels_that_are_installed_and_they_compute_the_same(make_backend, batch, monkeypatch):
+    found = model.fusions(torch.device("cuda"), trained=True)
+    assert found.keys() == NO_FUSIONS.keys()
+    assert [name for name, on in found.items() if on] == ["bias_activation_fusion", "bias_dropout_fusion"]
+    monkeypatch.setattr(model.rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *args: None)
+    monkeypatch.setattr(model.layers, "_grad_accum_fusion_available", True)
+    assert all(model.fusions(torch.device("cuda"), trained=True).values())
+    assert not model.fusions(torch.device("cuda"), trained=False)["gradient_accumulation_fusion"]
+    plain = make_backend()
+    monkeypatch.setattr(model, "fusions", lambda device, trained: found)  # without a compiler they run on a CPU too
+    fused = make_backend()
+    assert fused.model.config.bias_activation_fusion
+    torch.testing.assert_close(fused.get_logprobs(batch), plain.get_logprobs(batch), rtol=1e-6, atol=1e-6)
+    assert _step(fused, batch).grad_norm == pytest.approx(_step(plain, batch).grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_masters_have_the_float32_values_of_the_model(make_backend, model_name, distributed):
+    options = MegatronConfig(distributed_optimizer=distributed)
+    rounded, exact = make_backend("qwen2", precision="bfloat16", options=options), make_backend("qwen2")
+    computes = dict(rounded.export_weights())
+    for name, tensor in exact.export_weights():
+        assert torch.equal(computes[name], tensor.bfloat16()), name
+    names = {id(tensor): name for name, tensor in rounded.weights.parameters.items()}
+    shares = list(rounded.optimizer.shares())
+    assert len(shares) == len(names)
+    for share in shares:
+        expected = exact.weights.parameters[names[id(share.weight)]].flatten()
+        assert torch.equal(share.tensors["param"].flatten(), expected[share.part])
+
+
 def test_a_frozen_model_takes_no_steps(make_backend, batch):
     backend = make_backend(trained=False)
     assert backend.optimizer is None and not any(p.requires_grad for p in backend.model.parameters())
@@ -99,3 +133,14 @@ def test_another_megatron_core_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.18.2")
     with pytest.raises(ConfigError, match=rf"{_LOWEST}.*installed is 0\.18\.2.*pip install"):
         check_version()
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(3, 7), (4, 4), (1, 5)])
+def test_the_end_of_a_sequence_attends_as_in_the_whole_on_either_device(num_queries, num_keys):
+    rng = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, num_keys, 8, generator=rng)
+    key, value = (torch.randn(1, 2, num_keys, 8, generator=rng) for _ in range(2))
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    for attend in (attend_end, attend_end_on_cpu):
+        found = attend(query[:, :, -num_queries:], key, value)
+        torch.testing.assert_close(found, whole[:, :, -num_queries:], rtol=1e-5, atol=1e-6)

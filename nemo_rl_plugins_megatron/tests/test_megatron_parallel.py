@@ -45,12 +45,17 @@ class Anew(MegatronBackend):
     def become(self, config, port):
         """At a port of its own: what the store of the last group still holds would be taken for the next one's."""
         self.shutdown()
-        self.names, read = set(), WeightFiles._read
+        self.names, take = set(), WeightFiles.take
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                WeightFiles, "_read", lambda files, name, *rest: self.names.add(name) or read(files, name, *rest)
+                WeightFiles, "take", lambda files, name, *rest: self.names.add(name) or take(files, name, *rest)
             )
             super().setup(config, attrs.evolve(self.context, master_port=port))
+
+    def masters(self):
+        """By weight, the part of the float32 copy that is here."""
+        names = {id(weight): name for name, weight in self.weights.parameters.items()}
+        return {names[id(one.weight)]: (one.part, one.tensors["param"].flatten()) for one in self.optimizer.shares()}
 
     def names_read(self):
         """Of the Hugging Face files."""
@@ -72,21 +77,25 @@ def group():
 def run(request, group, model_name, tmp_path_factory):
     """(shape, workers) of one layout, whose weights come from files."""
     shape, options, tensor = LAYOUTS[request.param]
-    folder = tmp_path_factory.mktemp("files")
-    load_model(model_name(shape), dtype=torch.float32).save_pretrained(folder)
+    become(group, model_name(shape), tmp_path_factory.mktemp("files"), options, tensor_parallel_size=tensor)
+    return shape, group
+
+
+def become(group, model, folder, options, **policy):
+    """Set the workers up with float32 weights from files."""
+    load_model(model, dtype=torch.float32).save_pretrained(folder)
     config = PolicyConfig(
         model_name=str(folder),
         num_workers=2,
-        tensor_parallel_size=tensor,
         options=MegatronConfig(**options),
         optimizer=OPTIMIZER,
         max_grad_norm=0.5,
+        **policy,
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group.call("become", config, port, timeout_s=60.0)
-    return shape, group
 
 
 def test_a_rank_reads_only_the_weights_it_holds_a_part_of(run):
@@ -185,3 +194,24 @@ def test_a_loss_of_one_rank_that_is_not_finite_stops_all_and_changes_nothing(run
     with pytest.raises(InvariantViolation, match=r"\[policy rank .\].*weights were not changed"):
         policy.train_step(batch, WeightedLoss())
     assert torch.equal(policy.logprobs(batch), before)
+
+
+def test_bfloat16_on_two_ranks_keeps_float32_masters_and_resumes_bit_equal(
+    group, make_backend, model_name, batch, tmp_path
+):
+    become(group, model_name("qwen2"), tmp_path, {}, precision="bfloat16")
+    exact = make_backend("qwen2")
+    expected = {name: tensor.bfloat16() for name, tensor in exact.export_weights()}
+    assert all(torch.equal(expected[name], t) for name, t in group.iterate("export_weights", timeout_s=60))
+    shared = group.call("masters", timeout_s=60)
+    for name, parameter in exact.weights.parameters.items():
+        parts = sorted(((one[name][0].start, one[name][1]) for one in shared), key=lambda part: part[0])
+        assert torch.equal(torch.cat([part for _, part in parts]), parameter.detach().flatten()), name
+    policy = Policy(group, token_budget=BUDGET)
+    policy.train_step(batch, WeightedLoss())
+    policy.save(tmp_path)
+    metrics = policy.train_step(batch, WeightedLoss())
+    weights = [t.clone() for _, t in group.iterate("export_weights", timeout_s=60)]
+    policy.load(tmp_path)
+    assert policy.train_step(batch, WeightedLoss()) == metrics
+    assert all(map(torch.equal, weights, (t for _, t in group.iterate("export_weights", timeout_s=60))))

@@ -51,7 +51,7 @@ class KillsTheEngine(nemo_rl.Callback):
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    def run(weight_sync="in_process", callbacks=(), num_policy_workers=1, changes=None, **generation):
+    def run(weight_sync="in_process", callbacks=(), policy=None, changes=None, **generation):
         torch.set_num_threads(1)
         config = {
             "model": "scratch:qwen2-tiny",
@@ -60,7 +60,7 @@ def train(tmp_path_factory):
             "num_generations_per_prompt": 4,
             "max_steps": 3,
             "run_dir": str(tmp_path_factory.mktemp("run")),
-            "policy": {"max_sequence_length": 32, "num_workers": num_policy_workers},
+            "policy": {"max_sequence_length": 32, **(policy or {})},
             "generation": {"max_new_tokens": 4, **generation},
             **({} if weight_sync is None else {"weight_sync": weight_sync}),
             "logging": {"progress": "none"},
@@ -87,9 +87,17 @@ def test_an_engine_in_its_own_process_trains_alike(train, in_process, weight_syn
 
 
 @pytest.mark.slow
-def test_two_trainers_refit_two_engines(train, in_process):
+@pytest.mark.parametrize(
+    ("weight_sync", "policy"),
+    [
+        ("shared_memory", {}),
+        ("delta", {"backend": "megatron"}),
+        ("collective", {"backend": "megatron", "tensor_parallel_size": 2}),
+    ],
+)
+def test_two_trainers_refit_two_engines(train, in_process, weight_sync, policy):
     """Two ranks sum their gradients in another order, and groups are spread over two engines."""
-    together = train("shared_memory", num_policy_workers=2, num_workers=2)
+    together = train(weight_sync, policy={"num_workers": 2, **policy}, num_workers=2)
     for mine, alone in zip(together, in_process, strict=True):
         assert mine == pytest.approx(alone, rel=1e-4, abs=1e-5)
 

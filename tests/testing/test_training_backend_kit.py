@@ -397,6 +397,7 @@ BROKEN = {
         scoring(lambda x, batch, t: x.roll(-1)),
         configured(lambda c: evolve(c, precision="bfloat16")),
     ),
+    "layout": (type("OneWorker", (DTensorBackend,), {"layout": staticmethod(lambda policy: {})}),),
     "logprobs_of_masked_batches": (
         scoring(lambda x, batch, t: x * ~batch["loss_mask"] if "loss_mask" in batch else x),
     ),

@@ -53,7 +53,8 @@ EXPERTS = {
     "mlp_only_layers": [0],
     "tie_word_embeddings": False,
 }
-SHAPES = {"dense": DENSE, "experts": EXPERTS}
+SHARED = {**DENSE, "num_key_value_heads": 2}  # two of four ranks to a key-value head
+SHAPES = {"dense": DENSE, "shared": SHARED, "experts": EXPERTS}
 LAYOUTS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
     # name: (backend, processes, shape, tensor_parallel_size, options)
     "dtensor dp2": ("dtensor", 2, "dense", 1, {}),
@@ -61,12 +62,12 @@ LAYOUTS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
     "dtensor tp2 dp2": ("dtensor", 4, "dense", 2, {}),
     "dtensor tp4": ("dtensor", 4, "dense", 4, {}),
     "megatron dp2": ("megatron", 2, "dense", 1, {}),
-    "megatron dp4": ("megatron", 4, "dense", 1, {}),
+    "megatron cp2 tp2": ("megatron", 4, "dense", 2, {"context_parallel_size": 2}),
     "megatron tp2 dp2": ("megatron", 4, "dense", 2, {}),
     "megatron pp2 dp2": ("megatron", 4, "dense", 1, {"pipeline_parallel_size": 2, "distributed_optimizer": False}),
     "megatron tp2 pp2": ("megatron", 4, "dense", 2, {"pipeline_parallel_size": 2}),
     "megatron pp4": ("megatron", 4, "dense", 1, {"pipeline_parallel_size": 4}),
-    "megatron tp4": ("megatron", 4, "dense", 4, {}),
+    "megatron tp4": ("megatron", 4, "shared", 4, {}),
     "megatron ep2 pp2": ("megatron", 4, "experts", 1, {"expert_parallel_size": 2, "pipeline_parallel_size": 2}),
     "megatron ep2 tp2 dp2": (
         "megatron",
@@ -153,7 +154,7 @@ def runs(model_name, tmp_path_factory):
     folders = (tmp_path_factory.mktemp("checkpoint") for _ in itertools.count())
     found: dict[str, dict[str, Any]] = {}
     latest = {}
-    for backend, shape in (("dtensor", "dense"), ("megatron", "dense"), ("megatron", "experts")):
+    for backend, shape in (("dtensor", "dense"), *(("megatron", shape) for shape in SHAPES)):
         worker = BACKENDS[backend][0]()
         worker.setup(config_of(model_name(shape), backend), WorkerContext())
         group = InProcessGroup(worker)

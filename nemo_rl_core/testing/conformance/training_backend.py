@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import pytest
@@ -43,9 +43,6 @@ from nemo_rl_core.testing.conformance.training_bench import (
     without_mask,
 )
 from nemo_rl_core.training.metrics import metric_values
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["TrainingBackendContract"]
 
@@ -83,6 +80,10 @@ class TrainingBackendContract(TrainingBench):
         assert attrs.has(component.config_class), f"config_class is {component.config_class!r}, not an attrs class"
         unknown = set(component.capabilities) - CAPABILITIES
         assert not unknown, f"capabilities {sorted(unknown)} are unknown; they are {sorted(CAPABILITIES)}"
+
+    def test_layout(self, backend: Any) -> None:
+        """It says of a configuration what makes up a replica, and finds no mistake in the one the kit trains."""
+        self.says_its_layout(backend)
 
     # -- logprobs ------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +95,19 @@ class TrainingBench(SetUpContract):
             pytest.skip(f"it has not the capability {capability!r}")
         made: TrainingBackend = start(**policy)
         return made
+
+    def says_its_layout(self, backend: Any) -> None:
+        """The class, of the policy that the kit trains and, with "tensor_parallel", of one on two workers."""
+        case = configured(backend, self.config_options)
+        workers = (1, 2) if "tensor_parallel" in case.loaded.capabilities else (1,)
+        for count in workers:
+            policy = self.policy(case.options, num_workers=count, tensor_parallel_size=count)
+            sizes = dict(case.loaded.layout(policy))
+            assert math.prod(sizes.values()) == count, f"on {count} workers a replica is {sizes}"
+            for path in sizes:
+                assert attrgetter(path)(policy) == sizes[path], f"{path} is not {sizes[path]} in the policy"
+            found = [m.problem for m in case.loaded.check(policy)]
+            assert not found, f"on {count} workers it finds {found}"
 
     @property
     def tiny(self) -> TinyModel:

@@ -39,8 +39,10 @@ __all__ = [
     "get_megatron_optimizer",
     "get_mlp_module_spec_for_backend",
     "get_transformer_layer_offset",
+    "layers",
     "mappings",
     "parallel_state",
+    "rope_utils",
     "torch_strategy",
 ]
 
@@ -73,13 +75,14 @@ with warnings.catch_warnings(), without_compiler():
     )
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-    from megatron.core.tensor_parallel import mappings
+    from megatron.core.tensor_parallel import layers, mappings
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.moe import moe_utils

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from nemo_rl_core.models.packed_attention import Packing, attend_packed
 from nemo_rl_plugins_megatron._megatron import PackedSeqParams, mappings
+from nemo_rl_plugins_megatron.cpu import attend_end_on_cpu
 
-__all__ = ["ContextShare", "PackedAttention", "PackedRow"]
+__all__ = ["ContextShare", "PackedAttention", "PackedRow", "attend_end"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -80,7 +82,17 @@ def _attend_share(query: Tensor, key: Tensor, value: Tensor, share: ContextShare
     for first, end, begin in share.chunks:
         q = query[start : start + end - first].transpose(0, 1)[None]
         k, v = (x[begin:end].transpose(0, 1)[None] for x in (keys, values))
-        seen = torch.ones(end - first, end - begin, dtype=torch.bool, device=query.device).tril(first - begin)
-        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1]))
+        attend = attend_end_on_cpu if query.device.type == "cpu" else attend_end
+        parts.append(attend(q, k, v))
         start += end - first
     return torch.cat(parts, dim=2)[0].transpose(0, 1)
+
+
+def attend_end(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of the last n of m tokens, [1, H, n, D] queries over [1, K, m, D] keys; a GPU makes no [n, m].
+
+    The kernels that need no scores in memory know this causal form by name, not as a mask, and heads of one number.
+    """
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    bias: Any = causal_lower_right(query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

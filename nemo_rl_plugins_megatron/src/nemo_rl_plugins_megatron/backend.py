@@ -6,19 +6,20 @@ Legend: B sequences, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
+from nemo_rl_core.config import Mistake, mistake
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
-from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.models import load_model, load_model_config
+from nemo_rl_core.models import is_scratch, load_model, load_model_config, write_model
 from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
@@ -34,12 +35,13 @@ from nemo_rl_plugins_megatron._megatron import (
 from nemo_rl_plugins_megatron.config import MegatronConfig
 from nemo_rl_plugins_megatron.cpu import seed_rng_tracker, without_gpu
 from nemo_rl_plugins_megatron.families import family_of
-from nemo_rl_plugins_megatron.model import build_model, check_sizes, freeze_embedding_of
+from nemo_rl_plugins_megatron.model import build_model, check_rope, freeze_embedding_of
 from nemo_rl_plugins_megatron.optimizer import Optimizer
 from nemo_rl_plugins_megatron.outputs import TokenOutputs
-from nemo_rl_plugins_megatron.parallel import Ranks, check_world
+from nemo_rl_plugins_megatron.parallel import Ranks
 from nemo_rl_plugins_megatron.pretrained import open_weights
 from nemo_rl_plugins_megatron.rows import Row
+from nemo_rl_plugins_megatron.sizes import check_sizes, replica_sizes, size_mistakes
 from nemo_rl_plugins_megatron.weights import WeightMap
 
 if TYPE_CHECKING:
@@ -73,6 +75,23 @@ class MegatronBackend(TrainingBackend):
         }
     )
 
+    @staticmethod
+    def layout(policy: PolicyConfig) -> Mapping[str, int]:
+        """Tensor, pipeline and context parallelism make up a replica."""
+        return replica_sizes(policy)
+
+    @staticmethod
+    def check(policy: PolicyConfig) -> Iterator[Mistake]:
+        """A model that these layers do not do, and sizes that do not fit it or the workers."""
+        hf_config = load_model_config(str(policy.model_name))
+        try:
+            family_of(hf_config)
+            check_rope(hf_config)
+        except ConfigError as error:
+            yield mistake("model_name", str(error), "Set backend: dtensor, or take another model.", related=["backend"])
+            return
+        yield from size_mistakes(hf_config, policy)
+
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build this rank's part of the model, load its weights and make the optimizer.
 
@@ -92,8 +111,9 @@ class MegatronBackend(TrainingBackend):
         self.role = context.role
         self.hf_config = load_model_config(config.model_name)
         family_of(self.hf_config)
-        check_sizes(self.hf_config, config, self.options)
-        check_world(config, self.options, context.world_size)
+        check_rope(self.hf_config)
+        given = evolve(config, options=self.options, num_workers=context.world_size)
+        check_sizes(self.hf_config, given, role=context.role)
         self.ranks = Ranks(config, self.options, context, self.device)
         self._closed = False
         try:
@@ -108,7 +128,9 @@ class MegatronBackend(TrainingBackend):
         seed_rng_tracker(self.device, seed)
         self.model = build_model(self.hf_config, config, self.options, ranks)
         self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        source = open_weights(config, self.hf_config, dtype=self.dtype, seed=seed)
+        # Random weights are drawn in float32, so that a policy and its reference start as one.
+        exact = config.trained or is_scratch(str(config.model_name))
+        source = open_weights(config, self.hf_config, dtype=torch.float32 if exact else self.dtype, seed=seed)
         self.weights = WeightMap(self.hf_config, source.shapes, self.model, ranks)
         self.weights.load(source)
         freeze_embedding_of(self.model, getattr(self.hf_config, "pad_token_id", None), ranks)
@@ -131,6 +153,8 @@ class MegatronBackend(TrainingBackend):
         self.chunk = DistributedDataParallel(self.model.config, ddp, self.model)
         self.model.config.finalize_model_grads_func = _sum_gradients
         self.optimizer = Optimizer(config, self.chunk, distributed=self.options.distributed_optimizer)
+        if self.weights.rounded:
+            self.weights.load_masters(source, self.optimizer.shares())
 
     # -- training -----------------------------------------------------------------------------
 
@@ -306,14 +330,9 @@ class MegatronBackend(TrainingBackend):
 
     def export_model(self, path: Path) -> None:
         """Write a Hugging Face checkpoint (config.json, safetensors) that `from_pretrained` loads."""
-        whole = {name: tensor.cpu() for name, tensor in self.export_weights()}
-        if not self.ranks.is_first:
-            return
-        model = load_model(str(self.config.model_name), dtype=self.dtype, head=self.config.head, empty=True)
-        try:
-            model.save_pretrained(path, state_dict=whole)
-        except OSError as error:
-            raise CheckpointError(f"Cannot write the model to {path}: {error}. Check free space.") from error
+        name = str(self.config.model_name)
+        model = load_model(name, dtype=self.dtype, head=self.config.head, empty=True) if self.ranks.is_first else None
+        write_model(path, self.export_weights(), model)
 
     # -- checkpoints --------------------------------------------------------------------------
 

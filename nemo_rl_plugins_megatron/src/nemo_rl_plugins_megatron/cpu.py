@@ -12,12 +12,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["seed_rng_tracker", "without_compiler", "without_gpu"]
+__all__ = ["NO_FUSIONS", "attend_end_on_cpu", "seed_rng_tracker", "without_compiler", "without_gpu"]
 
 _CPU = torch.device("cpu")
+
+NO_FUSIONS = {
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+}
+"""Megatron-core's fused kernels are compiled for GPUs, or written in CUDA."""
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -119,3 +128,10 @@ def seed_rng_tracker(device: torch.device, seed: int) -> None:
         random.initialize_rng_tracker(inference_rng_tracker=True)
     else:
         random.model_parallel_cuda_manual_seed(seed)
+
+
+def attend_end_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`attention.attend_end` where the kernel takes a mask and shared heads, but does not know that form by name."""
+    places, seen = query.shape[2], key.shape[2]
+    mask = torch.ones(places, seen, dtype=torch.bool).tril(seen - places)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

@@ -1,19 +1,43 @@
 """How one megatron-core weight is made of Hugging Face weights, and the other way round.
 
-A `Rule` names the weights on both sides and the `Form` between them. A form cuts the whole Hugging Face tensors down to
-the part of one of several ranks, and joins the parts of all ranks to the whole again, exactly: both are slicing and
-concatenation. `families.py` lists the rules of each model family.
+A `Rule` names the weights on both sides and the `Form` between them. A form cuts the part of one of several ranks out
+of the Hugging Face tensors, of which no more is read, and joins the parts of all ranks to the whole again, exactly:
+both are slicing and concatenation. `families.py` lists the rules of each model family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-__all__ = ["Columns", "Form", "FusedGate", "Gate", "Heads", "QueryKeyValue", "Rows", "Rule", "Vocabulary", "Whole"]
+__all__ = [
+    "Columns",
+    "Form",
+    "FusedGate",
+    "Gate",
+    "Heads",
+    "QueryKeyValue",
+    "Readable",
+    "Rows",
+    "Rule",
+    "Vocabulary",
+    "Whole",
+]
+
+
+class Readable(Protocol):
+    """A tensor in memory, or one in a file of which parts can be read."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the whole."""
+
+    def __getitem__(self, where: Any) -> Tensor:
+        """A part: one slice, or one for each of the first dimensions."""
 
 
 @frozen(kw_only=True)
@@ -29,7 +53,7 @@ class Heads:
 class Form:
     """Cuts and joins; the parts belong to tensor-parallel ranks."""
 
-    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+    def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
         """The part of rank `index` of `size`."""
         raise NotImplementedError
 
@@ -41,9 +65,9 @@ class Form:
 class Whole(Form):
     """Every rank holds the whole."""
 
-    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+    def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
         """The tensor."""
-        return whole[0]
+        return whole[0][:]
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         """The first rank's."""
@@ -54,9 +78,10 @@ class Whole(Form):
 class _Along(Form):
     dim: int
 
-    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+    def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
         """The share of the rank along the dimension."""
-        return whole[0].chunk(size, dim=self.dim)[index]
+        share = whole[0].shape[self.dim] // size
+        return whole[0][(slice(None),) * self.dim + (slice(index * share, (index + 1) * share),)]
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         """The shares one after another."""
@@ -76,10 +101,10 @@ def Columns() -> Form:
 class Vocabulary(Form):
     """Ranks share the rows; the vocabulary is filled up with zero rows to a multiple of the ranks."""
 
-    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+    def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
         """The rank's rows."""
         share = -(-heads.vocab_size // size)
-        rows = whole[0][index * share : (index + 1) * share]
+        rows = whole[0][min(index * share, heads.vocab_size) : min((index + 1) * share, heads.vocab_size)]
         return torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])]) if len(rows) < share else rows
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
@@ -87,12 +112,17 @@ class Vocabulary(Form):
         return [torch.cat(list(parts))[: heads.vocab_size]]
 
 
+def _rows(tensor: Readable, count: int, number: int) -> Tensor:
+    """The stretch of so many rows with this number."""
+    return tensor[number * count : (number + 1) * count]
+
+
 class Gate(Form):
     """The gate and up projections of a gated MLP in one: each rank has its rows of both."""
 
-    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+    def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
         """[gate rows; up rows] of the rank."""
-        return torch.cat([tensor.chunk(size)[index] for tensor in whole])
+        return torch.cat([_rows(tensor, tensor.shape[0] // size, index) for tensor in whole])
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         """Gate and up."""
@@ -103,9 +133,9 @@ class Gate(Form):
 class FusedGate(Gate):
     """`Gate` where Hugging Face too has both in one tensor."""
 
-    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
+    def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
         """[gate rows; up rows] of the rank."""
-        return super().cut(whole[0].chunk(2), index, size, heads)
+        return torch.cat([_rows(whole[0], whole[0].shape[0] // (2 * size), half * size + index) for half in range(2)])
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         """Gate and up, one after the other."""
@@ -115,11 +145,12 @@ class FusedGate(Gate):
 class QueryKeyValue(Form):
     """Queries, keys and values in one: for each key-value head its query heads, then itself, then its values."""
 
-    def cut(self, whole: Sequence[Tensor], index: int, size: int, heads: Heads) -> Tensor:
-        """The rank's key-value heads with all that belongs to them."""
-        by_group = [tensor.reshape(heads.num_groups, -1, *tensor.shape[1:]) for tensor in whole]
-        fused = torch.cat(by_group, dim=1).chunk(size)[index]
-        return fused.flatten(0, 1)
+    def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
+        """The rank's key-value heads with all that belongs to them, or its rows of a head that several ranks share."""
+        groups, shared = max(heads.num_groups // size, 1), max(size // heads.num_groups, 1)
+        mine = [_rows(tensor, tensor.shape[0] // heads.num_groups * groups, index // shared) for tensor in whole]
+        by_group = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in mine]
+        return torch.cat(by_group, dim=1).flatten(0, 1).chunk(shared)[index % shared]
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         """Queries, keys and values."""

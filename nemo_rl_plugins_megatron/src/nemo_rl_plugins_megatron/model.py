@@ -23,8 +23,11 @@ from nemo_rl_plugins_megatron._megatron import (
     get_bias_dropout_add,
     get_mlp_module_spec_for_backend,
     get_transformer_layer_offset,
+    layers,
+    rope_utils,
 )
 from nemo_rl_plugins_megatron.attention import PackedAttention
+from nemo_rl_plugins_megatron.cpu import NO_FUSIONS
 from nemo_rl_plugins_megatron.families import common_settings, family_of
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from nemo_rl_plugins_megatron.config import MegatronConfig
     from nemo_rl_plugins_megatron.parallel import Ranks
 
-__all__ = ["PolicyModel", "build_model", "check_sizes", "freeze_embedding_of", "transformer_config"]
+__all__ = ["PolicyModel", "build_model", "check_rope", "freeze_embedding_of", "fusions", "transformer_config"]
 
 
 class _RMSNorm(nn.Module):
@@ -128,40 +131,18 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         return self.output_layer.weight  # type: ignore[no-any-return]
 
 
-def check_sizes(hf_config: Any, policy: PolicyConfig, options: MegatronConfig) -> None:
-    """Refuse sizes that do not divide the model.
-
-    Raises:
-        ConfigError: Says which sizes would fit.
-    """
-    tensor = policy.tensor_parallel_size
-    wanted = [
-        ("policy.tensor_parallel_size", tensor, "num_attention_heads"),
-        ("policy.tensor_parallel_size", tensor, "num_key_value_heads"),
-        ("policy.tensor_parallel_size", tensor, "intermediate_size"),
-        ("policy.options.pipeline_parallel_size", options.pipeline_parallel_size, "num_hidden_layers"),
-        ("policy.options.expert_parallel_size", options.expert_parallel_size, "num_experts"),
-        (
-            "policy.options.expert_tensor_parallel_size",
-            options.expert_tensor_parallel_size or tensor,
-            "moe_intermediate_size",
-        ),
-    ]
-    for setting, size, name in wanted:
-        count = getattr(hf_config, name, None)
-        if count is None and name == "num_experts" and size > 1:
-            raise ConfigError(f"{setting} is {size}, but {hf_config.model_type} models have no experts. Set it to 1.")
-        if count is not None and count % size:
-            fitting = [n for n in range(1, count + 1) if count % n == 0 and n <= 2 * size]
-            raise ConfigError(
-                f"{setting} is {size}, but the model has {name}={count}, which it does not divide. Sizes that do: "
-                f"{', '.join(map(str, fitting))}."
-            )
-    if getattr(hf_config, "num_experts", None) and tensor > 1 and not options.sequence_parallel:
-        raise ConfigError(
-            "policy.options.sequence_parallel is false, but a mixture-of-experts model with tensor_parallel_size "
-            f"{tensor} needs it. Set it to true."
-        )
+def fusions(device: torch.device, *, trained: bool) -> dict[str, bool]:
+    """Megatron-core's fused kernels that the device and what is installed beside it can do."""
+    if device.type == "cpu":
+        return dict(NO_FUSIONS)
+    return {
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        # Of Transformer Engine.
+        "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb_thd is not None,
+        # Of Apex: the backward pass of a linear layer adds to the float32 gradient itself.
+        "gradient_accumulation_fusion": trained and layers._grad_accum_fusion_available,
+    }
 
 
 def transformer_config(hf_config: Any, policy: PolicyConfig, options: MegatronConfig, ranks: Ranks) -> Any:
@@ -200,11 +181,9 @@ def transformer_config(hf_config: Any, policy: PolicyConfig, options: MegatronCo
         # Without it megatron-core does not mark which weights are shares, and counts gradients wrongly.
         perform_initialization=True,
         use_cpu_initialization=ranks.device.type == "cpu",
-        gradient_accumulation_fusion=False,
+        **fusions(ranks.device, trained=policy.trained),
+        # Of layers that are not used here.
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         cuda_graph_scope=[],  # its default warns
     )
@@ -257,6 +236,15 @@ def freeze_embedding_of(model: PolicyModel, token: int | None, ranks: Ranks) -> 
 def _rope(hf_config: Any) -> dict[str, Any]:
     found = getattr(hf_config, "rope_parameters", None) or {}
     return {"rope_type": "default", "rope_theta": getattr(hf_config, "rope_theta", 10000.0), **found}
+
+
+def check_rope(hf_config: Any) -> None:
+    """Refuse a position embedding that the layers do not do.
+
+    Raises:
+        ConfigError: Says which backend does it.
+    """
+    _frequencies(hf_config)
 
 
 def _frequencies(hf_config: Any) -> Tensor:

@@ -22,38 +22,12 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_plugins_megatron.config import MegatronConfig
 
-__all__ = ["Ranks", "check_world"]
+__all__ = ["Ranks"]
 
 _users: list[Ranks] = []
 """Models of this process that use megatron-core's process groups."""
 _made: list[str] = []
 """What of "world" and "groups" the first of them made, so that the last one takes it down."""
-
-
-def check_world(config: PolicyConfig, options: MegatronConfig, world_size: int) -> None:
-    """Refuse sizes that do not multiply to the workers there are.
-
-    Raises:
-        ConfigError: Says which numbers would fit.
-    """
-    tensor, pipeline = config.tensor_parallel_size, options.pipeline_parallel_size
-    context, expert = options.context_parallel_size, options.expert_parallel_size
-    replica = tensor * pipeline * context
-    if world_size % replica:
-        raise ConfigError(
-            f"policy.num_workers is {world_size}, but one replica of the model needs tensor_parallel_size {tensor} x "
-            f"pipeline_parallel_size {pipeline} x context_parallel_size {context} = {replica} workers. Set "
-            f"policy.num_workers: {replica * max(1, round(world_size / replica))} (or another multiple of {replica}), "
-            "or smaller sizes."
-        )
-    expert_replica = expert * (options.expert_tensor_parallel_size or tensor) * pipeline
-    if world_size % expert_replica:
-        raise ConfigError(
-            f"policy.num_workers is {world_size}, but the experts of one replica need expert_parallel_size {expert} x "
-            f"expert_tensor_parallel_size {options.expert_tensor_parallel_size or tensor} x pipeline_parallel_size "
-            f"{pipeline} = {expert_replica} workers. Set policy.num_workers to a multiple of {expert_replica}, or "
-            "policy.options.expert_parallel_size to a divisor of what there is."
-        )
 
 
 class Ranks:
@@ -66,13 +40,12 @@ class Ranks:
         device: Of this rank.
 
     Raises:
-        ConfigError: The sizes do not fit the workers.
+        ConfigError: This process is in another group already.
     """
 
     def __init__(
         self, config: PolicyConfig, options: MegatronConfig, context: WorkerContext, device: torch.device
     ) -> None:
-        check_world(config, options, context.world_size)
         self.device = device
         self._join_world(context, device)
         if not parallel_state.model_parallel_is_initialized():

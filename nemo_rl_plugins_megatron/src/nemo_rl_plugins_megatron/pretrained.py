@@ -1,4 +1,4 @@
-"""Where the weights of a model come from: tensor by tensor out of safetensors files, so that no rank holds the whole.
+"""Where the weights of a model come from: part by part out of safetensors files, so that no rank holds the whole.
 
 What is not in such files under the names of the Hugging Face model is loaded whole by the Hugging Face library: random
 weights, adapters, older names, quantized checkpoints, a head that is to be drawn.
@@ -7,16 +7,18 @@ weights, adapters, older names, quantized checkpoints, a head that is to be draw
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import is_scratch, load_model
 from nemo_rl_core.models.adapter import base_of
+from nemo_rl_plugins_megatron.mapping import Readable
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
@@ -29,14 +31,14 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class WeightSource(Protocol):
-    """Gives whole Hugging Face weights by name."""
+    """Gives Hugging Face weights by name, of which what is taken is read."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Readable:
         """The weight."""
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int) -> Readable:
         """The part of one expert, of a weight whose first dimension are the experts."""
 
 
@@ -73,6 +75,7 @@ class WeightFiles:
         self.files = files
         self.shapes = shapes
         self.dtype = dtype
+        self._last: tuple[Path, Any] | None = None
 
     def covers(self, name: str) -> bool:
         """Whether the files have this weight, as one or by expert."""
@@ -80,37 +83,90 @@ class WeightFiles:
             return name in self.files
         return all(part in self.files for expert in range(self.shapes[name][0]) for part in _of(name, expert))
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Readable:
         """The weight."""
-        return self._read(name, self.shapes[name])
+        return _Stored(self, name, self.shapes[name])
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int) -> Readable:
         """The part of one expert."""
         shape = self.shapes[name][1:]
         if name in self.files:
-            return self._read(name, self.shapes[name], expert)
+            return _Stored(self, name, self.shapes[name], expert)
         parts = _of(name, expert)
-        return torch.cat([self._read(part, (shape[0] // len(parts), *shape[1:])) for part in parts])
+        return _Stacked([_Stored(self, part, (shape[0] // len(parts), *shape[1:])) for part in parts])
 
-    def _read(self, name: str, shape: tuple[int, ...], expert: int | None = None) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+    def take(self, name: str, shape: tuple[int, ...], where: tuple[Any, ...]) -> Tensor:
+        """A part of a tensor that should be of this shape.
+
+        Raises:
+            ConfigError: It is not, or the file is damaged or missing.
+        """
+        from safetensors import SafetensorError
 
         path = _find(self.model_name, self.files[name]) or Path(self.model_name) / self.files[name]
         try:
-            with safe_open(str(path), framework="pt") as file:
-                found = tuple(file.get_slice(name).get_shape())
-                if found != shape:
-                    raise ConfigError(
-                        f"In {path} the weight {name} has the shape {list(found)}, but by the config.json of "
-                        f"{self.model_name!r} it is {list(shape)}. Files of two models are mixed up; get them anew."
-                    )
-                tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+            stored = self._open(path).get_slice(name)
+            found = tuple(stored.get_shape())
+            if found != shape:
+                raise ConfigError(
+                    f"In {path} the weight {name} has the shape {list(found)}, but by the config.json of "
+                    f"{self.model_name!r} it is {list(shape)}. Files of two models are mixed up; get them anew."
+                )
+            part: Tensor = stored[where]
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"Cannot read the weight {name} of model {self.model_name!r} from {path}: {error}. The file is damaged "
                 "or incomplete; get it anew."
             ) from error
-        return tensor.to(self.dtype)
+        return part.to(self.dtype)
+
+    def _open(self, path: Path) -> Any:
+        """The file that was read last stays open: weights of a layer stand together."""
+        from safetensors import safe_open
+
+        if self._last is None or self._last[0] != path:
+            self._last = None
+            self._last = (path, safe_open(str(path), framework="pt"))
+        return self._last[1]
+
+
+@frozen
+class _Stored:
+    """A weight in a file, or that of one expert in it."""
+
+    files: WeightFiles
+    name: str
+    whole: tuple[int, ...]
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, or of the expert's."""
+        return self.whole if self.expert is None else self.whole[1:]
+
+    def __getitem__(self, where: Any) -> Tensor:
+        slices = where if isinstance(where, tuple) else (where,)
+        return self.files.take(self.name, self.whole, slices if self.expert is None else (self.expert, *slices))
+
+
+@frozen
+class _Stacked:
+    """Weights of one shape, the rows of the next after those of the last."""
+
+    parts: Sequence[_Stored]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all."""
+        rows, *rest = self.parts[0].shape
+        return (rows * len(self.parts), *rest)
+
+    def __getitem__(self, where: Any) -> Tensor:
+        rows, *rest = where if isinstance(where, tuple) else (where,)
+        size = self.parts[0].shape[0]
+        first, end, _ = rows.indices(size * len(self.parts))
+        taken = [(max(first - i * size, 0), min(end - i * size, size), part) for i, part in enumerate(self.parts)]
+        return torch.cat([part[(slice(begin, stop), *rest)] for begin, stop, part in taken if begin < stop])
 
 
 def _of(name: str, expert: int) -> list[str]:

@@ -5,7 +5,7 @@ Legend: layers are counted over the whole model on the Hugging Face side, and wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from nemo_rl_plugins_megatron.mapping import Rule
 
 if TYPE_CHECKING:
     from nemo_rl_plugins_megatron.model import PolicyModel
+    from nemo_rl_plugins_megatron.optimizer import Share
     from nemo_rl_plugins_megatron.parallel import Ranks
     from nemo_rl_plugins_megatron.pretrained import WeightSource
 
@@ -54,6 +55,8 @@ class WeightMap:
         self.ranks = ranks
         self.parameters = dict(model.named_parameters())
         self.num_local_experts = (getattr(hf_config, "num_experts", None) or 0) // ranks.ep_size
+        self.rounded: set[str] = set()
+        """Weights that could not take the values they were given as they are."""
         self.weights = list(self._apply(family_of(hf_config).rules, hf_config.num_hidden_layers))
         self._check(hf_config.model_type)
 
@@ -100,21 +103,44 @@ class WeightMap:
     @torch.no_grad()
     def load(self, source: WeightSource) -> None:
         """Set this rank's part; only what is in it is read, one weight after another."""
+        self.rounded = set()
+        for name, part in self._parts(source):
+            parameter = self.parameters[name]
+            parameter.copy_(part)
+            if parameter.dtype != part.dtype and not torch.equal(parameter.to(part), part):
+                self.rounded.add(name)
+
+    @torch.no_grad()
+    def load_masters(self, source: WeightSource, shares: Iterable[Share]) -> None:
+        """Give the optimizer's float32 copies the values that the weights were rounded from."""
+        mine = {id(self.parameters[name]): name for name in self.rounded}
+        held = {
+            mine[id(one.weight)]: one for one in shares if id(one.weight) in mine and one.part.stop > one.part.start
+        }
+        for name, part in self._parts(source, only=held.keys()):
+            master = held[name].tensors["param"]
+            master.copy_(part.flatten()[held[name].part].view_as(master))
+
+    def _parts(self, source: WeightSource, only: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Of each weight of this rank, or of some, its part by its name."""
         ranks = self.ranks
         for weight in (weight for weight in self.weights if weight.stage == ranks.pp_index):
+            cut = weight.rule.form.cut
             for i, name in enumerate(self._names(weight)):
+                if only is not None and name not in only:
+                    continue
                 if weight.rule.per_expert:
                     expert = ranks.ep_index * self.num_local_experts + i
-                    whole = [source.read_expert(one, expert) for one in weight.theirs]
-                    part = weight.rule.form.cut(whole, ranks.etp_index, ranks.etp_size, self.heads)
+                    experts = [source.read_expert(one, expert) for one in weight.theirs]
+                    yield name, cut(experts, ranks.etp_index, ranks.etp_size, self.heads)
                 else:
                     whole = [source.read(one) for one in weight.theirs]
-                    part = weight.rule.form.cut(whole, ranks.tp_index, ranks.tp_size, self.heads)
-                self.parameters[name].copy_(part)
+                    yield name, cut(whole, ranks.tp_index, ranks.tp_size, self.heads)
         for name in self._tied_copy():
-            embedding = next(weight for weight in self.weights if weight.ours.startswith("embedding."))
-            whole = [source.read(embedding.theirs[0])]
-            self.parameters[name].copy_(embedding.rule.form.cut(whole, ranks.tp_index, ranks.tp_size, self.heads))
+            if only is None or name in only:
+                embedding = next(weight for weight in self.weights if weight.ours.startswith("embedding."))
+                whole = [source.read(embedding.theirs[0])]
+                yield name, embedding.rule.form.cut(whole, ranks.tp_index, ranks.tp_size, self.heads)
 
     # -- out ----------------------------------------------------------------------------------
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from nemo_rl_core.config import Mistake, mistake
 from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
-from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
+from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.models import load_model
+from nemo_rl_core.models import load_model, load_model_config, write_model
 from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
@@ -35,7 +37,7 @@ from nemo_rl_plugins_dtensor.optimizer import (
     make_optimizer,
     optimizer_state,
 )
-from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part
+from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part, undivided_heads
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
@@ -65,6 +67,16 @@ class DTensorBackend(TrainingBackend):
             "lora",
         }
     )
+
+    @staticmethod
+    def check(policy: PolicyConfig) -> Iterator[Mistake]:
+        """Heads that tensor-parallel ranks cannot share out."""
+        size = policy.tensor_parallel_size
+        if size > 1:
+            config = load_model_config(str(policy.model_name)).get_text_config()
+            for name, heads in undivided_heads(config, size).items():
+                problem = f"{size} does not divide the model's {name} {heads}"
+                yield mistake("tensor_parallel_size", problem, "Use a size that divides all heads.")
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build or load the model and the optimizer on this rank.
@@ -371,16 +383,9 @@ class DTensorBackend(TrainingBackend):
             self.adapters.save(folder, self.ranks.full, is_first=self.ranks.is_first)
             if alone:
                 return
-        weights = dict(self.export_weights())
-        if not self.ranks.is_first:
-            return
-        for name, buffer in self.model.named_buffers():
-            if name in self.model.state_dict():
-                weights[name] = buffer
-        try:
-            self.model.save_pretrained(path, state_dict=weights)
-        except OSError as error:
-            raise CheckpointError(f"Cannot write the model to {path}: {error}. Check free space.") from error
+        state = self.model.state_dict()
+        buffers = [(name, buffer) for name, buffer in self.model.named_buffers() if name in state]
+        write_model(path, chain(self.export_weights(), buffers), self.model if self.ranks.is_first else None)
 
     # -- checkpoints --------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_plugins_dtensor.network import PolicyNetwork
 
-__all__ = ["Mesh", "OneProcess", "local_part", "mesh_groups", "tensor_plan"]
+__all__ = ["Mesh", "OneProcess", "local_part", "mesh_groups", "tensor_plan", "undivided_heads"]
 
 _STYLES: dict[str, Any] = {
     "colwise": ColwiseParallel,
@@ -227,6 +227,12 @@ class Mesh(OneProcess):
             dist.destroy_process_group()
 
 
+def undivided_heads(config: Any, size: int) -> dict[str, int]:
+    """Numbers of heads of a Hugging Face text configuration that so many ranks cannot share out."""
+    heads = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    return {name: count for name, count in heads.items() if count is not None and count % size}
+
+
 def tensor_plan(model: Any, size: int) -> dict[str, ParallelStyle]:
     """How each module of the decoder is split, from the plan of its Hugging Face configuration.
 
@@ -235,13 +241,11 @@ def tensor_plan(model: Any, size: int) -> dict[str, ParallelStyle]:
     """
     config = model.config.get_text_config()
     plan = getattr(config, "base_model_tp_plan", None) or _LLAMA_PLAN
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if heads is not None and heads % size:
-            raise ConfigError(
-                f"policy.tensor_parallel_size is {size}, but {type(model).__name__} has {name}={heads}, which it does "
-                "not divide."
-            )
+    for name, heads in undivided_heads(config, size).items():
+        raise ConfigError(
+            f"policy.tensor_parallel_size is {size}, but {type(model).__name__} has {name}={heads}, which it does "
+            "not divide."
+        )
     modules = [name for name, _ in model.base_model.named_modules()]
     styles: dict[str, ParallelStyle] = {}
     for pattern, style in plan.items():
