@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import operator
 import random
 import threading
 import time
@@ -74,6 +75,7 @@ class EngineWorkers(GenerationBackend):
         """Dead, and being started again."""
         self._was_refitted = False
         self._failure: BaseException | None = None
+        self._asleep = False
         self._closed = False
 
     @classmethod
@@ -295,12 +297,23 @@ class EngineWorkers(GenerationBackend):
         return {**merged, "engines": float(len(self.links)), "engine_restarts": float(self.num_restarts)}
 
     def sleep(self) -> None:
-        """Give back memory in every engine."""
+        """Give back memory in every engine. One that dies in its sleep is started again when the others wake."""
         self._ask("sleep")
+        with self._changed:
+            self._asleep = True
 
     def wake(self) -> None:
         """Undo `sleep` in every engine."""
+        with self._changed:
+            self._asleep = False
+            self._changed.notify_all()
         self._ask("wake")
+
+    @property
+    def is_short(self) -> bool:
+        """Whether an engine is gone that is to be started again."""
+        with self._changed:
+            return any(link.lost is not None for link in self.links)
 
     def shutdown(self) -> None:
         """End every engine process; may be called twice."""
@@ -317,7 +330,11 @@ class EngineWorkers(GenerationBackend):
         while True:
             links = self.wait_alive(max(0.0, deadline - time.monotonic()), of_all=of_all)
             try:
-                return [link.ask(method, timeout_s=max(0.0, deadline - time.monotonic())) for link in links]
+                asked = [link.submit(operator.methodcaller(method)) for link in links]
+                return [
+                    link.wait(future, what=method, timeout_s=max(0.0, deadline - time.monotonic()))
+                    for link, future in zip(links, asked, strict=True)
+                ]
             except WorkerDied:
                 if all(link.lost is None for link in links):
                     raise
@@ -404,6 +421,8 @@ class EngineWorkers(GenerationBackend):
     def _replace(self, index: int, link: EngineLink) -> None:
         assert self._launch is not None
         link.group.shutdown()
+        if not self._until_awake():
+            return
         fresh = self._launch(index)
         fresh.version = -1 if self._was_refitted else self.version  # it has the weights of its checkpoint
         with self._changed:
@@ -417,6 +436,12 @@ class EngineWorkers(GenerationBackend):
             waiting, self._stranded = self._stranded, []
             self._send(waiting)
         self._bring_back(fresh)
+
+    def _until_awake(self) -> bool:
+        """While the engines sleep, others use their devices; False if the end came first."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._asleep or self._closed)
+            return not self._closed
 
     def _bring_back(self, fresh: EngineLink) -> None:
         """Refit an engine when the trainer has time for it, unless a refit of all of them comes first.

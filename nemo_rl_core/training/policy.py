@@ -5,7 +5,7 @@ The ranks get shards balanced by tokens, each with equally many micro-batches un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +44,17 @@ class Policy:
         group: Its workers, already set up.
         token_budget: Tokens of one micro-batch (`policy.max_tokens_per_microbatch`).
         temperature: The sampling temperature; logprobs are taken at it.
+        can_offload: Whether its backend can leave the device's memory.
     """
 
-    def __init__(self, group: WorkerGroup, *, token_budget: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self, group: WorkerGroup, *, token_budget: int, temperature: float = 1.0, can_offload: bool = False
+    ) -> None:
         self.group = group
+        self.can_offload = can_offload
+        self.before_use: Callable[..., None] = _nothing
+        """Called before the model is used, with `stepping` before an optimizer step and `saving` before it is written;
+        `DeviceTurns` brings it back to its device."""
         self.token_budget = token_budget
         self.temperature = temperature if temperature > 0 else 1.0
         layout: list[tuple[int, int]] = group.call("data_parallel_layout")
@@ -63,6 +70,7 @@ class Policy:
         Raises:
             InvariantViolation: The loss or the gradient norm is not finite.
         """
+        self.before_use(stepping=update)
         normalized = NormalizedLoss(loss, count_trained(batch))
         arguments = [
             (
@@ -108,6 +116,7 @@ class Policy:
 
     def output_layer(self) -> OutputLayer:
         """The output layer, at the sampling temperature, on the CPU."""
+        self.before_use()
         layer: OutputLayer = self.group.call("get_output_layer")[0]
         return evolve(layer, transform=evolve(layer.transform, temperature=self.temperature))
 
@@ -125,16 +134,27 @@ class Policy:
 
     def save(self, path: Path) -> None:
         """Write the backend's checkpoint into the new folder `path`."""
+        self.before_use(saving=True)
         path.mkdir(parents=True, exist_ok=True)
         self.group.call("save_checkpoint", path)
 
     def load(self, path: Path) -> None:
         """Restore the backend's checkpoint."""
+        self.before_use()
         self.group.call("load_checkpoint", path)
 
     def export_model(self, path: Path) -> None:
         """Write a Hugging Face checkpoint."""
+        self.before_use(saving=True)
         self.group.call("export_model", path)
+
+    def offload(self) -> None:
+        """Move it out of its devices' memory."""
+        self.group.call("offload")
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self.group.call("reload")
 
     def shutdown(self) -> None:
         """End the workers."""
@@ -144,6 +164,7 @@ class Policy:
 
     def _forward(self, method: str, batch: BatchedDataDict, *options: Any) -> tuple[Tensor, ...]:
         """A method of the backend on every shard; its per-token tensors in the order of the batch."""
+        self.before_use()
         shards = self._plan(batch)
         arguments = [(self._take(batch, shard), *options, shard.micro_batches) for shard in shards]
         results = self._one_per_shard(self._call_each(method, arguments))
@@ -214,11 +235,16 @@ class InitialModel:
 
     @contextmanager
     def _initial(self) -> Iterator[Policy]:
+        self._policy.before_use()
         self._policy.group.call("use_initial_weights", True)
         try:
             yield self._policy
         finally:
             self._policy.group.call("use_initial_weights", False)
+
+
+def _nothing(*, stepping: bool = False, saving: bool = False) -> None:
+    """The model is always in place."""
 
 
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:

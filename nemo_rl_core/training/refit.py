@@ -38,11 +38,11 @@ class Refit:
         """Of the engine's weights; -1 before the first refit."""
 
     def is_due(self, version: int) -> bool:
-        """Whether there is an engine, and it has other weights than those of `version` (or lost them in a restart)."""
+        """Whether there is an engine, and it has other weights than those of `version`, or was restarted, or slept."""
         parts = self.parts
         if parts.weight_sync is None or parts.generation is None:
             return False
-        return self.version != version or getattr(parts.generation, "needs_refit", False)
+        return self.version != version or parts.turns.slept or getattr(parts.generation, "needs_refit", False)
 
     def bring_to(self, version: int) -> None:
         """Load the policy's weights and stamp them with `version`.
@@ -70,7 +70,7 @@ class Refit:
     def _load(self, engine: GenerationBackend, version: int) -> None:
         parts = self.parts
         assert parts.weight_sync is not None
-        with PluginCall("weight_syncs", parts.weight_sync, "sync"):
+        with parts.turns.refitting(engine), PluginCall("weight_syncs", parts.weight_sync, "sync"):
             parts.weight_sync.sync(
                 parts.policy.group, engine, version=version, share=parts.share_weights, timeout_s=_REFIT_TIMEOUT_S
             )

@@ -59,6 +59,7 @@ CAPABILITIES = frozenset(
         "share_weights",
         "top_logprobs",
         "over_vocabulary",
+        "offload",
     }
 )
 

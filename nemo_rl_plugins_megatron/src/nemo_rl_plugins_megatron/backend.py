@@ -18,6 +18,7 @@ from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
+from nemo_rl_core.infra.host_memory import HostMemory
 from nemo_rl_core.models import load_model, load_model_config
 from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
@@ -63,7 +64,7 @@ class MegatronBackend(TrainingBackend):
 
     config_class: ClassVar[type] = MegatronConfig
     capabilities: frozenset[str] = frozenset(
-        {"tensor_parallel", "pipeline_parallel", "context_parallel", "scalar_head", "top_logprobs"}
+        {"tensor_parallel", "pipeline_parallel", "context_parallel", "scalar_head", "top_logprobs", "offload"}
     )
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
@@ -88,6 +89,7 @@ class MegatronBackend(TrainingBackend):
         check_sizes(self.hf_config, config, self.options)
         check_world(config, self.options, context.world_size)
         self.ranks = Ranks(config, self.options, context, self.device)
+        self._host = HostMemory(constant=not config.trained)
         self._closed = False
         try:
             with without_gpu(self.device):
@@ -347,6 +349,25 @@ class MegatronBackend(TrainingBackend):
     def data_parallel_layout(self) -> tuple[int, int]:
         """(index, size) of this rank's shard of the batch."""
         return self.ranks.dp_index, self.ranks.dp_size
+
+    def offload(self) -> None:
+        """Move weights, master weights and the optimizer's state to the host's memory; gradients are forgotten."""
+        if self._host.is_away:
+            return
+        held = [*self.model.parameters(), *self.model.buffers()]
+        gradients: list[Tensor] = []
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+            held += self.optimizer.tensors()
+            buffers = [*self.chunk.buffers, *self.chunk.expert_parallel_buffers]
+            held += [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+            gradients = [buffer.grad_data for buffer in buffers]
+        on_device = [tensor for tensor in held if tensor.device.type == self.device.type]
+        self._host.offload(on_device, zeros=gradients)
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self._host.reload()
 
     def shutdown(self) -> None:
         """Free the model and leave the process group; may be called twice."""

@@ -19,6 +19,7 @@ from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.infra.host_memory import HostMemory
 from nemo_rl_core.models import load_model
 from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.models.products import use_fast_linear
@@ -55,7 +56,7 @@ class DTensorBackend(TrainingBackend):
 
     config_class: ClassVar[type] = DTensorConfig
     capabilities: frozenset[str] = frozenset(
-        {"tensor_parallel", "share_weights", "scalar_head", "top_logprobs", "over_vocabulary", "lora"}
+        {"tensor_parallel", "share_weights", "scalar_head", "top_logprobs", "over_vocabulary", "lora", "offload"}
     )
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
@@ -111,6 +112,7 @@ class DTensorBackend(TrainingBackend):
         if config.trained:
             self.optimizer = make_optimizer(config.optimizer, self._trained())
             self.scheduler = make_scheduler(config.scheduler, self.optimizer)
+        self._host = HostMemory(constant=not config.trained)
         self._closed = False
 
     def _adapt(self, model: Any, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
@@ -434,6 +436,24 @@ class DTensorBackend(TrainingBackend):
     def data_parallel_layout(self) -> tuple[int, int]:
         """(index, size) of this rank's shard of the batch."""
         return self.ranks.dp_index, self.ranks.dp_size
+
+    def offload(self) -> None:
+        """Move weights, master weights and the optimizer's state to the host's memory."""
+        if not self._host.is_away:
+            self.ranks.reshard(self.network)
+            self._host.offload(tensor for tensor in self._held_tensors() if tensor.device.type == self.device.type)
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self._host.reload()
+
+    def _held_tensors(self) -> Iterator[Tensor]:
+        """What takes memory between two steps."""
+        yield from self.network.parameters()
+        yield from self.network.buffers()
+        for trained in self._trained() if self.optimizer is not None else ():
+            yield trained
+            yield from (value for value in self.optimizer.state[trained].values() if isinstance(value, Tensor))
 
     def shutdown(self) -> None:
         """Leave the process group and free the model; may be called twice."""
