@@ -9,6 +9,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from nemo_rl_core.errors import InvariantViolation
+
 __all__ = ["HostMemory"]
 
 
@@ -23,8 +25,9 @@ class _Kept:
 class HostMemory:
     """Gives the memory of tensors back to their device, and restores it.
 
-    It is the storages that are emptied and filled again. The tensor objects stay, and with them every view, tied weight,
-    flat buffer and reference that an optimizer or a wrapper holds. In between the tensors must not be read.
+    It is the storages that are emptied and filled again. The tensor objects stay, and with them every view, tied
+    weight, flat buffer and reference that an optimizer or a wrapper holds. In between the tensors must not be read:
+    `check_here` stands before what reads them.
 
     Args:
         constant: What the tensors hold never changes: it is copied to the host once.
@@ -40,6 +43,15 @@ class HostMemory:
     def is_away(self) -> bool:
         """Whether tensors wait on the host."""
         return bool(self._away)
+
+    def check_here(self, what: str) -> None:
+        """Refuse to go on while the tensors of `what` are away.
+
+        Raises:
+            InvariantViolation: They are.
+        """
+        if self._away:
+            raise InvariantViolation(f"{what} waits in the host's memory since offload(). Call reload() first.")
 
     def offload(self, tensors: Iterable[Tensor], *, zeros: Iterable[Tensor] = ()) -> int:
         """Empty the tensors' storages; nothing if they are empty already.

@@ -290,6 +290,13 @@ class LosesItsMomenta(DTensorBackend):
         self.optimizer.state.clear()
 
 
+class KeepsHalfTheBits(DTensorBackend):
+    def reload(self):
+        super().reload()
+        for parameter in self.parameters:
+            parameter.data.copy_(parameter.data.bfloat16())
+
+
 class LosesItsMomentaInEachStep(DTensorBackend):
     def train_step(self, batch, loss_fn, plan):
         self.optimizer.state.clear()
@@ -474,7 +481,7 @@ BROKEN = {
     "exported_model": (WritesTheFirstModel, WritesOnlyWeights),
     "checkpoint": (ForgetsTheOptimizer, ForgetsTheSchedule, SavingMovesOn),
     "damaged_checkpoint": (NamesNoFile, RaisesWhatItMeets, ReadsAnything),
-    "offload": (LosesItsMomenta,),
+    "offload": (LosesItsMomenta, KeepsHalfTheBits),
     "data_parallel": (AveragesOverRanks,),
     "shutdown": (ShutsDownOnce,),
 }

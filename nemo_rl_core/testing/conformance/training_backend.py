@@ -453,12 +453,21 @@ class TrainingBackendContract(TrainingBench):
     # -- place ---------------------------------------------------------------------------------
 
     def test_offload(self, start: Start) -> None:
-        """`offload` and `reload` keep weights and optimizer: the next step is the same."""
+        """`offload` and `reload`, also twice, keep weights and optimizer bit for bit: the next step is the same."""
         backend, other, batch = start(), start(), self.batch()
         for running in (backend, other):
             self.step(running, batch)
-        backend.offload()
-        backend.reload()
+        held = self.device_memory()
+        for _ in range(2):
+            backend.offload()
+            backend.offload()
+            freed = held - self.device_memory()
+            backend.reload()
+            backend.reload()
+        assert equal_bits(weights_of(backend), weights_of(other)), "other weights after offload and reload"
+        if held and "offload" in backend.capabilities:
+            size = sum(tensor.nbytes for tensor in weights_of(other).values())
+            assert freed >= size, f"offload gave {freed} bytes of the device back; the weights alone take {size}"
         for running in (backend, other):
             self.step(running, batch)
         self.same_weights(weights_of(backend), weights_of(other), "in a step after offload and reload")

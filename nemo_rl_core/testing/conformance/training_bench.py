@@ -156,6 +156,10 @@ class TrainingBench(SetUpContract):
             pytest.fail(f"it loaded a checkpoint of which {path.name} is {how}")
         path.write_bytes(whole)
 
+    def device_memory(self) -> int:
+        """Bytes that tensors take on a CUDA device; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self.device) if torch.device(self.device).type == "cuda" else 0
+
     # -- comparing -----------------------------------------------------------------------------
 
     def same(self, found: Tensor | float, expected: Tensor | float, what: str, factor: float = 1.0) -> None:

@@ -138,6 +138,7 @@ class MegatronBackend(TrainingBackend):
             ConfigError: The loss needs an output that this backend does not have.
             InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
         """
+        self._check_here()
         needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
         self._require(needs)
         if plan.update and self.optimizer is None:
@@ -276,6 +277,7 @@ class MegatronBackend(TrainingBackend):
         **options: Any,
     ) -> dict[str, Tensor]:
         """These outputs for each token of the batch, [N, ...] each, on the CPU."""
+        self._check_here()
         parts = micro_batches
         if parts is None:
             parts = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
@@ -297,6 +299,7 @@ class MegatronBackend(TrainingBackend):
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, whole tensor) in the precision that computes; tied weights come once."""
+        self._check_here()
         yield from self.weights.export()
 
     def export_model(self, path: Path) -> None:
@@ -318,6 +321,7 @@ class MegatronBackend(TrainingBackend):
         Raises:
             CheckpointError: It cannot be written; raised on every rank.
         """
+        self._check_here()
         assert self.optimizer is not None
         rng = sealed_file.capture_rng(self.device)
         with without_gpu(self.device):
@@ -338,6 +342,7 @@ class MegatronBackend(TrainingBackend):
         Raises:
             CheckpointError: Names the file that is missing, damaged or of another model.
         """
+        self._check_here()
         assert self.optimizer is not None
         with without_gpu(self.device):
             rng = checkpoint.load(Path(path), self.model, self.optimizer, self._identity())
@@ -368,6 +373,9 @@ class MegatronBackend(TrainingBackend):
     def reload(self) -> None:
         """Undo `offload`."""
         self._host.reload()
+
+    def _check_here(self) -> None:
+        self._host.check_here(f"The model of the role {self.role!r}")
 
     def shutdown(self) -> None:
         """Free the model and leave the process group; may be called twice."""

@@ -148,6 +148,7 @@ class DTensorBackend(TrainingBackend):
             ConfigError: The loss needs an output that this backend does not have.
             InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
         """
+        self._check_here()
         needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
         self._require(needs)
         if plan.update and not self.config.trained:
@@ -285,6 +286,7 @@ class DTensorBackend(TrainingBackend):
     @torch.no_grad()
     def get_output_layer(self) -> OutputLayer:
         """The output layer, gathered from all ranks, on the CPU; of ranks but the first without rows."""
+        self._check_here()
         self._require(frozenset({"over_vocabulary"}))
         self.ranks.reshard(self.network)
         head = self.network.head
@@ -315,6 +317,7 @@ class DTensorBackend(TrainingBackend):
 
         If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0.
         """
+        self._check_here()
         collected = PerToken(batch)
         if micro_batches is None:
             micro_batches = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
@@ -335,6 +338,7 @@ class DTensorBackend(TrainingBackend):
 
         On one process these are the live tensors.
         """
+        self._check_here()
         if self.adapters is not None:
             yield from self.adapters.merged(self.ranks.full, self.dtype)
             return
@@ -380,6 +384,7 @@ class DTensorBackend(TrainingBackend):
 
     def save_checkpoint(self, path: Path) -> None:
         """Write weights, optimizer, scheduler and RNG into the existing folder `path`."""
+        self._check_here()
         state = {
             "format": _FORMAT,
             "precision": self.config.precision,
@@ -407,6 +412,7 @@ class DTensorBackend(TrainingBackend):
         Raises:
             CheckpointError: Names the file that is missing, damaged or of another model or layout.
         """
+        self._check_here()
         sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
 
     def _check_fits(self, state: dict[str, Any]) -> None:
@@ -446,6 +452,9 @@ class DTensorBackend(TrainingBackend):
     def reload(self) -> None:
         """Undo `offload`."""
         self._host.reload()
+
+    def _check_here(self) -> None:
+        self._host.check_here(f"The model of the role {self.role!r}")
 
     def _held_tensors(self) -> Iterator[Tensor]:
         """What takes memory between two steps."""

@@ -51,7 +51,7 @@ class TorchEngine(GenerationBackend):
         self._pending: dict[asyncio.AbstractEventLoop, list[Sequence]] = {}
         self._broken_weights: str | None = None
         self._host = HostMemory()
-        self._shares = False
+        self._shares = self._asleep = False
 
     def setup(self, config: GenerationConfig, context: WorkerContext) -> None:
         """Load the model and start the engine's thread.
@@ -186,6 +186,7 @@ class TorchEngine(GenerationBackend):
             if not self._scheduler.idle:
                 raise GenerationError("The torch engine cannot sleep while requests are in flight.")
             self._scheduler.decoder.cache.release()
+            self._asleep = True
             if not self._shares:
                 self._host.offload(tensor for _, tensor in named_weights(self._model))
             if self._scheduler.decoder.cache.device.type == "cuda":  # another process may share the device
@@ -195,7 +196,9 @@ class TorchEngine(GenerationBackend):
 
     def wake(self) -> None:
         """Bring the weights back; the cache grows again with the next request."""
-        self._running().call(self._restore_weights, what="Wake", timeout_s=self._options.refit_timeout_s)
+        if self._asleep:
+            self._running().call(self._restore_weights, what="Wake", timeout_s=self._options.refit_timeout_s)
+            self._asleep = False
 
     def _restore_weights(self) -> None:
         if self._host.is_away:
@@ -257,6 +260,8 @@ class TorchEngine(GenerationBackend):
 
     def _check(self, request: GenerationRequest) -> None:
         prompt, sampling = request.prompt_ids, request.sampling
+        if self._asleep:
+            raise self._refuse(request, "the engine sleeps", "Call wake() first.")
         if self._broken_weights is not None:
             raise self._refuse(request, f"the last weight update {self._broken_weights}", "Update the weights again.")
         if len(prompt) == 0:
