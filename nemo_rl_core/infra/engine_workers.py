@@ -310,10 +310,10 @@ class EngineWorkers(GenerationBackend):
         self._ask("wake")
 
     @property
-    def is_short(self) -> bool:
-        """Whether an engine is gone that is to be started again."""
+    def waits_to_start(self) -> bool:
+        """Whether an engine died in its sleep, and is started again when all are woken."""
         with self._changed:
-            return any(link.lost is not None for link in self.links)
+            return self._asleep and self._failure is None and any(link in self._replacing for link in self.links)
 
     def shutdown(self) -> None:
         """End every engine process; may be called twice."""
@@ -344,7 +344,7 @@ class EngineWorkers(GenerationBackend):
 
         Raises:
             DeadlineExceeded: Names those that are not.
-            WorkerDied: One is gone for good.
+            WorkerDied: One is gone for good, or died in its sleep.
         """
 
         def settled() -> bool:
@@ -354,7 +354,9 @@ class EngineWorkers(GenerationBackend):
         with self._changed:
             if self._launch is None:  # nobody starts one again
                 self._failure = self._failure or next((link.lost for link in self.links if link.lost is not None), None)
-            back = self._changed.wait_for(settled, timeout_s)
+            back = self._changed.wait_for(lambda: settled() or self.waits_to_start, timeout_s)
+            if self.waits_to_start and of_all:
+                raise next(link.lost for link in self.links if link.lost is not None)
             self._raise_failure()
             if not back:
                 gone = ", ".join(link.name for link in self.links if link.lost is not None)

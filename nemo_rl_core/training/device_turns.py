@@ -94,7 +94,7 @@ class DeviceTurns:
                 with self._refitting_one(engine):
                     yield
                 return
-            if self._asleep and getattr(engine, "is_short", False):
+            if self._asleep and getattr(engine, "waits_to_start", False):
                 self.sampling()  # an engine that died in its sleep starts where the models have left it room
             self._use("policy", stepping=True)
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
@@ -70,10 +71,15 @@ class Refit:
     def _load(self, engine: GenerationBackend, version: int) -> None:
         parts = self.parts
         assert parts.weight_sync is not None
-        with parts.turns.refitting(engine), PluginCall("weight_syncs", parts.weight_sync, "sync"):
-            parts.weight_sync.sync(
-                parts.policy.group, engine, version=version, share=parts.share_weights, timeout_s=_REFIT_TIMEOUT_S
-            )
+        try:
+            with parts.turns.refitting(engine), PluginCall("weight_syncs", parts.weight_sync, "sync"):
+                parts.weight_sync.sync(
+                    parts.policy.group, engine, version=version, share=parts.share_weights, timeout_s=_REFIT_TIMEOUT_S
+                )
+        except WorkerDied:
+            if not getattr(engine, "waits_to_start", False):
+                raise
+            self._load(engine, version)  # the models leave first, so that it can start
 
     def _between_requests(self) -> AbstractContextManager[None]:
         rollouts = self.parts.config.rollouts

@@ -43,7 +43,7 @@ class KillsTheEngine(nemo_rl.Callback):
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    def run(weight_sync="in_process", callbacks=(), num_policy_workers=1, **generation):
+    def run(weight_sync="in_process", callbacks=(), num_policy_workers=1, offload="auto", **generation):
         torch.set_num_threads(1)
         config = {
             "model": "scratch:qwen2-tiny",
@@ -57,7 +57,7 @@ def train(tmp_path_factory):
             **({} if weight_sync is None else {"weight_sync": weight_sync}),
             "logging": {"progress": "none"},
             "checkpointing": {"enabled": False},
-            "cluster": {"device": "cpu", "cpus_per_node": 4},
+            "cluster": {"device": "cpu", "cpus_per_node": 4, "offload": offload},
         }
         history = nemo_rl.GRPOTrainer(config).fit(ROWS, reward, callbacks=list(callbacks)).history
         return [(entry["train/loss"], entry["train/grad_norm"], entry["reward/mean"]) for entry in history]
@@ -89,6 +89,14 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost(train, in_process):
     """The trainer stands still while rollouts wait for the engine, so it is refitted at once."""
     killer = KillsTheEngine("on_refit")
     assert train("shared_memory", [killer], num_workers=1) == in_process
+    assert len(killer.pids) == 1
+
+
+@pytest.mark.parametrize("event", ["on_refit", "on_step_start"])
+def test_an_engine_that_takes_turns_with_the_trainer_is_replaced(train, in_process, event):
+    """Killed while it samples, the trainer comes back to refit it; killed asleep, it starts when the trainer has left."""
+    killer = KillsTheEngine(event)
+    assert train("shared_memory", [killer], offload="always", num_workers=1) == in_process
     assert len(killer.pids) == 1
 
 
