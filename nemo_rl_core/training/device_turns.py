@@ -203,7 +203,7 @@ def make_turns(
         logger.warning(
             "rollouts.staleness is %d, so the engine samples while the models train, on the same devices: %s and the "
             "engine must fit there together. Give them devices of their own (cluster.colocated: false with "
-            "cluster.roles), or leave the models room (such as with a lower gpu_memory_utilization of the engine).",
+            "cluster.roles), or leave the models room (a smaller share of the memory in generation.options).",
             config.rollouts.staleness,
             ", ".join(models),
         )

@@ -94,7 +94,7 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost(train, in_process):
 
 @pytest.mark.parametrize("event", ["on_refit", "on_step_start"])
 def test_an_engine_that_takes_turns_with_the_trainer_is_replaced(train, in_process, event):
-    """Killed while it samples, the trainer comes back to refit it; killed asleep, it starts when the trainer has left."""
+    """Killed while it samples, the trainer comes back to refit it; killed asleep, it starts when that has left."""
     killer = KillsTheEngine(event)
     assert train("shared_memory", [killer], offload="always", num_workers=1) == in_process
     assert len(killer.pids) == 1

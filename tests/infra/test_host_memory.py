@@ -27,12 +27,14 @@ def test_a_view_and_its_base_are_emptied_together_and_come_back():
 
 
 def test_what_changed_between_two_turns_is_kept():
-    weight, host = torch.ones(4), HostMemory()
+    weight, other = torch.arange(100.0), torch.arange(7, dtype=torch.int16)
+    host = HostMemory(slab_bytes=64)  # seven slabs; the other begins within one
     for turn in range(3):
         weight += 1
-        host.offload([weight])
+        host.offload([weight, other])
         host.reload()
-        assert weight.tolist() == [turn + 2.0] * 4
+        assert torch.equal(weight, torch.arange(100.0) + turn + 1)
+        assert torch.equal(other, torch.arange(7, dtype=torch.int16))
 
 
 def test_what_nobody_needs_comes_back_as_zeros():

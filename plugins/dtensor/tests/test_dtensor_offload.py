@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nemo_rl_core.errors import InvariantViolation
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
