@@ -457,17 +457,8 @@ class TrainingBackendContract(TrainingBench):
         backend, other, batch = start(), start(), self.batch()
         for running in (backend, other):
             self.step(running, batch)
-        held = self.device_memory()
-        for _ in range(2):
-            backend.offload()
-            backend.offload()
-            freed = held - self.device_memory()
-            backend.reload()
-            backend.reload()
+        self.leave_and_return(backend)
         assert equal_bits(weights_of(backend), weights_of(other)), "other weights after offload and reload"
-        if held and "offload" in backend.capabilities:
-            size = sum(tensor.nbytes for tensor in weights_of(other).values())
-            assert freed >= size, f"offload gave {freed} bytes of the device back; the weights alone take {size}"
         for running in (backend, other):
             self.step(running, batch)
         self.same_weights(weights_of(backend), weights_of(other), "in a step after offload and reload")

@@ -156,9 +156,19 @@ class TrainingBench(SetUpContract):
             pytest.fail(f"it loaded a checkpoint of which {path.name} is {how}")
         path.write_bytes(whole)
 
-    def device_memory(self) -> int:
-        """Bytes that tensors take on a CUDA device; 0 on a CPU."""
-        return torch.cuda.memory_allocated(self.device) if torch.device(self.device).type == "cuda" else 0
+    def leave_and_return(self, backend: TrainingBackend) -> None:
+        """Offload and reload twice, each also when there is nothing to do; on a CUDA device memory must come free."""
+        on_cuda = torch.device(self.device).type == "cuda"
+        size = sum(tensor.nbytes for tensor in weights_of(backend).values())
+        for _ in range(2):
+            held = torch.cuda.memory_allocated(self.device) if on_cuda else 0
+            backend.offload()
+            backend.offload()
+            freed = held - (torch.cuda.memory_allocated(self.device) if on_cuda else 0)
+            backend.reload()
+            backend.reload()
+            enough = freed >= size or not on_cuda or "offload" not in backend.capabilities
+            assert enough, f"offload gave {freed} bytes of the device back; the weights alone take {size}"
 
     # -- comparing -----------------------------------------------------------------------------
 
