@@ -290,11 +290,9 @@ class LosesItsMomenta(DTensorBackend):
         self.optimizer.state.clear()
 
 
-class KeepsHalfTheBits(DTensorBackend):
-    def reload(self):
-        super().reload()
-        for parameter in self.parameters:
-            parameter.data.copy_(parameter.data.bfloat16())
+class LosesBits(DTensorBackend):
+    def offload(self):
+        self.parameters[0].data.copy_(self.parameters[0].data.bfloat16())
 
 
 class LosesItsMomentaInEachStep(DTensorBackend):
@@ -481,7 +479,7 @@ BROKEN = {
     "exported_model": (WritesTheFirstModel, WritesOnlyWeights),
     "checkpoint": (ForgetsTheOptimizer, ForgetsTheSchedule, SavingMovesOn),
     "damaged_checkpoint": (NamesNoFile, RaisesWhatItMeets, ReadsAnything),
-    "offload": (LosesItsMomenta, KeepsHalfTheBits),
+    "offload": (LosesItsMomenta, LosesBits),
     "data_parallel": (AveragesOverRanks,),
     "shutdown": (ShutsDownOnce,),
 }
