@@ -286,13 +286,11 @@ class ReadsAnything(DTensorBackend):
 
 
 class LosesItsMomenta(DTensorBackend):
-    def offload(self):
-        self.optimizer.state.clear()
+    offload = lambda self: self.optimizer.state.clear()  # noqa: E731
 
 
 class LosesBits(DTensorBackend):
-    def offload(self):
-        self.parameters[0].data.copy_(self.parameters[0].data.bfloat16())
+    offload = lambda self: self.parameters[0].data.copy_(self.parameters[0].data.bfloat16())  # noqa: E731
 
 
 class LosesItsMomentaInEachStep(DTensorBackend):
