@@ -92,7 +92,7 @@ def plan(
     memory = estimate_memory(loaded, engine_batch=rates.engine_batch)
     if as_json:
         runs = [_as_dict(run) for run in planned]
-        sizes = {**asdict(memory), "trainer": memory.trainer, "engine": memory.engine}
+        sizes = {**asdict(memory), "trainer": memory.trainer, "engine": memory.engine, "device": memory.device}
         typer.echo(json.dumps({"rates": asdict(rates), "runs": runs, "memory_bytes": sizes}))
         return
     _print(loaded, rates, planned, memory)
@@ -159,6 +159,9 @@ def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: M
     table.add_row("training worker (gradients, optimizer; activations)", *map(_size, sizes))
     sizes = (memory.engine_weights, memory.engine_cache, memory.engine)
     table.add_row(f"engine (keys and values of {rates.engine_batch} sequences)", *map(_size, sizes))
+    if memory.sharing != "apart":
+        how = "in turn" if memory.sharing == "in_turn" else "together"
+        table.add_row(f"trainer and engine on one device, {how}", "", "", _size(memory.device))
     console.print(table)
     for hint in _hints(config, rates, first):
         console.print(f"- {hint}", highlight=False)

@@ -31,6 +31,7 @@ def check_tree(config: RunConfig, resolver: Resolver | None = None) -> list[Mist
             sizes = replica_sizes(model, config.plugins, resolver)
             found += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
     found += _roles_of(config.cluster)
+    found += _turns(config)
     found += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
     return [*found, *_evaluation(config), *_own_checks(config)]
 
@@ -120,6 +121,21 @@ def _roles_of(cluster: ClusterConfig) -> Iterator[Mistake]:
         total = " + ".join(f"{role} {count}" for role, count in cluster.roles.items())
         problem = f"the roles need {sum(cluster.roles.values())} devices ({total}), the cluster has {devices}"
         yield mistake("cluster.roles", problem, "Lower a role, or add nodes.", related=["cluster.gpus_per_node"])
+
+
+def _turns(config: RunConfig) -> Iterator[Mistake]:
+    """`cluster.offload: always` where nobody can leave, or nobody needs to."""
+    cluster = config.cluster
+    if cluster.offload != "always":
+        return
+    fix = "Set `cluster.offload: auto`."
+    if config.rollouts.staleness:
+        problem = f"with a staleness of {config.rollouts.staleness} the engine samples while the models train"
+        related = ["rollouts.staleness"]
+        yield mistake("cluster.offload", problem, f"{fix} Or `rollouts.staleness: 0`.", related=related)
+    if not cluster.colocated and cluster.roles:
+        problem = "each role has devices of its own, so nobody has to leave"
+        yield mistake("cluster.offload", problem, fix, related=["cluster.colocated", "cluster.roles"])
 
 
 def _schedule(config: RunConfig) -> Iterator[Mistake]:

@@ -360,6 +360,10 @@ class ClusterConfig:
     """Training and generation share devices."""
     roles: dict[str, int] = Factory(dict)
     """Devices by role when not colocated, such as `{policy: 4, generation: 4}`."""
+    offload: Literal["auto", "always", "never"] = "auto"
+    """Colocated models and engines take turns: the weights and optimizers wait in the host's memory while the engine
+    samples, and the engine sleeps while they train. auto does so on an accelerator; always on a CPU too. Needs
+    `rollouts.staleness` 0."""
 
     @classmethod
     def auto_detect(cls) -> ClusterConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import operator
 import random
 import threading
 import time
@@ -76,6 +77,7 @@ class EngineWorkers(GenerationBackend):
         """Dead before they were in `links`."""
         self._was_refitted = False
         self._failure: BaseException | None = None
+        self._asleep = False
         self._closed = False
 
     @classmethod
@@ -298,12 +300,23 @@ class EngineWorkers(GenerationBackend):
         return {**merged, "engines": float(len(self.links)), "engine_restarts": float(self.num_restarts)}
 
     def sleep(self) -> None:
-        """Give back memory in every engine."""
+        """Give back memory in every engine. One that dies in its sleep is started again when the others wake."""
         self._ask("sleep")
+        with self._changed:
+            self._asleep = True
 
     def wake(self) -> None:
         """Undo `sleep` in every engine."""
+        with self._changed:
+            self._asleep = False
+            self._changed.notify_all()
         self._ask("wake")
+
+    @property
+    def waits_to_start(self) -> bool:
+        """Whether an engine died in its sleep, and is started again when all are woken."""
+        with self._changed:
+            return self._asleep and self._failure is None and any(link in self._replacing for link in self.links)
 
     def shutdown(self) -> None:
         """End every engine process; may be called twice."""
@@ -320,7 +333,11 @@ class EngineWorkers(GenerationBackend):
         while True:
             links = self.wait_alive(max(0.0, deadline - time.monotonic()), of_all=of_all)
             try:
-                return [link.ask(method, timeout_s=max(0.0, deadline - time.monotonic())) for link in links]
+                asked = [link.submit(operator.methodcaller(method)) for link in links]
+                return [
+                    link.wait(future, what=method, timeout_s=max(0.0, deadline - time.monotonic()))
+                    for link, future in zip(links, asked, strict=True)
+                ]
             except WorkerDied:
                 if all(link.lost is None for link in links):
                     raise
@@ -330,7 +347,7 @@ class EngineWorkers(GenerationBackend):
 
         Raises:
             DeadlineExceeded: Names those that are not.
-            WorkerDied: One is gone for good.
+            WorkerDied: One is gone for good, or died in its sleep.
         """
 
         def settled() -> bool:
@@ -340,7 +357,9 @@ class EngineWorkers(GenerationBackend):
         with self._changed:
             if self._launch is None:  # nobody starts one again
                 self._failure = self._failure or next((link.lost for link in self.links if link.lost is not None), None)
-            back = self._changed.wait_for(settled, timeout_s)
+            back = self._changed.wait_for(lambda: settled() or self.waits_to_start, timeout_s)
+            if self.waits_to_start and of_all:
+                raise next(link.lost for link in self.links if link.lost is not None)
             self._raise_failure()
             if not back:
                 gone = ", ".join(link.name for link in self.links if link.lost is not None)
@@ -428,6 +447,8 @@ class EngineWorkers(GenerationBackend):
         """
         assert self._launch is not None
         link.group.shutdown()
+        if not self._until_awake():
+            return None
         while True:
             try:
                 fresh = self._launch(index)
@@ -453,6 +474,12 @@ class EngineWorkers(GenerationBackend):
             waiting, self._stranded = self._stranded, []
             self._send(waiting)
         return fresh
+
+    def _until_awake(self) -> bool:
+        """While the engines sleep, others use their devices; False if the end came first."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._asleep or self._closed)
+            return not self._closed
 
     def _bring_back(self, fresh: EngineLink) -> None:
         """Refit an engine when the trainer has time for it, unless a refit of all of them comes first.

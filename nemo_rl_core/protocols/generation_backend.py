@@ -153,11 +153,18 @@ class GenerationBackend(Protocol):
         return {}
 
     def sleep(self) -> None:
-        """Give back memory between rollouts. Default: nothing."""
+        """Give back memory between rollouts; again it does nothing. Default: nothing.
+
+        A sleeping engine is not asked to generate, but takes new weights: `update_weights` and `fingerprint` get the
+        memory of the weights back and no more. The core refits an engine that slept before it samples again.
+
+        Raises:
+            GenerationError: Requests are in flight.
+        """
         return None
 
     def wake(self) -> None:
-        """Undo `sleep`. Default: nothing."""
+        """Undo `sleep`; of an engine that is awake nothing. Default: nothing."""
         return None
 
     def shutdown(self) -> None:

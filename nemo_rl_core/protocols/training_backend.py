@@ -83,9 +83,9 @@ class TrainingBackend(Protocol):
         config_class: attrs class of `policy.options` for this backend.
         capabilities: Of "tensor_parallel", "pipeline_parallel", "context_parallel", "lora", "scalar_head"
             (serves `policy.head: scalar`), "top_logprobs", "over_vocabulary" (serves losses that need it, and gives
-            `get_hidden_states` and `get_output_layer`), "exports_on_every_rank" (export_weights yields the
-            tensors on all ranks), "share_weights" (export_weights yields live tensors that an
-            engine in the same process may alias). After `setup` an object may have fewer than its class.
+            `get_hidden_states` and `get_output_layer`), "exports_on_every_rank" (export_weights yields the tensors on
+            all ranks), "share_weights" (export_weights yields live tensors that an engine in the same process may
+            alias), "offload" (`offload` gives memory back). After `setup` an object may have fewer than its class.
     """
 
     config_class: ClassVar[type]
@@ -229,11 +229,15 @@ class TrainingBackend(Protocol):
         return {"dp": 1}
 
     def offload(self) -> None:
-        """Move weights and optimizer out of the accelerator's memory. Default: nothing."""
+        """Move weights, gradients and optimizer out of the accelerator's memory, for other processes to use.
+
+        Called between steps, by all ranks; again it does nothing. Only `reload`, `parallel_axes` and `shutdown`
+        are called before the model is back. Default: nothing.
+        """
         return None
 
     def reload(self) -> None:
-        """Undo `offload`. Default: nothing."""
+        """Undo `offload`, bit for bit; without one before it does nothing. Default: nothing."""
         return None
 
     def shutdown(self) -> None:

@@ -27,6 +27,7 @@ from nemo_rl_core.rollouts.engine import EnvironmentFactory, RolloutEngine
 from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
+from nemo_rl_core.training.device_turns import DeviceTurns, make_turns
 from nemo_rl_core.training.engine_assembly import choose_weight_sync, engine_placement, start_engine
 from nemo_rl_core.training.model_checks import check_models
 from nemo_rl_core.training.policy import InitialModel, Policy
@@ -69,6 +70,8 @@ class RunParts:
     share_weights: bool = False
     in_flight_updates: bool = True
     """Whether new weights are loaded while the engine samples."""
+    turns: DeviceTurns = field(factory=DeviceTurns)
+    """Whether the models and the engine leave the devices that they share to each other in turn."""
     clock: Clock = field(factory=SystemClock)
     recorded: RecordedRollouts | None = None
     components: list[ComponentRef] = field(factory=list)
@@ -290,6 +293,9 @@ def _add_engine(
     placement = engine_placement(config, engine_class, launcher)
     if parts.policy is not None:
         parts.weight_sync = resolver.build("weight_syncs", choose_weight_sync(config, placement))
+        parts.share_weights = placement.in_driver and _may_share(config, parts.policy, engine_class)
+        parts.turns = make_turns(config, parts.models, parts.trained, engine_class, share_weights=parts.share_weights)
+        parts.turns.sampling()  # an engine takes what memory there is when it starts
     parts.generation = start_engine(
         launcher,
         engine,
@@ -305,10 +311,9 @@ def _add_engine(
         shares_device=parts.policy is not None and (config.cluster.colocated or not config.cluster.roles),
     )
     stack.callback(parts.generation.shutdown)
-    if parts.policy is not None:
-        parts.share_weights = placement.in_driver and _may_share(config, parts.policy, engine_class)
     parts.runner = _runner(config, parts.generation, environment, parts.tokenizer, stack)
     parts.runner.watch_over(parts.check_alive)
+    parts.turns.attach(parts.generation, parts.runner)
 
 
 def _roles(algorithm: Any) -> Mapping[str, ModelRole]:
@@ -391,7 +396,8 @@ def _model(
         )
     )
     budget = made.token_budget(config.cluster.device_type())
-    return Policy(group, token_budget=budget, temperature=config.generation.temperature)
+    can_offload = "offload" in backend.load().capabilities
+    return Policy(group, token_budget=budget, temperature=config.generation.temperature, can_offload=can_offload)
 
 
 def _runner(

@@ -61,7 +61,7 @@ class RunLoop:
         self.hooks = hooks
         self.record = record
         self.progress = progress
-        self.timers = StageTimers(parts.clock.now)
+        self.timers = parts.turns.timed = StageTimers(parts.clock.now)
         self.invariants = Invariants(self.config.invariants)
         self.feed = _make_feed(parts, state.max_steps)
         self.refit = Refit(parts)
@@ -244,13 +244,15 @@ class RunLoop:
     # -- refit and validation ---------------------------------------------------------------------
 
     def _refit(self) -> None:
-        """Bring the engine to the policy's weights, unless it has them."""
+        """Bring the engine to the policy's weights, unless it has them; then it is its turn."""
         run = self.run_state
-        if not self.refit.is_due(run.weight_version):
-            return
-        with self.timers("refit"):
-            self.refit.bring_to(run.weight_version)
-        self.hooks.call("on_refit", run=run, version=run.weight_version)
+        due = self.refit.is_due(run.weight_version)
+        if due:
+            with self.timers("refit"):
+                self.refit.bring_to(run.weight_version)
+        self.parts.turns.sampling()
+        if due:
+            self.hooks.call("on_refit", run=run, version=run.weight_version)
 
     def _go_on_sampling(self) -> None:
         """With a staleness bound above 0: new weights for the engine, and prompts for it, as soon as there are."""

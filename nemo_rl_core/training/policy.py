@@ -6,7 +6,7 @@ The ranks get shards balanced by tokens, each with equally many micro-batches un
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +45,17 @@ class Policy:
         group: Its workers, already set up.
         token_budget: Tokens of one micro-batch (`policy.max_tokens_per_microbatch`).
         temperature: The sampling temperature; logprobs are taken at it.
+        can_offload: Whether its backend can leave the device's memory.
     """
 
-    def __init__(self, group: WorkerGroup, *, token_budget: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self, group: WorkerGroup, *, token_budget: int, temperature: float = 1.0, can_offload: bool = False
+    ) -> None:
         self.group = group
+        self.can_offload = can_offload
+        self.before_use: Callable[..., None] = _nothing
+        """Called before the model is used, with `stepping` before an optimizer step and `saving` before it is written;
+        `DeviceTurns` brings it back to its device."""
         self.token_budget = token_budget
         self.temperature = temperature if temperature > 0 else 1.0
         self.axes: dict[str, int] = dict(group.call("parallel_axes")[0])
@@ -68,6 +75,7 @@ class Policy:
         Raises:
             InvariantViolation: The loss or the gradient norm is not finite.
         """
+        self.before_use(stepping=update)
         normalized = NormalizedLoss(loss, count_trained(batch))
         arguments = [
             (
@@ -113,6 +121,7 @@ class Policy:
 
     def output_layer(self) -> OutputLayer:
         """The output layer, at the sampling temperature, on the CPU."""
+        self.before_use()
         layer: OutputLayer = self.group.call("get_output_layer")[0]
         return evolve(layer, transform=evolve(layer.transform, temperature=self.temperature))
 
@@ -130,20 +139,31 @@ class Policy:
 
     def save(self, path: Path) -> None:
         """Write the backend's checkpoint into the new folder `path`."""
+        self.before_use(saving=True)
         path.mkdir(parents=True, exist_ok=True)
         self.group.call("save_checkpoint", path.absolute())  # workers may have another working directory
 
     def load(self, path: Path) -> None:
         """Restore the backend's checkpoint."""
+        self.before_use()
         self.group.call("load_checkpoint", path.absolute())
 
     def export_model(self, path: Path) -> None:
         """Write a Hugging Face checkpoint."""
+        self.before_use(saving=True)
         self.group.call("export_model", path.absolute())
 
     def check_alive(self) -> None:
         """Raise `WorkerDied` if one of its workers has died while nobody called it; returns at once."""
         self.group.check_alive()
+
+    def offload(self) -> None:
+        """Move it out of its devices' memory."""
+        self.group.call("offload")
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self.group.call("reload")
 
     def shutdown(self) -> None:
         """End the workers."""
@@ -153,6 +173,7 @@ class Policy:
 
     def _forward(self, method: str, batch: BatchedDataDict, *options: Any) -> tuple[Tensor, ...]:
         """A method of the backend on every shard; its per-token tensors in the order of the batch."""
+        self.before_use()
         shards = self._plan(batch)
         arguments = [(self._take(batch, shard), *options, shard.micro_batches) for shard in shards]
         results = self._call(method, arguments)
@@ -221,11 +242,16 @@ class InitialModel:
 
     @contextmanager
     def _initial(self) -> Iterator[Policy]:
+        self._policy.before_use()
         self._policy.group.call("use_initial_weights", True)
         try:
             yield self._policy
         finally:
             self._policy.group.call("use_initial_weights", False)
+
+
+def _nothing(*, stepping: bool = False, saving: bool = False) -> None:
+    """The model is always in place."""
 
 
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ class Refit:
         """Of the engine's weights; -1 before the first refit."""
 
     def is_due(self, version: int) -> bool:
-        """Whether there is an engine, and it has other weights than those of `version` (or lost them in a restart)."""
+        """Whether there is an engine, and it has other weights than those of `version`, or was restarted, or slept."""
         parts = self.parts
         if parts.weight_sync is None or parts.generation is None:
             return False
-        return self.version != version or getattr(parts.generation, "needs_refit", False)
+        return self.version != version or parts.turns.slept or getattr(parts.generation, "needs_refit", False)
 
     def bring_to(self, version: int) -> None:
         """Load the policy's weights and stamp them with `version`.
@@ -72,14 +73,19 @@ class Refit:
     def _load(self, engine: GenerationBackend, version: int) -> None:
         parts = self.parts
         assert parts.weight_sync is not None
-        with PluginCall("weight_syncs", parts.weight_sync, "sync"):
-            parts.weight_sync.sync(
-                parts.policy.group,
-                engine,
-                version=version,
-                share=parts.share_weights,
-                timeout_s=parts.config.generation.refit_timeout_s,
-            )
+        try:
+            with parts.turns.refitting(engine), PluginCall("weight_syncs", parts.weight_sync, "sync"):
+                parts.weight_sync.sync(
+                    parts.policy.group,
+                    engine,
+                    version=version,
+                    share=parts.share_weights,
+                    timeout_s=parts.config.generation.refit_timeout_s,
+                )
+        except WorkerDied:
+            if not getattr(engine, "waits_to_start", False):
+                raise
+            self._load(engine, version)  # the models leave first, so that it can start
 
     def _between_requests(self) -> AbstractContextManager[None]:
         rollouts = self.parts.config.rollouts

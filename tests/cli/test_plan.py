@@ -53,6 +53,16 @@ def test_memory_by_hand(config, capsys):
     heads = shape.num_key_value_heads * (
         getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     )
+    assert memory["sharing"] == "in_turn"
+    trainer, engine = memory["trainer"], memory["engine"]
+    refit = memory["trainer_weights"] + memory["engine_weights"]  # both sides hold weights then, and nothing else
+    assert memory["device"] == max(trainer, engine, refit)
+    for staleness in (["cluster.offload=never"], ["rollouts.staleness=1", "loss.options.correction=tis"]):
+        assert main(["plan", config, *staleness, *EXACT, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["memory_bytes"]["device"] == trainer + engine
+    apart = ["cluster.colocated=false", "cluster.roles={policy: 2, generation: 1}"]
+    assert main(["plan", config, *apart, *EXACT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory_bytes"]["device"] == max(trainer, engine)
     assert memory["engine_cache"] == 8 * 1024 * 2 * shape.num_hidden_layers * heads * 4
 
 

@@ -120,6 +120,15 @@ def test_an_engine_that_dies_beside_a_training_step_comes_back(train, weight_upd
     assert len(killer.pids) == 1
 
 
+@pytest.mark.parametrize("event", ["on_refit", "on_step_start"])
+def test_an_engine_that_takes_turns_with_the_trainer_is_replaced(train, in_process, event):
+    """Killed while it samples, the trainer comes back to refit it; killed asleep, it starts when that has left."""
+    killer = KillsTheEngine(event)
+    turns = {"cluster": {"device": "cpu", "cpus_per_node": 4, "offload": "always"}}
+    assert train("shared_memory", [killer], changes=turns, num_workers=1) == in_process
+    assert len(killer.pids) == 1
+
+
 def test_a_killed_engine_that_may_not_be_replaced_ends_the_run_by_name(train):
     with pytest.raises(WorkerDied, match=r"engine generation is gone.*ended by signal 9"):
         train("shared_memory", [KillsTheEngine("on_step_start")], num_workers=1, max_restarts=0)

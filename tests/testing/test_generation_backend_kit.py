@@ -259,6 +259,18 @@ class ForgetsItsVersionAsleep(TorchEngine):
         self._scheduler.version = 0
 
 
+class WakesWithTheOldWeights(TorchEngine):
+    def sleep(self):
+        self.kept = {name: p.detach().clone() for name, p in self._model.named_parameters()}
+        super().sleep()
+
+    def wake(self):
+        super().wake()
+        for name, parameter in self._model.named_parameters():
+            parameter.detach().copy_(self.kept[name])
+        self._scheduler.decoder.refresh()
+
+
 class NotANumber(TorchEngine):
     def metrics(self):
         return {"fill": float("nan")}
@@ -351,6 +363,7 @@ BROKEN = {
     "wrong_weights": (Lenient, HalfLoaded),
     "in_flight_update": (answering(lambda r, c: evolve(c, last_weight_version=c.weight_version)),),
     "sleep_and_wake": (BadSleeper, ForgetsItsVersionAsleep),
+    "update_asleep": (WakesWithTheOldWeights,),
     "metrics": (NotANumber,),
     "shutdown": (LeavesAThread, ShutsDownOnce),
 }

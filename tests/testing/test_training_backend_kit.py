@@ -286,8 +286,11 @@ class ReadsAnything(DTensorBackend):
 
 
 class LosesItsMomenta(DTensorBackend):
-    def offload(self):
-        self.optimizer.state.clear()
+    offload = lambda self: self.optimizer.state.clear()  # noqa: E731
+
+
+class LosesBits(DTensorBackend):
+    offload = lambda self: self.parameters[0].data.copy_(self.parameters[0].data.bfloat16())  # noqa: E731
 
 
 class LosesItsMomentaInEachStep(DTensorBackend):
@@ -475,7 +478,7 @@ BROKEN = {
     "exported_model": (WritesTheFirstModel, WritesOnlyWeights),
     "checkpoint": (ForgetsTheOptimizer, ForgetsTheSchedule, SavingMovesOn),
     "damaged_checkpoint": (NamesNoFile, RaisesWhatItMeets, ReadsAnything),
-    "offload": (LosesItsMomenta,),
+    "offload": (LosesItsMomenta, LosesBits),
     "data_parallel": (AveragesOverRanks,),
     "shutdown": (ShutsDownOnce,),
 }

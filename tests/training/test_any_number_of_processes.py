@@ -134,9 +134,16 @@ class Run:
     weights: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, group: Any, *, num_steps: int = 3) -> Run:
+    def of(cls, group: Any, *, num_steps: int = 3, leaves: bool = False) -> Run:
+        """With `leaves` the model waits in the host's memory between two steps."""
         policy, batch = Policy(group, token_budget=BUDGET), ragged_batch(vocab_size=97, seed=1)
-        return cls([policy.train_step(batch, WeightedLoss()) for _ in range(num_steps)], weights_of(group))
+        losses = []
+        for _ in range(num_steps):
+            losses.append(policy.train_step(batch, WeightedLoss()))
+            if leaves:
+                policy.offload()
+                policy.reload()
+        return cls(losses, weights_of(group))
 
     def assert_close(self, expected: Run) -> None:
         for found, one in zip(self.losses, expected.losses, strict=True):
@@ -174,7 +181,7 @@ def runs(model_name, tmp_path_factory):
                 continue
             config = config_of(model_name(shape), backend, processes, tensor, **options)
             group.call("become", backend, config, free_port(), timeout_s=TIMEOUT)
-            one = found[layout] = {"three": Run.of(group)}
+            one = found[layout] = {"three": Run.of(group, leaves=True)}
             if backend == "megatron":
                 policy = Policy(group, token_budget=BUDGET)
                 policy.load(latest[shape])

@@ -367,19 +367,35 @@ class GenerationBackendContract(GenerationBench):
     # -- the rest of its life ------------------------------------------------------------------
 
     def test_sleep_and_wake(self, start: Start) -> None:
-        """After `sleep` and `wake` it samples as before."""
+        """After `sleep` and `wake`, also twice, it samples as before."""
         engine = start()
         if "sleep" not in engine.capabilities:
             pytest.skip("it has not the capability sleep")
         requests = [make_request(str(i), p, seed=i, max_new_tokens=8, ignore_eos=True) for i, p in numbered_prompts()]
         self.update(engine, 4, self.tiny.weights())
         before = self.complete(engine, requests)
-        engine.sleep()
-        engine.wake()
+        for call in (engine.sleep, engine.sleep, engine.wake, engine.wake):
+            call()
         after = self.complete(engine, requests)
         same = [c.token_ids for c in before] == [c.token_ids for c in after]
         assert same, "it samples other tokens after sleep and wake"
         assert {c.weight_version for c in after} == {4}, "it lost its weight version while it slept"
+
+    def test_update_asleep(self, start: Start) -> None:
+        """Weights that come while it sleeps are those that it samples from when it is awake."""
+        engine = start()
+        if "sleep" not in engine.capabilities:
+            pytest.skip("it has not the capability sleep")
+        requests = [make_request(str(i), p, seed=i, max_new_tokens=8, ignore_eos=True) for i, p in numbered_prompts()]
+        self.complete(engine, requests)
+        new = self.tiny.changed_weights()
+        engine.sleep()
+        self.update(engine, 7, new)
+        assert engine.fingerprint() == fingerprint(new.items()), "its fingerprint is not that of what it got asleep"
+        engine.wake()
+        after = self.complete(engine, requests)
+        self.same_logprobs(requests, after, self.tiny.copy(new), "updated asleep: ")
+        assert {c.weight_version for c in after} == {7}, "it did not take the version of weights that it got asleep"
 
     def test_metrics(self, start: Start) -> None:
         """`metrics` is a mapping of names to finite numbers."""

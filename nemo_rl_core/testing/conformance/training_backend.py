@@ -57,6 +57,7 @@ CAPABILITIES = frozenset(
         "exports_on_every_rank",
         "top_logprobs",
         "over_vocabulary",
+        "offload",
     }
 )
 
@@ -454,12 +455,12 @@ class TrainingBackendContract(TrainingBench):
     # -- place ---------------------------------------------------------------------------------
 
     def test_offload(self, start: Start) -> None:
-        """`offload` and `reload` keep weights and optimizer: the next step is the same."""
+        """`offload` and `reload`, also twice, keep weights and optimizer bit for bit: the next step is the same."""
         backend, other, batch = start(), start(), self.batch()
         for running in (backend, other):
             self.step(running, batch)
-        backend.offload()
-        backend.reload()
+        self.leave_and_return(backend)
+        assert equal_bits(weights_of(backend), weights_of(other)), "other weights after offload and reload"
         for running in (backend, other):
             self.step(running, batch)
         self.same_weights(weights_of(backend), weights_of(other), "in a step after offload and reload")

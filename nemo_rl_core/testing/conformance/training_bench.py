@@ -171,6 +171,20 @@ class TrainingBench(SetUpContract):
             pytest.fail(f"it loaded a checkpoint of which {path.name} is {how}")
         path.write_bytes(whole)
 
+    def leave_and_return(self, backend: TrainingBackend) -> None:
+        """Offload and reload twice, each also when there is nothing to do; on a CUDA device memory must come free."""
+        on_cuda = torch.device(self.device).type == "cuda"
+        size = sum(tensor.nbytes for tensor in weights_of(backend).values())
+        for _ in range(2):
+            held = torch.cuda.memory_allocated(self.device) if on_cuda else 0
+            backend.offload()
+            backend.offload()
+            freed = held - (torch.cuda.memory_allocated(self.device) if on_cuda else 0)
+            backend.reload()
+            backend.reload()
+            enough = freed >= size or not on_cuda or "offload" not in backend.capabilities
+            assert enough, f"offload gave {freed} bytes of the device back; the weights alone take {size}"
+
     # -- comparing -----------------------------------------------------------------------------
 
     def same(self, found: Tensor | float, expected: Tensor | float, what: str, factor: float = 1.0) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from attrs import frozen
 
 from nemo_rl_core.config.schema import PolicyConfig, RunConfig
+from nemo_rl_core.training.device_turns import share_devices
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
 
@@ -28,6 +29,8 @@ class MemoryEstimate:
     engine_weights: float
     engine_cache: float
     """Keys and values of a full batch, every sequence at its longest."""
+    sharing: Literal["apart", "in_turn", "together"] = "apart"
+    """Whether trainer and engine have devices of their own, take turns on one, or hold it at the same time."""
 
     @property
     def trainer(self) -> float:
@@ -38,6 +41,14 @@ class MemoryEstimate:
     def engine(self) -> float:
         """One engine."""
         return self.engine_weights + self.engine_cache
+
+    @property
+    def device(self) -> float:
+        """The most that one device holds. In turn both have their weights there only during a refit."""
+        if self.sharing == "together":
+            return self.trainer + self.engine
+        refit = self.trainer_weights + self.engine_weights if self.sharing == "in_turn" else 0.0
+        return max(self.trainer, self.engine, refit)
 
 
 def estimate_memory(config: RunConfig, *, engine_batch: int, devices_per_engine: int = 1) -> MemoryEstimate:
@@ -70,8 +81,16 @@ def estimate_memory(config: RunConfig, *, engine_batch: int, devices_per_engine:
         trainer_weights=4 * num_parameters * trained / policy.num_workers,
         trainer_activations=activations + logits,
         engine_weights=num_parameters * sampled / devices_per_engine,
+        sharing=_sharing(config),
         engine_cache=engine_batch * policy.max_sequence_length * _cache_elements(shape) * sampled / devices_per_engine,
     )
+
+
+def _sharing(config: RunConfig) -> Literal["apart", "in_turn", "together"]:
+    """On the accelerators of the cluster that is planned."""
+    if not share_devices(config):
+        return "apart"
+    return "together" if config.rollouts.staleness or config.cluster.offload == "never" else "in_turn"
 
 
 def _cache_elements(shape: Any) -> int:

@@ -19,6 +19,7 @@ from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
+from nemo_rl_core.infra.host_memory import HostMemory
 from nemo_rl_core.models import is_scratch, load_model, load_model_config, write_model
 from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
@@ -72,6 +73,7 @@ class MegatronBackend(TrainingBackend):
             "exports_on_every_rank",
             "scalar_head",
             "top_logprobs",
+            "offload",
         }
     )
 
@@ -115,6 +117,7 @@ class MegatronBackend(TrainingBackend):
         given = evolve(config, options=self.options, num_workers=context.world_size)
         check_sizes(self.hf_config, given, role=context.role)
         self.ranks = Ranks(config, self.options, context, self.device)
+        self._host = HostMemory(constant=not config.trained)
         self._closed = False
         try:
             with without_gpu(self.device):
@@ -167,6 +170,7 @@ class MegatronBackend(TrainingBackend):
             ConfigError: The loss needs an output that this backend does not have.
             InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
         """
+        self._check_here()
         needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
         self._require(needs)
         if plan.update and self.optimizer is None:
@@ -305,6 +309,7 @@ class MegatronBackend(TrainingBackend):
         **options: Any,
     ) -> dict[str, Tensor]:
         """These outputs for each token of the batch, [N, ...] each, on the CPU."""
+        self._check_here()
         parts = micro_batches
         if parts is None:
             parts = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
@@ -326,6 +331,7 @@ class MegatronBackend(TrainingBackend):
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, whole tensor) in the precision that computes; tied weights come once."""
+        self._check_here()
         yield from self.weights.export()
 
     def export_model(self, path: Path) -> None:
@@ -342,6 +348,7 @@ class MegatronBackend(TrainingBackend):
         Raises:
             CheckpointError: It cannot be written; raised on every rank.
         """
+        self._check_here()
         assert self.optimizer is not None
         rng = sealed_file.capture_rng(self.device)
         with without_gpu(self.device):
@@ -362,6 +369,7 @@ class MegatronBackend(TrainingBackend):
         Raises:
             CheckpointError: Names the file that is missing, damaged or of another model.
         """
+        self._check_here()
         assert self.optimizer is not None
         with without_gpu(self.device):
             rng = checkpoint.load(Path(path), self.model, self.optimizer, self._identity())
@@ -374,6 +382,28 @@ class MegatronBackend(TrainingBackend):
         """The axes in megatron-core's order of ranks, tensor-parallel peers next to each other."""
         ranks = self.ranks
         return {"pp": ranks.pp_size, "dp": ranks.dp_size, "cp": ranks.cp_size, "tp": ranks.tp_size}
+
+    def offload(self) -> None:
+        """Move weights, master weights and the optimizer's state to the host's memory; gradients are forgotten."""
+        if self._host.is_away:
+            return
+        held = [*self.model.parameters(), *self.model.buffers()]
+        gradients: list[Tensor] = []
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+            held += self.optimizer.tensors()
+            buffers = [*self.chunk.buffers, *self.chunk.expert_parallel_buffers]
+            held += [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+            gradients = [buffer.grad_data for buffer in buffers]
+        on_device = [tensor for tensor in held if tensor.device.type == self.device.type]
+        self._host.offload(on_device, zeros=gradients)
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self._host.reload()
+
+    def _check_here(self) -> None:
+        self._host.check_here(f"The model of the role {self.role!r}")
 
     def shutdown(self) -> None:
         """Free the model and leave the process group; may be called twice."""

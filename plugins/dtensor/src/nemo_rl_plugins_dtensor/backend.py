@@ -21,6 +21,7 @@ from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.infra.host_memory import HostMemory
 from nemo_rl_core.models import load_model, load_model_config, write_model
 from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.models.products import use_fast_linear
@@ -65,6 +66,7 @@ class DTensorBackend(TrainingBackend):
             "top_logprobs",
             "over_vocabulary",
             "lora",
+            "offload",
         }
     )
 
@@ -131,6 +133,7 @@ class DTensorBackend(TrainingBackend):
         if config.trained:
             self.optimizer = make_optimizer(config.optimizer, self._trained())
             self.scheduler = make_scheduler(config.scheduler, self.optimizer)
+        self._host = HostMemory(constant=not config.trained)
         self._closed = False
 
     def _adapt(self, model: Any, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
@@ -166,6 +169,7 @@ class DTensorBackend(TrainingBackend):
             ConfigError: The loss needs an output that this backend does not have.
             InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
         """
+        self._check_here()
         needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
         self._require(needs)
         if plan.update and not self.config.trained:
@@ -303,6 +307,7 @@ class DTensorBackend(TrainingBackend):
     @torch.no_grad()
     def get_output_layer(self) -> OutputLayer:
         """The output layer, gathered from all ranks, on the CPU; of ranks but the first without rows."""
+        self._check_here()
         self._require(frozenset({"over_vocabulary"}))
         self.ranks.reshard(self.network)
         head = self.network.head
@@ -333,6 +338,7 @@ class DTensorBackend(TrainingBackend):
 
         If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0.
         """
+        self._check_here()
         collected = PerToken(batch)
         if micro_batches is None:
             micro_batches = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
@@ -353,6 +359,7 @@ class DTensorBackend(TrainingBackend):
 
         On one process these are the live tensors.
         """
+        self._check_here()
         if self.adapters is not None:
             yield from self.adapters.merged(self.ranks.full, self.dtype)
             return
@@ -391,6 +398,7 @@ class DTensorBackend(TrainingBackend):
 
     def save_checkpoint(self, path: Path) -> None:
         """Write weights, optimizer, scheduler and RNG into the existing folder `path`."""
+        self._check_here()
         state = {
             "format": _FORMAT,
             "precision": self.config.precision,
@@ -418,6 +426,7 @@ class DTensorBackend(TrainingBackend):
         Raises:
             CheckpointError: Names the file that is missing, damaged or of another model or layout.
         """
+        self._check_here()
         sealed_file.restore(Path(path) / self.ranks.file_name, self._restore)
 
     def _check_fits(self, state: dict[str, Any]) -> None:
@@ -447,6 +456,27 @@ class DTensorBackend(TrainingBackend):
     def parallel_axes(self) -> dict[str, int]:
         """Data-parallel by tensor-parallel ranks; the batch is sharded over the first."""
         return {"dp": self.ranks.dp_size, "tp": self.ranks.tp_size}
+
+    def offload(self) -> None:
+        """Move weights, master weights and the optimizer's state to the host's memory."""
+        if not self._host.is_away:
+            self.ranks.reshard(self.network)
+            self._host.offload(tensor for tensor in self._held_tensors() if tensor.device.type == self.device.type)
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self._host.reload()
+
+    def _check_here(self) -> None:
+        self._host.check_here(f"The model of the role {self.role!r}")
+
+    def _held_tensors(self) -> Iterator[Tensor]:
+        """What takes memory between two steps."""
+        yield from self.network.parameters()
+        yield from self.network.buffers()
+        for trained in self._trained() if self.optimizer is not None else ():
+            yield trained
+            yield from (value for value in self.optimizer.state[trained].values() if isinstance(value, Tensor))
 
     def shutdown(self) -> None:
         """Leave the process group and free the model; may be called twice."""

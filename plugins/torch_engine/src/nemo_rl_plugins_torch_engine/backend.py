@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.infra.fingerprint import KeptSums
+from nemo_rl_core.infra.host_memory import HostMemory
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
 from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 from nemo_rl_plugins_torch_engine.decoders import build_decoder
@@ -51,6 +52,8 @@ class TorchEngine(GenerationBackend):
         self._pending: dict[asyncio.AbstractEventLoop, list[Sequence]] = {}
         self._broken_weights: str | None = None
         self._sums = KeptSums()
+        self._host = HostMemory()
+        self._shares = self._asleep = False
 
     def setup(self, config: GenerationConfig, context: WorkerContext) -> None:
         """Load the model and start the engine's thread.
@@ -126,6 +129,7 @@ class TorchEngine(GenerationBackend):
         """
 
         def load() -> None:
+            self._host.reload()
             self._broken_weights = None if share else "was not finished"
             self._sums = sums = KeptSums()
             try:
@@ -134,7 +138,7 @@ class TorchEngine(GenerationBackend):
             except GenerationError as error:
                 self._broken_weights = None if share else f"failed: {error}"
                 raise
-            self._broken_weights = None
+            self._broken_weights, self._shares = None, share
             self._scheduler.counters["packed_bytes"] += self._scheduler.decoder.refresh()
             recompute = self._options.cache_after_refit == "recompute"
             with torch.inference_mode():
@@ -153,6 +157,8 @@ class TorchEngine(GenerationBackend):
 
     def fingerprint(self) -> str:
         """Digest of the weights the engine now samples from."""
+        if self._host.is_away:
+            self._running().call(self._restore_weights, what="Fingerprint", timeout_s=self._options.refit_timeout_s)
         return self._sums.fingerprint(named_weights(self._model))
 
     def metrics(self) -> Mapping[str, float]:
@@ -171,7 +177,7 @@ class TorchEngine(GenerationBackend):
         return taken
 
     def sleep(self) -> None:
-        """Give the cache's memory back; only while nothing is in flight.
+        """Give the cache's memory back, and that of weights which are not the trainer's; they wait on the host.
 
         Raises:
             GenerationError: Requests are in flight.
@@ -182,11 +188,24 @@ class TorchEngine(GenerationBackend):
                 raise GenerationError("The torch engine cannot sleep while requests are in flight.")
             self._scheduler.decoder.cache.release()
             self._sums = KeptSums()  # what others do with the memory meanwhile is not counted
+            self._asleep = True
+            if not self._shares:
+                self._host.offload(tensor for _, tensor in named_weights(self._model))
+            if self._scheduler.decoder.cache.device.type == "cuda":  # another process may share the device
+                torch.cuda.empty_cache()
 
         self._running().call(release, what="Sleep", timeout_s=self._options.refit_timeout_s)
 
     def wake(self) -> None:
-        """Nothing to do: the cache grows again with the next request."""
+        """Bring the weights back; the cache grows again with the next request."""
+        if self._asleep:
+            self._running().call(self._restore_weights, what="Wake", timeout_s=self._options.refit_timeout_s)
+            self._asleep = False
+
+    def _restore_weights(self) -> None:
+        if self._host.is_away:
+            self._host.reload()
+            self._scheduler.decoder.refresh()
 
     def shutdown(self) -> None:
         """Stop the thread; requests in flight fail. May be called twice."""
@@ -243,6 +262,8 @@ class TorchEngine(GenerationBackend):
 
     def _check(self, request: GenerationRequest) -> None:
         prompt, sampling = request.prompt_ids, request.sampling
+        if self._asleep:
+            raise self._refuse(request, "the engine sleeps", "Call wake() first.")
         if self._broken_weights is not None:
             raise self._refuse(request, f"the last weight update {self._broken_weights}", "Update the weights again.")
         if len(prompt) == 0:
