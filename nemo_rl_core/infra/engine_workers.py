@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import operator
 import random
 import threading
@@ -23,6 +22,7 @@ from attrs import evolve
 from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation, NemoRLError, WorkerDied
 from nemo_rl_core.infra.engine_link import EngineLink, PendingRequest
 from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
+from nemo_rl_core.infra.engine_restarts import EngineRestarts
 from nemo_rl_core.infra.engine_routes import EngineRoutes
 from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
 
@@ -33,12 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineWorkers"]
 
-logger = logging.getLogger(__name__)
-
 _LATE_S = 60.0
 """How late a refit may notice its own deadline."""
-_BETWEEN_STARTS_S = 1.0
-"""Before a start that failed is repeated: what the dead process held (a device's memory) may come free late."""
 
 Refit = Callable[["EngineWorkers"], None]
 
@@ -60,11 +56,9 @@ class EngineWorkers(GenerationBackend):
         self.links = list(links)
         self.timeout_s = timeout_s
         self.version = 0
-        self.num_restarts = 0
-        self._launch: Callable[[int], EngineLink] | None = None
-        self._max_restarts = 0
         self._seeds = random.Random(seed)
         self._changed = threading.Condition(threading.RLock())
+        self._restarts = EngineRestarts(None, 0, self._changed)
         self._queued: dict[asyncio.AbstractEventLoop, list[PendingRequest]] = {}
         self._stranded: list[PendingRequest] = []
         self._routes = EngineRoutes()
@@ -107,7 +101,6 @@ class EngineWorkers(GenerationBackend):
             Exception: What `launch` raised; engines that run already are ended.
         """
         made = cls([], seed=seed, timeout_s=timeout_s)
-        made._max_restarts = max_restarts
 
         def connect(index: int) -> EngineLink:
             name = role if num_workers == 1 else f"{role}-{index}"
@@ -124,7 +117,7 @@ class EngineWorkers(GenerationBackend):
                 group.shutdown()
                 raise
 
-        made._launch = connect
+        made._restarts = EngineRestarts(connect, max_restarts, made._changed)
         with concurrent.futures.ThreadPoolExecutor(max(1, num_workers)) as pool:
             started = [pool.submit(connect, index) for index in range(num_workers)]
         failed = [error for future in started if (error := future.exception()) is not None]
@@ -135,6 +128,11 @@ class EngineWorkers(GenerationBackend):
             made.shutdown()
             raise failed[0]
         return made
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines that were started again, or should have been."""
+        return self._restarts.num
 
     def setup(self, config: Any, context: Any) -> None:
         """Nothing: `start` has set the engines up."""
@@ -355,7 +353,7 @@ class EngineWorkers(GenerationBackend):
             return self._failure is not None or (self._replacing.issuperset(gone) if not of_all else not gone)
 
         with self._changed:
-            if self._launch is None:  # nobody starts one again
+            if self._restarts.launch is None:  # nobody starts one again
                 self._failure = self._failure or next((link.lost for link in self.links if link.lost is not None), None)
             back = self._changed.wait_for(lambda: settled() or self.waits_to_start, timeout_s)
             if self.waits_to_start and of_all:
@@ -406,13 +404,12 @@ class EngineWorkers(GenerationBackend):
             orphans, link.pending = list(link.pending.values()), {}
             for one in orphans:
                 one.link = None
-            if not self._may_restart():
+            if not self._restarts.is_left:
                 self._fail(reason, orphans)
                 return
-            self.num_restarts += 1
+            self._restarts.spend(reason, f"; {len(orphans)} requests in flight are sampled anew")
             self._replacing.add(link)
             self._send([one for one in orphans if not one.future.done()])
-        self._tell_of(reason, f"; {len(orphans)} requests in flight are sampled anew")
         try:
             fresh = self._start_again(index, link)
             if fresh is not None:
@@ -428,39 +425,14 @@ class EngineWorkers(GenerationBackend):
             lost = (link, self._lost_early.pop(link))
             threading.Thread(target=self._on_lost, args=lost, name=f"nemo-rl-{link.name}-lost", daemon=True).start()
 
-    def _may_restart(self) -> bool:
-        return self._launch is not None and self.num_restarts < self._max_restarts
-
-    def _tell_of(self, reason: BaseException, what_follows: str) -> None:
-        logger.warning(
-            "%s Starting it again (%d of %d)%s.", reason, self.num_restarts, self._max_restarts, what_follows
-        )
-
     def _start_again(self, index: int, link: EngineLink) -> EngineLink | None:
-        """A new engine in the place of a dead one; a start that fails counts as a restart and is repeated.
-
-        Returns:
-            Its link; None if nobody wants it any more.
-
-        Raises:
-            Exception: Of the start that failed, when no restart is left.
-        """
-        assert self._launch is not None
+        """A new engine in the place of a dead one; None if nobody wants it any more."""
         link.group.shutdown()
         if not self._until_awake():
             return None
-        while True:
-            try:
-                fresh = self._launch(index)
-                break
-            except Exception as error:
-                with self._changed:
-                    if self._changed.wait_for(lambda: self._closed, _BETWEEN_STARTS_S):
-                        return None
-                    if not self._may_restart():
-                        raise
-                    self.num_restarts += 1
-                self._tell_of(error, "")
+        fresh = self._restarts.start(index, is_wanted=lambda: not self._closed)
+        if fresh is None:
+            return None
         fresh.version = -1 if self._was_refitted else self.version  # it has the weights of its checkpoint
         with self._changed:
             self.links[index] = fresh
