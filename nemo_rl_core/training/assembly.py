@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,10 +27,17 @@ from nemo_rl_core.rollouts.process_pool import ProcessPool
 from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
 from nemo_rl_core.training.device_turns import DeviceTurns, make_turns
-from nemo_rl_core.training.engine_assembly import choose_weight_sync, engine_placement, start_engine
+from nemo_rl_core.training.engine_assembly import (
+    choose_weight_sync,
+    engine_placement,
+    may_share,
+    start_engine,
+    takes_updates_in_flight,
+)
 from nemo_rl_core.training.model_checks import check_models
 from nemo_rl_core.training.policy import InitialModel, Policy
 from nemo_rl_core.training.replay import RecordedRollouts, check_recorded
+from nemo_rl_core.training.resolver import Resolver, options_of
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.tokenizer import Tokenizer
@@ -103,59 +109,6 @@ class RunParts:
         self._stack.close()
 
 
-class _Resolver:
-    """Looks names up, remembering every component that the run uses (for the manifest)."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.plugins: Mapping[str, str] = config.plugins
-        self.used: list[ComponentRef] = []
-
-    def names(self, kind: str) -> Sequence[str]:
-        """Names of a kind; with `resolve` and `chosen`, what the data module asks of a registry."""
-        return get_registry().names(kind)
-
-    def resolve(self, kind: str, name: Any) -> ComponentRef:
-        """A candidate, not yet counted as used."""
-        return get_registry().resolve(kind, name, plugins=self.plugins)
-
-    def chosen(self, ref: ComponentRef) -> None:
-        """The candidate that the data is read with."""
-        self.used.append(ref)
-
-    def load(self, kind: str, name: Any) -> Any:
-        """The component itself; None takes the default of its kind."""
-        ref = self.resolve(kind, name)
-        self.used.append(ref)
-        return ref.load()
-
-    def build(self, kind: str, choice: ComponentChoice) -> Any:
-        """The component called with its options (the default of its config class if there are none)."""
-        return self.make(kind, self.load(kind, choice.name), choice.options)
-
-    def make(self, kind: str, component: Any, options: Any) -> Any:
-        """The component that was loaded last, called with its options if it takes any."""
-        with PluginCall(kind, self.used[-1], "__init__", "made"):
-            return component(_options(component, options)) if _takes_options(component) else component()
-
-
-def _takes_options(component: Any) -> bool:
-    """False for a class without options, which need not write a constructor."""
-    try:
-        inspect.signature(component).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # written in C
-        return True
-    return True
-
-
-def _options(component: Any, options: Any) -> Any:
-    config_class = getattr(component, "config_class", None)
-    if isinstance(options, Mapping) and config_class not in (None, dict):
-        return config_class(**options)
-    return options
-
-
 def sampling_params(config: RunConfig, **changes: Any) -> SamplingParams:
     """How the run samples, from `generation`."""
     generation = config.generation
@@ -191,7 +144,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
         )
     run_dir = os.path.abspath(run_dir)  # workers may have another working directory
     with ExitStack() as stack:
-        resolver = _Resolver(config)
+        resolver = Resolver(config)
         algorithm_class = resolver.load("algorithms", config.algorithm)
         feed = feed_of(algorithm_class, config) if training else "rollouts"
         recorded = inputs.recorded if training else None
@@ -232,7 +185,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
 
 
 def _add_policy(
-    parts: RunParts, algorithm_class: Any, launcher: Launcher, resolver: _Resolver, stack: ExitStack, run_dir: str
+    parts: RunParts, algorithm_class: Any, launcher: Launcher, resolver: Resolver, stack: ExitStack, run_dir: str
 ) -> None:
     config = parts.config
     context = AlgorithmContext(
@@ -269,7 +222,7 @@ def _is_initial_policy(parts: RunParts, name: str) -> bool:
     return not role.trained and role.config == parts.config.policy and parts.policy.has_initial_weights
 
 
-def _check_engine(config: RunConfig, launcher: Launcher, resolver: _Resolver) -> None:
+def _check_engine(config: RunConfig, launcher: Launcher, resolver: Resolver) -> None:
     """Find out before a model is loaded whether the run's engine can start and be refitted."""
     engine_class = resolver.resolve("generation_backends", config.generation.backend).load()
     check = getattr(engine_class, "check_installed", None)
@@ -282,18 +235,18 @@ def _add_engine(
     parts: RunParts,
     environment: EnvironmentFactory,
     launcher: Launcher,
-    resolver: _Resolver,
+    resolver: Resolver,
     stack: ExitStack,
     run_dir: str,
 ) -> None:
     config = parts.config
     engine_class = resolver.load("generation_backends", config.generation.backend)
-    parts.in_flight_updates = _in_flight_updates(config, engine_class)
+    parts.in_flight_updates = takes_updates_in_flight(config, engine_class)
     engine = resolver.used[-1]
     placement = engine_placement(config, engine_class, launcher)
     if parts.policy is not None:
         parts.weight_sync = resolver.build("weight_syncs", choose_weight_sync(config, placement))
-        parts.share_weights = placement.in_driver and _may_share(config, parts.policy, engine_class)
+        parts.share_weights = placement.in_driver and may_share(config, parts.policy, engine_class)
         parts.turns = make_turns(config, parts.models, parts.trained, engine_class, share_weights=parts.share_weights)
         parts.turns.sampling()  # an engine takes what memory there is when it starts
     parts.generation = start_engine(
@@ -302,7 +255,7 @@ def _add_engine(
         config=evolve(
             config.generation,
             model_name=config.generation.model_name and located(config.generation.model_name),
-            options=_options(engine_class, config.generation.options),
+            options=options_of(engine_class, config.generation.options),
         ),
         placement=placement,
         seed=config.seed,
@@ -353,10 +306,10 @@ def _check_capabilities(name: str, role: ModelRole, backend: Any, loss: Any) -> 
         )
 
 
-def _launcher(config: RunConfig, resolver: _Resolver) -> Launcher:
+def _launcher(config: RunConfig, resolver: Resolver) -> Launcher:
     launcher_class = resolver.load("launchers", config.cluster.launcher)
     with PluginCall("launchers", resolver.used[-1], "__init__", "made"):
-        launcher: Launcher = launcher_class(_options(launcher_class, config.cluster.options))
+        launcher: Launcher = launcher_class(options_of(launcher_class, config.cluster.options))
     with PluginCall("launchers", launcher, "setup"):
         launcher.setup(config.cluster)
     return launcher
@@ -367,7 +320,7 @@ def _config_of(role: ModelRole, config: RunConfig, backend: ComponentRef) -> Pol
     return evolve(
         role.config,
         model_name=located(role.config.model_name or str(config.policy.model_name)),
-        options=_options(backend.load(), role.config.options),
+        options=options_of(backend.load(), role.config.options),
         trained=role.trained,
     )
 
@@ -424,7 +377,7 @@ def _runner(
     return runner
 
 
-def _environment(config: RunConfig, inputs: RunInputs, resolver: _Resolver) -> EnvironmentFactory:
+def _environment(config: RunConfig, inputs: RunInputs, resolver: Resolver) -> EnvironmentFactory:
     """The episode factory: an environment, or a reward function wrapped as one."""
     given = [
         name
@@ -450,11 +403,11 @@ def _environment(config: RunConfig, inputs: RunInputs, resolver: _Resolver) -> E
         return _factory(inputs.environment, config.environment.options)
     if config.environment.name is not None:
         component = resolver.load("environments", config.environment.name)
-        return _factory(component, _options(component, config.environment.options))
+        return _factory(component, options_of(component, config.environment.options))
     return reward_environment(_reward(config.reward, resolver))
 
 
-def _reward(choice: ComponentChoice, resolver: _Resolver) -> Reward:
+def _reward(choice: ComponentChoice, resolver: Resolver) -> Reward:
     """The reward of the configuration: a class is made with its options, a function has them as preset arguments."""
     component: Any = resolver.load("rewards", choice.name)
     if isinstance(component, type):
@@ -468,35 +421,7 @@ def _factory(component: Any, options: Any) -> EnvironmentFactory:
     if not isinstance(component, type):
         factory: EnvironmentFactory = component
         return factory
-    return partial(component, _options(component, options))
-
-
-def _may_share(config: RunConfig, policy: Policy, engine: Any) -> bool:
-    """Whether the engine may sample from the trainer's own tensors."""
-    backend = policy.group.local
-    return (
-        backend is not None
-        and config.rollouts.staleness == 0
-        and config.generation.precision in (None, config.policy.precision)
-        and "share_weights" in backend.capabilities
-        and "share_weights" in engine.capabilities
-    )
-
-
-def _in_flight_updates(config: RunConfig, engine: Any) -> bool:
-    """Whether new weights are loaded under the requests in flight: as configured, or if the engine can.
-
-    Raises:
-        ConfigError: It is configured, and the engine cannot.
-    """
-    can = "in_flight_updates" in engine.capabilities
-    if config.rollouts.weight_updates == "in_flight" and not can:
-        raise ConfigError(
-            f"rollouts.weight_updates is in_flight, but the generation backend {engine.__name__} cannot take new "
-            "weights while it samples (it has not the capability 'in_flight_updates'). Set it to between, or choose "
-            "another backend."
-        )
-    return can and config.rollouts.weight_updates != "between"
+    return partial(component, options_of(component, options))
 
 
 def _check_staleness(config: RunConfig, algorithm: Any) -> None:

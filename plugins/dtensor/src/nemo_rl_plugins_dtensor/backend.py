@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_rl_core.config import Mistake, mistake
 from nemo_rl_core.data.batch import BatchedDataDict
@@ -31,14 +31,14 @@ from nemo_rl_core.training.schedule import make_scheduler
 from nemo_rl_core.training.step_metrics import StepMetrics
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
 from nemo_rl_plugins_dtensor.lora import Adapters
-from nemo_rl_plugins_dtensor.network import PolicyNetwork
+from nemo_rl_plugins_dtensor.network import PolicyNetwork, switch_off_dropout
 from nemo_rl_plugins_dtensor.optimizer import (
     MasterWeights,
     local_optimizer_state,
     make_optimizer,
     optimizer_state,
 )
-from nemo_rl_plugins_dtensor.parallel import Mesh, OneProcess, local_part, undivided_heads
+from nemo_rl_plugins_dtensor.parallel import join, local_part, undivided_heads
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.schema import PolicyConfig
@@ -93,7 +93,7 @@ class DTensorBackend(TrainingBackend):
         self.config = config
         self.options = config.options if isinstance(config.options, DTensorConfig) else DTensorConfig(**config.options)
         self.device = torch.device(context.device)
-        self.ranks = _join(config, context, self.device)
+        self.ranks = join(config, context, self.device)
         bfloat16 = config.precision == "bfloat16"
         keeps_masters = bfloat16 and self.options.master_weights and config.trained
         # Weights that are not trained need no float32 master.
@@ -101,7 +101,7 @@ class DTensorBackend(TrainingBackend):
         lora = self.options.lora if config.trained else None
         dtype = torch.bfloat16 if bfloat16 and (not keeps_masters or lora) else torch.float32
         model = load_model(config.model_name, dtype=dtype, seed=context.seed, head=config.head)
-        _switch_off_dropout(model)
+        switch_off_dropout(model)
         if not config.trained:
             model.requires_grad_(False)
         self.role = context.role
@@ -485,24 +485,3 @@ class DTensorBackend(TrainingBackend):
         self._closed = True
         self.ranks.close()
         del self.network, self.optimizer, self.scheduler, self.weights, self.parameters, self.masters, self.adapters
-
-
-def _join(config: PolicyConfig, context: WorkerContext, device: torch.device) -> OneProcess:
-    """This process's place among the ranks."""
-    if context.world_size > 1:
-        return Mesh(device, context, tensor_parallel_size=config.tensor_parallel_size)
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"policy.tensor_parallel_size is {config.tensor_parallel_size}, but policy.num_workers is 1. Set "
-            f"policy.num_workers: {config.tensor_parallel_size} (or a multiple)."
-        )
-    return OneProcess(device)
-
-
-def _switch_off_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)

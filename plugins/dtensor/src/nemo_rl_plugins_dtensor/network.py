@@ -28,7 +28,7 @@ from nemo_rl_core.models.vocabulary_head import (
 from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME
 from nemo_rl_plugins_dtensor.prefix import share_prefixes
 
-__all__ = ["PolicyNetwork", "Row"]
+__all__ = ["PolicyNetwork", "Row", "switch_off_dropout"]
 
 _log = logging.getLogger(__name__)
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -364,3 +364,13 @@ def _windows_missing(config: Any, layer_types: list[str], recorded: list[int | N
         expected = len(recorded)
     told = sum(window is not None for window in recorded)
     return "" if told >= expected else f"{expected} of its layers have a sliding window, but only {told} say so"
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Logprobs of training must be those of sampling."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -28,10 +28,11 @@ from torch.distributed.tensor.parallel import (
 from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_plugins_dtensor.network import PolicyNetwork
 
-__all__ = ["Mesh", "OneProcess", "local_part", "mesh_groups", "tensor_plan", "undivided_heads"]
+__all__ = ["Mesh", "OneProcess", "join", "local_part", "mesh_groups", "tensor_plan", "undivided_heads"]
 
 _STYLES: dict[str, Any] = {
     "colwise": ColwiseParallel,
@@ -273,3 +274,15 @@ def mesh_groups(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         key = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault(key, []).append(parameter)
     return list(groups.values())
+
+
+def join(config: PolicyConfig, context: WorkerContext, device: torch.device) -> OneProcess:
+    """This process's place among the ranks."""
+    if context.world_size > 1:
+        return Mesh(device, context, tensor_parallel_size=config.tensor_parallel_size)
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"policy.tensor_parallel_size is {config.tensor_parallel_size}, but policy.num_workers is 1. Set "
+            f"policy.num_workers: {config.tensor_parallel_size} (or a multiple)."
+        )
+    return OneProcess(device)
