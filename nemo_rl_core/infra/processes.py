@@ -136,7 +136,7 @@ class ProcessGroup:
         """Call `method` sharded over some axes, replicated over the others; one result for each shard; as `call`."""
         found = dispatch(axes, over, num_ranks=self.size, num_shards=len(shards), what=f"{self.role} {method}")
         kinds = ["call" if rank in found.heads else "run" for rank in range(self.size)]
-        with self._turn:
+        with self._taking_turns(method, timeout_s):
             self._tell([(k, method, shards[s], {}) for k, s in zip(kinds, found.shards, strict=True)])
             results = self._collect(method, timeout_s)
         return [results[rank] for rank in found.heads]

@@ -109,7 +109,7 @@ class RayWorkerGroup:
         shard (a loss): that is pickled and stored once.
         """
         found = dispatch(axes, over, num_ranks=self.size, num_shards=len(shards), what=f"{self.role} {method}")
-        self._check_alive()
+        self._check_not_ended()
         shared = {i: column[0] for i, column in enumerate(zip(*shards, strict=True)) if _is_one(column)}
         stored = self._put(shared) if shared else None
         own = [self._put((tuple(a for i, a in enumerate(args) if i not in shared), {})) for args in shards]
