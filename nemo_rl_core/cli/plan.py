@@ -11,6 +11,8 @@ import typer
 from nemo_rl_core.cli.train import ConfigFile, Json, Overrides
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from nemo_rl_core.config.schema import RunConfig
     from nemo_rl_core.testing.simulation.memory import MemoryEstimate
     from nemo_rl_core.testing.simulation.plan import PlannedRun
@@ -24,7 +26,7 @@ def plan(
     overrides: Overrides = None,
     rates_from: Annotated[Path | None, typer.Option(help="Folder of a run that measured the rates.")] = None,
     engines: Annotated[
-        int | None, typer.Option(min=1, help="Generation engines; by default cluster.roles.generation, or 1.")
+        int | None, typer.Option(min=1, help="Generation engines; by default those that the run would start.")
     ] = None,
     staleness: Annotated[
         list[int] | None, typer.Option(min=0, help="rollouts.staleness to compare; may be given several times.")
@@ -46,6 +48,9 @@ def plan(
     prompt_tokens: Annotated[float | None, typer.Option(help="Mean tokens of a prompt.")] = None,
     environment_s: Annotated[float | None, typer.Option(help="Seconds of one answer of the environment.")] = None,
     refit_s: Annotated[float | None, typer.Option(help="Seconds of one weight update.")] = None,
+    device_memory_gib: Annotated[
+        float | None, typer.Option(min=0.0, help="Memory of one device, to compare with what is needed.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Steps to simulate.")] = 12,
     as_json: Json = False,
 ) -> None:
@@ -78,24 +83,22 @@ def plan(
         raise ConfigError(f"algorithm: {loaded.algorithm} is trained on rows and samples nothing; there is no plan.")
     measured = {} if rates_from is None else rates_from_run(rates_from)
     rates = Rates(**{**measured, **{name: value for name, value in given.items() if value is not None}})
-    num_engines = engines or loaded.cluster.roles.get("generation", 1)
     planned = [
         plan_run(
             evolve(loaded, rollouts=evolve(loaded.rollouts, staleness=bound)),
             rates,
-            num_engines=num_engines,
+            num_engines=engines,
             num_steps=steps,
             seed=loaded.seed,
         )
         for bound in staleness or [loaded.rollouts.staleness]
     ]
-    memory = estimate_memory(loaded, engine_batch=rates.engine_batch)
+    memory = estimate_memory(loaded, rates, planned[0].engines)
     if as_json:
         runs = [_as_dict(run) for run in planned]
-        sizes = {**asdict(memory), "trainer": memory.trainer, "engine": memory.engine, "device": memory.device}
-        typer.echo(json.dumps({"rates": asdict(rates), "runs": runs, "memory_bytes": sizes}))
+        typer.echo(json.dumps({"rates": asdict(rates), "runs": runs, "memory_bytes": memory.as_dict()}))
         return
-    _print(loaded, rates, planned, memory)
+    _print(loaded, rates, planned, memory, device_memory_gib)
 
 
 def _samples(config: RunConfig) -> bool:
@@ -111,7 +114,9 @@ def _as_dict(run: PlannedRun) -> dict[str, Any]:
     result = run.result
     return {
         "staleness": run.staleness,
-        "num_engines": run.num_engines,
+        "num_engines": run.engines.num_engines,
+        "devices_per_engine": run.engines.devices_per_engine,
+        "shares_devices": run.engines.shares_devices,
         "num_trainers": run.num_trainers,
         "step_s": result.step_s,
         "generation_s": run.generation_s,
@@ -126,19 +131,27 @@ def _as_dict(run: PlannedRun) -> dict[str, Any]:
     }
 
 
-def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: MemoryEstimate) -> None:
+def _print(
+    config: RunConfig,
+    rates: Rates,
+    planned: list[PlannedRun],
+    memory: MemoryEstimate,
+    device_memory_gib: float | None,
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     first = planned[0]
     console.print(
-        f"{config.num_items_per_step} prompts x {config.group_size} rollouts a step; {first.num_engines} engines, "
-        f"{first.num_trainers} training workers",
+        f"{config.num_items_per_step} prompts x {config.group_size} rollouts a step; "
+        f"{_engines(first)}, {first.num_trainers} training workers"
+        f"{' on the same devices' if first.engines.shares_devices else ''}",
         highlight=False,
     )
     table = Table(
-        "staleness", "step", "bound", "of\nbound", "trainer\nidle", "engine\nidle", "tokens/s", "age\nmean", "age\nmax"
+        *("stale-\nness", "step", "bound", "of\nbound", "trainer\nidle", "engine\nidle", "tokens\n/s"),
+        *("age\nmean", "age\nmax"),
     )
     for run in planned:
         found = run.result
@@ -154,17 +167,41 @@ def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: M
             f"{found.age_max:.0f}",
         )
     console.print(table)
-    table = Table("memory of one device", "weights", "beside them", "in all")
-    sizes = (memory.trainer_weights, memory.trainer_activations, memory.trainer)
-    table.add_row("training worker (gradients, optimizer; activations)", *map(_size, sizes))
+    console.print(_memory_table(memory))
+    for hint in (*_hints(config, rates, first), *_memory_hints(memory, device_memory_gib)):
+        console.print(f"- {hint}", highlight=False)
+
+
+def _memory_table(memory: MemoryEstimate) -> Table:
+    from rich.table import Table
+
+    table = Table("memory of one device", "held", "computing", "in all")
+    for name, model in memory.models.items():
+        kind = "weights, gradients, optimizer" if model.trained else "weights"
+        table.add_row(
+            f"worker of {name} ({kind}; activations)", *map(_size, (model.held, model.computing, model.total))
+        )
     sizes = (memory.engine_weights, memory.engine_cache, memory.engine)
-    table.add_row(f"engine (keys and values of {rates.engine_batch} sequences)", *map(_size, sizes))
+    table.add_row("engine (weights; keys and values)", *map(_size, sizes))
     if memory.sharing != "apart":
         how = "in turn" if memory.sharing == "in_turn" else "together"
-        table.add_row(f"trainer and engine on one device, {how}", "", "", _size(memory.device))
-    console.print(table)
-    for hint in _hints(config, rates, first):
-        console.print(f"- {hint}", highlight=False)
+        table.add_row(f"all of them on one device, {how}", "", "", _size(memory.device))
+    return table
+
+
+def _memory_hints(memory: MemoryEstimate, device_memory_gib: float | None) -> list[str]:
+    longest = _size(memory.engine_cache_longest)
+    hints = [*memory.notes, f"Keys and values take {longest} if every sequence of an engine is at its longest."]
+    if device_memory_gib is not None:
+        needed, given = memory.device / 2**30, device_memory_gib
+        fits = "fits" if needed <= given else "does not fit"
+        hints.append(f"The fullest device needs {needed:.1f} GiB, which {fits} in {given:g} GiB.")
+    return hints
+
+
+def _engines(run: PlannedRun) -> str:
+    number, devices = run.engines.num_engines, run.engines.devices_per_engine
+    return f"{number} engine{'s' * (number > 1)}" + (f" of {devices} devices" if devices > 1 else "")
 
 
 def _size(num_bytes: float) -> str:
@@ -174,12 +211,17 @@ def _size(num_bytes: float) -> str:
 def _hints(config: RunConfig, rates: Rates, run: PlannedRun) -> list[str]:
     """What stands in the way."""
     hints = []
-    places = run.num_engines * rates.engine_batch
+    places = run.engines.num_engines * rates.engine_batch
     rollouts = config.num_items_per_step * config.group_size
     if config.rollouts.max_in_flight < min(places, rollouts):
         hints.append(
             f"rollouts.max_in_flight={config.rollouts.max_in_flight} leaves places of the engines empty: they have "
             f"{places}, and a step has {rollouts} rollouts."
+        )
+    if run.result.failed > 0:
+        hints.append(
+            f"{run.result.failed:.1%} of the rollouts pass rollouts.generation_timeout_s="
+            f"{config.rollouts.generation_timeout_s:g} and are lost."
         )
     if run.generation_s > 1.25 * run.training_s:
         hints.append(f"Generation is the slower side by {run.generation_s / run.training_s:.1f}x: add engines.")

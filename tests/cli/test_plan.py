@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -20,6 +21,7 @@ loss: {name: clipped_pg, options: {correction: tis, correction_max: 2.0}}
 """
 RATES = ["--engine-tokens-per-s", "100", "--trainer-tokens-per-s", "50", "--response-tokens", "100"]
 EXACT = [*RATES, "--response-spread", "0", "--engine-batch", "8"]
+APART = ["cluster.colocated=false", "cluster.roles={policy: 2, generation: 1}"]
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def config(tmp_path, monkeypatch):
 
 
 def test_steps_by_hand(config, capsys):
-    assert main(["plan", config, *EXACT, "--staleness", "0", "--staleness", "1", "--json"]) == 0
+    assert main(["plan", config, *APART, *EXACT, "--staleness", "0", "--staleness", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     synchronous, asynchronous = found["runs"]
     # 8 responses of 100 tokens: 8 s on one engine of 100/s, 8 s on two trainers of 50/s
@@ -40,6 +42,34 @@ def test_steps_by_hand(config, capsys):
     assert asynchronous["trainer_idle"] == pytest.approx(0) and asynchronous["engine_idle"] == pytest.approx(0)
     assert (asynchronous["bound_s"], asynchronous["efficiency"]) == (pytest.approx(8), pytest.approx(1))
     assert asynchronous["age_max"] == 1
+    assert main(["plan", config, *EXACT, "--staleness", "1", "--json"]) == 0
+    (shared,) = json.loads(capsys.readouterr().out)["runs"]  # on the same devices nothing overlaps
+    assert (shared["step_s"], shared["bound_s"]) == (pytest.approx(16), pytest.approx(16))
+
+
+def test_engines_are_those_of_the_run(config, capsys):
+    tensor = ["generation.backend=vllm", "generation.options.tensor_parallel_size=2", "cluster.launcher=ray"]
+    roles = ["cluster.colocated=false", "cluster.roles={policy: 2, generation: 8}"]
+    for settings, expected in (
+        (roles, (8, 1, False)),
+        ([*roles, *tensor], (4, 2, False)),
+        ([*tensor, "generation.num_workers=3"], (3, 2, True)),
+        (tensor, (1, 2, True)),
+    ):
+        assert main(["plan", config, *settings, *EXACT, "--json"]) == 0
+        (run,) = json.loads(capsys.readouterr().out)["runs"]
+        assert (run["num_engines"], run["devices_per_engine"], run["shares_devices"]) == expected
+
+
+def test_waiting_for_requests_before_new_weights_costs_time(config, capsys):
+    """With long tails a refit between requests leaves the engine's places empty."""
+    spread = [*APART, *RATES, "--response-spread", "1", "--engine-batch", "8", "--sequence-tokens-per-s", "15"]
+    steps = {}
+    for how in ("in_flight", "between"):
+        settings = [f"rollouts.weight_updates={how}", "generation.backend=vllm", "rollouts.staleness=2"]
+        assert main(["plan", config, *settings, *spread, "rollouts.order=ready_first", "--json"]) == 0
+        steps[how] = json.loads(capsys.readouterr().out)["runs"][0]["step_s"]
+    assert steps["between"] > 1.1 * steps["in_flight"]
 
 
 def test_memory_by_hand(config, capsys):
@@ -60,17 +90,37 @@ def test_memory_by_hand(config, capsys):
     for staleness in (["cluster.offload=never"], ["rollouts.staleness=1", "loss.options.correction=tis"]):
         assert main(["plan", config, *staleness, *EXACT, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["memory_bytes"]["device"] == trainer + engine
-    apart = ["cluster.colocated=false", "cluster.roles={policy: 2, generation: 1}"]
-    assert main(["plan", config, *apart, *EXACT, "--json"]) == 0
+    assert main(["plan", config, *APART, *EXACT, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory_bytes"]["device"] == max(trainer, engine)
-    assert memory["engine_cache"] == 8 * 1024 * 2 * shape.num_hidden_layers * heads * 4
+    token = 2 * shape.num_hidden_layers * heads * 4
+    assert memory["engine_cache_longest"] == 8 * 1024 * token
+    assert memory["engine_cache"] == 8 * 50 * token  # responses of 100 tokens, on average half of it there
+
+
+def test_memory_counts_every_model_and_divides_engines(config, capsys):
+    """bfloat16 with float32 masters: 16 bytes a parameter over two workers, and a reference of 2."""
+    kl = ["policy.precision=bfloat16", "loss.options.reference_kl_beta=0.1", *APART]
+    tensor = ["generation.backend=vllm", "generation.options.tensor_parallel_size=2"]
+    kl[-1] = "cluster.roles={policy: 2, reference: 2, generation: 2}"
+    assert main(["plan", config, *kl, *tensor, *EXACT, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory_bytes"]
+    count = memory["num_parameters"]
+    policy, reference = memory["models"]["policy"], memory["models"]["reference"]
+    assert policy["weights"] + policy["gradients"] + policy["optimizer"] == count * 16 / 2
+    assert (reference["weights"], reference["gradients"], reference["optimizer"]) == (count, 0, 0)
+    assert memory["engine_weights"] == count * 2 / 2
+    lora = [*kl, "policy.options={lora: {rank: 8}}"]
+    assert main(["plan", config, *lora, *EXACT, "--device-memory-gib", "0.001"]) == 0
+    out = capsys.readouterr().out
+    assert "worker of reference" not in out  # it is the policy without its adapters
+    assert "which does not fit in 0.001 GiB" in out.replace("\n", " ")
 
 
 def test_the_table_says_what_stands_in_the_way(config, capsys):
     few = ["rollouts.max_in_flight=4", *EXACT[:2], "--trainer-tokens-per-s", "10", *EXACT[4:]]
     assert main(["plan", config, *few]) == 0
     out = capsys.readouterr().out
-    assert "4 prompts x 2 rollouts a step; 1 engines, 2 training workers" in out
+    assert "4 prompts x 2 rollouts a step; 1 engine, 2 training workers on the same devices" in out
     assert "rollouts.max_in_flight=4 leaves places of the engines empty" in out
     assert "Training is the slower side by 5.0x" in out
 
@@ -105,6 +155,47 @@ def test_rates_of_a_run(tmp_path, config, capsys):
     assert main(["plan", config, "--rates-from", str(tmp_path), "--engine-tokens-per-s", "400", "--json"]) == 0
     used = json.loads(capsys.readouterr().out)["rates"]
     assert (used["engine_tokens_per_s"], used["response_tokens"]) == (400, 100)
+
+
+def test_rates_of_several_engines_turns_and_refused_groups(tmp_path, config, capsys):
+    refusing = {"rollouts/num_groups": 4.0, "rollouts/discarded_groups": 2.0}
+    changes = {"generation/engines": 4.0, "rollouts/turns_mean": 2.5, "rollouts/num": 8.0, **refusing}
+    write_metrics(tmp_path, **changes)
+    rates = rates_from_run(tmp_path)
+    assert rates["engine_tokens_per_s"] == pytest.approx(800 / 8 / 4)  # each of four
+    assert (rates["turns"], rates["response_tokens"], rates["refused_groups"]) == (2.5, 40, 0.5)
+    assert rates["prompt_tokens"] == pytest.approx(1200 / 4 - 100)  # the batch holds half of the rollouts
+    exact = ["--rates-from", str(tmp_path), "--response-spread", "0", "num_prompts_per_step=64", "--json"]
+    assert main(["plan", config, *exact]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    sampled = run["tokens_per_s"] * run["step_s"]
+    assert sampled == pytest.approx(2 * 64 * 2 * 100, rel=0.15)  # twice the groups, 2.5 turns of 40 tokens
+
+
+def test_slow_rates_end_and_name_the_deadline(config, capsys):
+    slow = [*APART, "--engine-tokens-per-s", "100", "--response-tokens", "100", "--response-spread", "0"]
+    assert main(["plan", config, *slow, "--trainer-tokens-per-s", "0.00001", "--json"]) == 0  # years of virtual time
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["step_s"] == pytest.approx(800 / 0.00002 + 8)
+    for options, message in (
+        (["--engine-tokens-per-s", "0.1"], "takes 1000 s even alone at 0.1 tokens/s, and rollouts.generation_timeout"),
+        (["--engine-tokens-per-s", "1"], "a turn takes about 800 s where the engines are full"),
+        (["--response-tokens", "100000"], "a turn is cut at generation.max_new_tokens 512"),
+        (["--environment-s", "500"], "rollouts.environment_timeout_s 120 ends every answer before"),
+    ):
+        assert main(["plan", config, *EXACT, *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_simulation_that_was_stopped_is_no_result(config, monkeypatch, capsys):
+    from nemo_rl_core.testing.simulation.parts import SimulatedPolicy
+
+    step = SimulatedPolicy.train_step
+    monkeypatch.setattr(
+        SimulatedPolicy, "train_step", lambda *args: (signal.raise_signal(signal.SIGINT), step(*args))[1]
+    )
+    assert main(["plan", config, *EXACT]) == 130
+    assert "bound" not in capsys.readouterr().out
 
 
 def test_mistakes_say_what_to_do(config, tmp_path, capsys):

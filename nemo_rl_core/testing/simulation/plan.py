@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from attrs import evolve, frozen
 
 from nemo_rl_core.config.schema import RunConfig
-from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.errors import ConfigError, EnvironmentFailure
+from nemo_rl_core.testing.simulation.placement import PlannedEngines, planned_engines
 from nemo_rl_core.testing.simulation.rates import Rates
 from nemo_rl_core.testing.simulation.run import SimulationResult, simulate
-from nemo_rl_core.testing.simulation.spec import EngineSpec, ResponseLengths, SimulatedCluster
+from nemo_rl_core.testing.simulation.spec import EngineSpec, Faults, ResponseLengths, SimulatedCluster
 
 __all__ = ["PlannedRun", "plan_run"]
 
@@ -24,7 +27,7 @@ class PlannedRun:
     """One configuration, simulated."""
 
     staleness: int
-    num_engines: int
+    engines: PlannedEngines
     num_trainers: int
     generation_s: float
     """Of a step's rollouts, were every engine's batch full all the time."""
@@ -34,8 +37,9 @@ class PlannedRun:
 
     @property
     def bound_s(self) -> float:
-        """No step can be shorter: the slower side, or with a staleness of 0 both in turn."""
-        return self.generation_s + self.training_s if self.staleness == 0 else max(self.generation_s, self.training_s)
+        """No step can be shorter: the slower side, or both in turn, with a staleness of 0 or on the same devices."""
+        in_turn = self.staleness == 0 or self.engines.shares_devices
+        return self.generation_s + self.training_s if in_turn else max(self.generation_s, self.training_s)
 
     @property
     def efficiency(self) -> float:
@@ -44,14 +48,14 @@ class PlannedRun:
 
 
 def plan_run(
-    config: RunConfig, rates: Rates, *, num_engines: int = 1, num_steps: int = 12, seed: int = 0
+    config: RunConfig, rates: Rates, *, num_engines: int | None = None, num_steps: int = 12, seed: int = 0
 ) -> PlannedRun:
     """Simulate a configuration.
 
     Args:
         config: Finalized; its batch sizes, group size, workers and `rollouts` are taken.
         rates: Speeds of the parts.
-        num_engines: Generation engines.
+        num_engines: Generation engines in place of those of the configuration.
         num_steps: Steps to simulate; the first half is left to warm up.
         seed: Of the response lengths.
 
@@ -64,19 +68,21 @@ def plan_run(
             f"A plan needs {', '.join(missing)}. Give them, or name a run that measured them: --rates-from RUN_DIR."
         )
     assert rates.engine_tokens_per_s and rates.trainer_tokens_per_s and rates.response_tokens
-    workers = config.policy.num_workers
+    workers, engines = config.policy.num_workers, planned_engines(config, num_engines)
     longest = config.generation.max_new_tokens or config.policy.max_sequence_length
     cluster = SimulatedCluster(
         num_steps=max(num_steps, 2 * config.rollouts.staleness + 4),
         num_prompts=config.num_items_per_step,
         group_size=config.group_size,
-        num_turns=rates.turns,
-        rollouts=evolve(config.rollouts, max_turns=max(config.rollouts.max_turns, rates.turns)),
+        mean_turns=rates.turns,
+        rollouts=evolve(config.rollouts, max_turns=max(config.rollouts.max_turns, math.ceil(rates.turns))),
+        faults=Faults(refused=rates.refused_groups),
         engine=EngineSpec(
-            num_engines=num_engines,
+            num_engines=engines.num_engines,
             max_batch=rates.engine_batch,
             tokens_per_s=rates.engine_tokens_per_s,
             sequence_tokens_per_s=rates.sequence_tokens_per_s or float("inf"),
+            in_flight_updates=engines.in_flight_updates,
         ),
         lengths=ResponseLengths(mean=rates.response_tokens, spread=rates.response_spread, longest=longest),
         prompt_tokens=round(rates.prompt_tokens),
@@ -84,17 +90,60 @@ def plan_run(
         step_s=rates.overhead_s,
         train_tokens_per_s=rates.trainer_tokens_per_s * workers,
         refit_s=rates.refit_s,
+        shared_devices=engines.shares_devices,
     )
-    result = simulate(cluster, seed)
-    rollouts = cluster.num_prompts * cluster.group_size
+    _check_deadlines(config, rates, longest)
+    try:
+        result = simulate(cluster, seed)
+    except EnvironmentFailure as error:
+        raise ConfigError(
+            f"Most rollouts of the simulation pass a deadline: at these rates a turn takes about "
+            f"{_turn_s(cluster):.4g} s where the engines are full, and rollouts.generation_timeout_s is "
+            f"{config.rollouts.generation_timeout_s:g}. Give more engines, a lower rollouts.max_in_flight or a longer "
+            f"deadline, or look whether the rates are right ({error})."
+        ) from error
     sampled = result.tokens_per_s * result.step_s
     return PlannedRun(
         staleness=config.rollouts.staleness,
-        num_engines=num_engines,
+        engines=engines,
         num_trainers=workers,
-        generation_s=sampled / (num_engines * rates.engine_tokens_per_s),
-        training_s=(sampled + rollouts * cluster.prompt_tokens) / cluster.train_tokens_per_s
-        + rates.refit_s
-        + rates.overhead_s,
+        generation_s=sampled / (engines.num_engines * rates.engine_tokens_per_s),
+        training_s=result.trained_tokens / cluster.train_tokens_per_s + rates.refit_s + rates.overhead_s,
         result=result,
     )
+
+
+def _turn_s(cluster: SimulatedCluster) -> float:
+    """Seconds of one turn of mean length, its wait for a place included, with as many beside it as there can be."""
+    rollouts = cluster.num_prompts * cluster.group_size * (1 + cluster.rollouts.staleness)
+    each = -(-min(rollouts, cluster.rollouts.max_in_flight) // cluster.engine.num_engines)
+    fastest = cluster.lengths.mean / cluster.engine.sequence_tokens_per_s
+    return max(cluster.lengths.mean * each / cluster.engine.tokens_per_s, fastest)
+
+
+def _check_deadlines(config: RunConfig, rates: Rates, longest: int) -> None:
+    """Refuse what no response or answer can keep to.
+
+    Raises:
+        ConfigError: Names the rate and the setting.
+    """
+    assert rates.engine_tokens_per_s and rates.response_tokens
+    if rates.response_tokens > longest:
+        raise ConfigError(
+            f"--response-tokens is {rates.response_tokens:g}, but a turn is cut at generation.max_new_tokens "
+            f"{longest}. Raise that, or give the mean of the responses as they are cut."
+        )
+    limit = config.rollouts.environment_timeout_s
+    if rates.environment_s >= limit:
+        raise ConfigError(
+            f"--environment-s is {rates.environment_s:g}, and rollouts.environment_timeout_s {limit:g} ends every "
+            "answer before. Set it higher."
+        )
+    speed = min(rates.engine_tokens_per_s, rates.sequence_tokens_per_s or math.inf)
+    limit = config.rollouts.generation_timeout_s
+    if rates.response_tokens / speed >= limit:
+        raise ConfigError(
+            f"A response of {rates.response_tokens:g} tokens takes {rates.response_tokens / speed:.4g} s even alone at "
+            f"{speed:g} tokens/s, and rollouts.generation_timeout_s is {limit:g}. Set it higher, or look whether the "
+            "rates are right."
+        )

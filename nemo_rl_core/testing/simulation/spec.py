@@ -78,6 +78,8 @@ class SimulatedCluster:
     group_size: int = 2
     num_turns: int = 1
     """Turns of an episode at most; each ends it with equal probability."""
+    mean_turns: float | None = None
+    """In place of `num_turns`: each episode has this many, rounded up or down so that it is their mean."""
     rollouts: RolloutConfig = Factory(RolloutConfig)
     """As in the configuration of a run: staleness, order, deadlines, ..."""
     engine: EngineSpec = Factory(EngineSpec)
@@ -92,6 +94,8 @@ class SimulatedCluster:
     """Prompt and response tokens that all trainers together take per second."""
     refit_s: float = 0.0
     """Weights from trainer to engines."""
+    shared_devices: bool = False
+    """The engines stand still while the trainer computes or refits them."""
     jitter: float = 0.0
     """Times of training, refit and environment vary by this share."""
     checkpoint_every: int = 0
