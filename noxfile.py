@@ -27,7 +27,7 @@ PACKAGES = [
 TORCH_VERSION = next(
     line.removeprefix("torch==") for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")
 )
-# Two test processes share the machine; more torch threads than cores only make them wait.
+# Test processes share the cores, and more torch threads only make them wait; Ray leaves a core idle half of the time.
 TEST_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 VLLM_TESTS = ["nemo_rl_plugins_vllm/tests", "tests/end_to_end/test_vllm_run.py"]
 VLLM_BENCHMARK = "vllm_overhead"
@@ -132,7 +132,7 @@ def tests(session: nox.Session) -> None:
     check_types(session)
     build_docs(session)
     session.run("coverage", "erase")
-    session.run("pytest", "-n", "2", "--dist", "loadgroup", "--cov", "--cov-report=term", env=TEST_ENV)
+    session.run("pytest", "-n", "3", "--dist", "loadgroup", "--cov", "--cov-report=term", env=TEST_ENV)
 
 
 @nox.session

@@ -123,7 +123,7 @@ def estimate_memory(config: RunConfig, rates: Rates, engines: PlannedEngines) ->
     model = _empty(policy)
     models = {"policy": _estimate(policy, model, config)}
     try:
-        for name, role in _othermodel_roles(config).items():
+        for name, role in _other_roles(config).items():
             if role != evolve(policy, trained=False) or not models["policy"].memory.has_initial_weights:
                 models[name] = _estimate(role, _empty(role), config)
     except NemoRLError as error:  # such as no tokenizer at hand
@@ -142,7 +142,7 @@ def estimate_memory(config: RunConfig, rates: Rates, engines: PlannedEngines) ->
     )
 
 
-def _othermodel_roles(config: RunConfig) -> dict[str, PolicyConfig]:
+def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
     """The algorithm's models beside the policy."""
     from nemo_rl_core.models import load_tokenizer
 
