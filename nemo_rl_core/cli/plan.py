@@ -24,7 +24,7 @@ def plan(
     overrides: Overrides = None,
     rates_from: Annotated[Path | None, typer.Option(help="Folder of a run that measured the rates.")] = None,
     engines: Annotated[
-        int | None, typer.Option(min=1, help="Generation engines; by default cluster.roles.generation, or 1.")
+        int | None, typer.Option(min=1, help="Generation engines; by default those that the run would start.")
     ] = None,
     staleness: Annotated[
         list[int] | None, typer.Option(min=0, help="rollouts.staleness to compare; may be given several times.")
@@ -78,18 +78,19 @@ def plan(
         raise ConfigError(f"algorithm: {loaded.algorithm} is trained on rows and samples nothing; there is no plan.")
     measured = {} if rates_from is None else rates_from_run(rates_from)
     rates = Rates(**{**measured, **{name: value for name, value in given.items() if value is not None}})
-    num_engines = engines or loaded.cluster.roles.get("generation", 1)
     planned = [
         plan_run(
             evolve(loaded, rollouts=evolve(loaded.rollouts, staleness=bound)),
             rates,
-            num_engines=num_engines,
+            num_engines=engines,
             num_steps=steps,
             seed=loaded.seed,
         )
         for bound in staleness or [loaded.rollouts.staleness]
     ]
-    memory = estimate_memory(loaded, engine_batch=rates.engine_batch)
+    memory = estimate_memory(
+        loaded, engine_batch=rates.engine_batch, devices_per_engine=planned[0].engines.devices_per_engine
+    )
     if as_json:
         runs = [_as_dict(run) for run in planned]
         sizes = {**asdict(memory), "trainer": memory.trainer, "engine": memory.engine, "device": memory.device}
@@ -111,7 +112,9 @@ def _as_dict(run: PlannedRun) -> dict[str, Any]:
     result = run.result
     return {
         "staleness": run.staleness,
-        "num_engines": run.num_engines,
+        "num_engines": run.engines.num_engines,
+        "devices_per_engine": run.engines.devices_per_engine,
+        "shares_devices": run.engines.shares_devices,
         "num_trainers": run.num_trainers,
         "step_s": result.step_s,
         "generation_s": run.generation_s,
@@ -133,8 +136,9 @@ def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: M
     console = Console()
     first = planned[0]
     console.print(
-        f"{config.num_items_per_step} prompts x {config.group_size} rollouts a step; {first.num_engines} engines, "
-        f"{first.num_trainers} training workers",
+        f"{config.num_items_per_step} prompts x {config.group_size} rollouts a step; "
+        f"{_engines(first)}, {first.num_trainers} training workers"
+        f"{' on the same devices' if first.engines.shares_devices else ''}",
         highlight=False,
     )
     table = Table(
@@ -167,6 +171,11 @@ def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: M
         console.print(f"- {hint}", highlight=False)
 
 
+def _engines(run: PlannedRun) -> str:
+    number, devices = run.engines.num_engines, run.engines.devices_per_engine
+    return f"{number} engine{'s' * (number > 1)}" + (f" of {devices} devices" if devices > 1 else "")
+
+
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
@@ -174,7 +183,7 @@ def _size(num_bytes: float) -> str:
 def _hints(config: RunConfig, rates: Rates, run: PlannedRun) -> list[str]:
     """What stands in the way."""
     hints = []
-    places = run.num_engines * rates.engine_batch
+    places = run.engines.num_engines * rates.engine_batch
     rollouts = config.num_items_per_step * config.group_size
     if config.rollouts.max_in_flight < min(places, rollouts):
         hints.append(

@@ -20,6 +20,7 @@ loss: {name: clipped_pg, options: {correction: tis, correction_max: 2.0}}
 """
 RATES = ["--engine-tokens-per-s", "100", "--trainer-tokens-per-s", "50", "--response-tokens", "100"]
 EXACT = [*RATES, "--response-spread", "0", "--engine-batch", "8"]
+APART = ["cluster.colocated=false", "cluster.roles={policy: 2, generation: 1}"]
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def config(tmp_path, monkeypatch):
 
 
 def test_steps_by_hand(config, capsys):
-    assert main(["plan", config, *EXACT, "--staleness", "0", "--staleness", "1", "--json"]) == 0
+    assert main(["plan", config, *APART, *EXACT, "--staleness", "0", "--staleness", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     synchronous, asynchronous = found["runs"]
     # 8 responses of 100 tokens: 8 s on one engine of 100/s, 8 s on two trainers of 50/s
@@ -40,6 +41,34 @@ def test_steps_by_hand(config, capsys):
     assert asynchronous["trainer_idle"] == pytest.approx(0) and asynchronous["engine_idle"] == pytest.approx(0)
     assert (asynchronous["bound_s"], asynchronous["efficiency"]) == (pytest.approx(8), pytest.approx(1))
     assert asynchronous["age_max"] == 1
+    assert main(["plan", config, *EXACT, "--staleness", "1", "--json"]) == 0
+    (shared,) = json.loads(capsys.readouterr().out)["runs"]  # on the same devices nothing overlaps
+    assert (shared["step_s"], shared["bound_s"]) == (pytest.approx(16), pytest.approx(16))
+
+
+def test_engines_are_those_of_the_run(config, capsys):
+    tensor = ["generation.backend=vllm", "generation.options.tensor_parallel_size=2", "cluster.launcher=ray"]
+    roles = ["cluster.colocated=false", "cluster.roles={policy: 2, generation: 8}"]
+    for settings, expected in (
+        (roles, (8, 1, False)),
+        ([*roles, *tensor], (4, 2, False)),
+        ([*tensor, "generation.num_workers=3"], (3, 2, True)),
+        (tensor, (1, 2, True)),
+    ):
+        assert main(["plan", config, *settings, *EXACT, "--json"]) == 0
+        (run,) = json.loads(capsys.readouterr().out)["runs"]
+        assert (run["num_engines"], run["devices_per_engine"], run["shares_devices"]) == expected
+
+
+def test_waiting_for_requests_before_new_weights_costs_time(config, capsys):
+    """With long tails a refit between requests leaves the engine's places empty."""
+    spread = [*APART, *RATES, "--response-spread", "1", "--engine-batch", "8", "--sequence-tokens-per-s", "15"]
+    steps = {}
+    for how in ("in_flight", "between"):
+        settings = [f"rollouts.weight_updates={how}", "generation.backend=vllm", "rollouts.staleness=2"]
+        assert main(["plan", config, *settings, *spread, "rollouts.order=ready_first", "--json"]) == 0
+        steps[how] = json.loads(capsys.readouterr().out)["runs"][0]["step_s"]
+    assert steps["between"] > 1.1 * steps["in_flight"]
 
 
 def test_memory_by_hand(config, capsys):
@@ -70,7 +99,7 @@ def test_the_table_says_what_stands_in_the_way(config, capsys):
     few = ["rollouts.max_in_flight=4", *EXACT[:2], "--trainer-tokens-per-s", "10", *EXACT[4:]]
     assert main(["plan", config, *few]) == 0
     out = capsys.readouterr().out
-    assert "4 prompts x 2 rollouts a step; 1 engines, 2 training workers" in out
+    assert "4 prompts x 2 rollouts a step; 1 engine, 2 training workers on the same devices" in out
     assert "rollouts.max_in_flight=4 leaves places of the engines empty" in out
     assert "Training is the slower side by 5.0x" in out
 

@@ -7,7 +7,8 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from nemo_rl_core.errors import GenerationError, InvariantViolation
@@ -50,6 +51,8 @@ class _Engine:
         self.num_active = 0
         self.waiting: deque[_Sequence] = deque()
         self.num_tokens = 0.0
+        self.held = False
+        """Its devices are another's for now."""
         self._rate = 0.0
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -72,6 +75,11 @@ class _Engine:
             sequence.done = True
             self.num_active -= 1
         self._admit()
+
+    def hold(self, on: bool) -> None:
+        self._catch_up()
+        self.held = on
+        self._plan()
 
     def crash(self) -> None:
         self._catch_up()
@@ -105,7 +113,7 @@ class _Engine:
             self._timer = None
         while self.active and self.active[0].done:
             heapq.heappop(self.active)
-        if not self.active:
+        if self.held or not self.active:
             self._rate = 0.0
             return
         self._rate = min(self.spec.sequence_tokens_per_s, self.spec.tokens_per_s / self.num_active)
@@ -214,6 +222,20 @@ class SimulatedGeneration:
         if self.num_in_flight and not self.cluster.engine.in_flight_updates:
             raise InvariantViolation(f"Weights {version} came while {self.num_in_flight} requests were in flight.")
         self.version = version
+
+    @contextmanager
+    def giving_way(self) -> Iterator[None]:
+        """The trainer computes: engines that share its devices stand still."""
+        if not self.cluster.shared_devices:
+            yield
+            return
+        for engine in self.engines:
+            engine.hold(True)
+        try:
+            yield
+        finally:
+            for engine in self.engines:
+                engine.hold(False)
 
     def pause(self) -> None:
         """Nothing."""

@@ -20,6 +20,7 @@ from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_core.rollouts.engine import RolloutEngine
 from nemo_rl_core.rollouts.records import RolloutGroup
 from nemo_rl_core.testing.simulation.clock import VirtualClock
+from nemo_rl_core.testing.simulation.engines import SimulatedGeneration
 from nemo_rl_core.testing.simulation.spec import SimulatedCluster
 
 __all__ = [
@@ -198,16 +199,20 @@ class SimulatedPolicy:
 
     group = None
 
-    def __init__(self, cluster: SimulatedCluster, clock: VirtualClock, rng: random.Random) -> None:
+    def __init__(
+        self, cluster: SimulatedCluster, clock: VirtualClock, rng: random.Random, engines: SimulatedGeneration
+    ) -> None:
         self.cluster = cluster
         self.clock = clock
         self.rng = rng
+        self.engines = engines
 
     def train_step(self, batch: Any, loss: Any) -> dict[str, float]:
         """Let the time of a step pass."""
         cluster = self.cluster
         seconds = cluster.step_s + batch.num_tokens / cluster.train_tokens_per_s
-        self.clock.sleep(_jittered(seconds, cluster.jitter, self.rng))
+        with self.engines.giving_way():
+            self.clock.sleep(_jittered(seconds, cluster.jitter, self.rng))
         return {}
 
     def save(self, path: Path) -> None:
@@ -230,7 +235,8 @@ class SimulatedSync:
     def sync(self, trainer: Any, engine: Any, *, version: int, share: bool, timeout_s: float) -> SyncReport:
         """Let the time pass, then stamp the engines."""
         began = self.clock.now()
-        self.clock.sleep(_jittered(self.cluster.refit_s, self.cluster.jitter, self.rng))
+        with engine.giving_way():
+            self.clock.sleep(_jittered(self.cluster.refit_s, self.cluster.jitter, self.rng))
         if self.rng.random() < self.cluster.faults.refit_error:
             raise DeadlineExceeded("simulated: the weight update passed its deadline")
         engine.update_weights(version, ())

@@ -6,6 +6,7 @@ from attrs import evolve, frozen
 
 from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.testing.simulation.placement import PlannedEngines, planned_engines
 from nemo_rl_core.testing.simulation.rates import Rates
 from nemo_rl_core.testing.simulation.run import SimulationResult, simulate
 from nemo_rl_core.testing.simulation.spec import EngineSpec, ResponseLengths, SimulatedCluster
@@ -24,7 +25,7 @@ class PlannedRun:
     """One configuration, simulated."""
 
     staleness: int
-    num_engines: int
+    engines: PlannedEngines
     num_trainers: int
     generation_s: float
     """Of a step's rollouts, were every engine's batch full all the time."""
@@ -34,8 +35,9 @@ class PlannedRun:
 
     @property
     def bound_s(self) -> float:
-        """No step can be shorter: the slower side, or with a staleness of 0 both in turn."""
-        return self.generation_s + self.training_s if self.staleness == 0 else max(self.generation_s, self.training_s)
+        """No step can be shorter: the slower side, or both in turn, with a staleness of 0 or on the same devices."""
+        in_turn = self.staleness == 0 or self.engines.shares_devices
+        return self.generation_s + self.training_s if in_turn else max(self.generation_s, self.training_s)
 
     @property
     def efficiency(self) -> float:
@@ -44,14 +46,14 @@ class PlannedRun:
 
 
 def plan_run(
-    config: RunConfig, rates: Rates, *, num_engines: int = 1, num_steps: int = 12, seed: int = 0
+    config: RunConfig, rates: Rates, *, num_engines: int | None = None, num_steps: int = 12, seed: int = 0
 ) -> PlannedRun:
     """Simulate a configuration.
 
     Args:
         config: Finalized; its batch sizes, group size, workers and `rollouts` are taken.
         rates: Speeds of the parts.
-        num_engines: Generation engines.
+        num_engines: Generation engines in place of those of the configuration.
         num_steps: Steps to simulate; the first half is left to warm up.
         seed: Of the response lengths.
 
@@ -64,7 +66,7 @@ def plan_run(
             f"A plan needs {', '.join(missing)}. Give them, or name a run that measured them: --rates-from RUN_DIR."
         )
     assert rates.engine_tokens_per_s and rates.trainer_tokens_per_s and rates.response_tokens
-    workers = config.policy.num_workers
+    workers, engines = config.policy.num_workers, planned_engines(config, num_engines)
     longest = config.generation.max_new_tokens or config.policy.max_sequence_length
     cluster = SimulatedCluster(
         num_steps=max(num_steps, 2 * config.rollouts.staleness + 4),
@@ -73,10 +75,11 @@ def plan_run(
         num_turns=rates.turns,
         rollouts=evolve(config.rollouts, max_turns=max(config.rollouts.max_turns, rates.turns)),
         engine=EngineSpec(
-            num_engines=num_engines,
+            num_engines=engines.num_engines,
             max_batch=rates.engine_batch,
             tokens_per_s=rates.engine_tokens_per_s,
             sequence_tokens_per_s=rates.sequence_tokens_per_s or float("inf"),
+            in_flight_updates=engines.in_flight_updates,
         ),
         lengths=ResponseLengths(mean=rates.response_tokens, spread=rates.response_spread, longest=longest),
         prompt_tokens=round(rates.prompt_tokens),
@@ -84,15 +87,16 @@ def plan_run(
         step_s=rates.overhead_s,
         train_tokens_per_s=rates.trainer_tokens_per_s * workers,
         refit_s=rates.refit_s,
+        shared_devices=engines.shares_devices,
     )
     result = simulate(cluster, seed)
     rollouts = cluster.num_prompts * cluster.group_size
     sampled = result.tokens_per_s * result.step_s
     return PlannedRun(
         staleness=config.rollouts.staleness,
-        num_engines=num_engines,
+        engines=engines,
         num_trainers=workers,
-        generation_s=sampled / (num_engines * rates.engine_tokens_per_s),
+        generation_s=sampled / (engines.num_engines * rates.engine_tokens_per_s),
         training_s=(sampled + rollouts * cluster.prompt_tokens) / cluster.train_tokens_per_s
         + rates.refit_s
         + rates.overhead_s,

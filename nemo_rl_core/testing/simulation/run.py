@@ -135,7 +135,7 @@ class SimulatedRun:
             tokenizer=None,  # type: ignore[arg-type]
             data=data,  # type: ignore[arg-type]
             algorithm=SimulatedAlgorithm(cluster, rng),
-            models={"policy": SimulatedPolicy(cluster, clock, rng)},
+            models={"policy": SimulatedPolicy(cluster, clock, rng, generation)},
             generation=generation,  # type: ignore[arg-type]
             weight_sync=SimulatedSync(cluster, clock, rng),
             runner=runner,  # type: ignore[arg-type]

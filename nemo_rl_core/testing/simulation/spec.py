@@ -92,6 +92,8 @@ class SimulatedCluster:
     """Prompt and response tokens that all trainers together take per second."""
     refit_s: float = 0.0
     """Weights from trainer to engines."""
+    shared_devices: bool = False
+    """The engines stand still while the trainer computes or refits them."""
     jitter: float = 0.0
     """Times of training, refit and environment vary by this share."""
     checkpoint_every: int = 0
