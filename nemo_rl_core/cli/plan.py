@@ -11,6 +11,8 @@ import typer
 from nemo_rl_core.cli.train import ConfigFile, Json, Overrides
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from nemo_rl_core.config.schema import RunConfig
     from nemo_rl_core.testing.simulation.memory import MemoryEstimate
     from nemo_rl_core.testing.simulation.plan import PlannedRun
@@ -46,6 +48,9 @@ def plan(
     prompt_tokens: Annotated[float | None, typer.Option(help="Mean tokens of a prompt.")] = None,
     environment_s: Annotated[float | None, typer.Option(help="Seconds of one answer of the environment.")] = None,
     refit_s: Annotated[float | None, typer.Option(help="Seconds of one weight update.")] = None,
+    device_memory_gib: Annotated[
+        float | None, typer.Option(min=0.0, help="Memory of one device, to compare with what is needed.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Steps to simulate.")] = 12,
     as_json: Json = False,
 ) -> None:
@@ -88,15 +93,12 @@ def plan(
         )
         for bound in staleness or [loaded.rollouts.staleness]
     ]
-    memory = estimate_memory(
-        loaded, engine_batch=rates.engine_batch, devices_per_engine=planned[0].engines.devices_per_engine
-    )
+    memory = estimate_memory(loaded, rates, planned[0].engines)
     if as_json:
         runs = [_as_dict(run) for run in planned]
-        sizes = {**asdict(memory), "trainer": memory.trainer, "engine": memory.engine, "device": memory.device}
-        typer.echo(json.dumps({"rates": asdict(rates), "runs": runs, "memory_bytes": sizes}))
+        typer.echo(json.dumps({"rates": asdict(rates), "runs": runs, "memory_bytes": memory.as_dict()}))
         return
-    _print(loaded, rates, planned, memory)
+    _print(loaded, rates, planned, memory, device_memory_gib)
 
 
 def _samples(config: RunConfig) -> bool:
@@ -129,7 +131,13 @@ def _as_dict(run: PlannedRun) -> dict[str, Any]:
     }
 
 
-def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: MemoryEstimate) -> None:
+def _print(
+    config: RunConfig,
+    rates: Rates,
+    planned: list[PlannedRun],
+    memory: MemoryEstimate,
+    device_memory_gib: float | None,
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -158,17 +166,36 @@ def _print(config: RunConfig, rates: Rates, planned: list[PlannedRun], memory: M
             f"{found.age_max:.0f}",
         )
     console.print(table)
-    table = Table("memory of one device", "weights", "beside them", "in all")
-    sizes = (memory.trainer_weights, memory.trainer_activations, memory.trainer)
-    table.add_row("training worker (gradients, optimizer; activations)", *map(_size, sizes))
+    console.print(_memory_table(memory))
+    for hint in (*_hints(config, rates, first), *_memory_hints(memory, device_memory_gib)):
+        console.print(f"- {hint}", highlight=False)
+
+
+def _memory_table(memory: MemoryEstimate) -> Table:
+    from rich.table import Table
+
+    table = Table("memory of one device", "held", "computing", "in all")
+    for name, model in memory.models.items():
+        kind = "weights, gradients, optimizer" if model.trained else "weights"
+        table.add_row(
+            f"worker of {name} ({kind}; activations)", *map(_size, (model.held, model.computing, model.total))
+        )
     sizes = (memory.engine_weights, memory.engine_cache, memory.engine)
-    table.add_row(f"engine (keys and values of {rates.engine_batch} sequences)", *map(_size, sizes))
+    table.add_row("engine (weights; keys and values)", *map(_size, sizes))
     if memory.sharing != "apart":
         how = "in turn" if memory.sharing == "in_turn" else "together"
-        table.add_row(f"trainer and engine on one device, {how}", "", "", _size(memory.device))
-    console.print(table)
-    for hint in _hints(config, rates, first):
-        console.print(f"- {hint}", highlight=False)
+        table.add_row(f"all of them on one device, {how}", "", "", _size(memory.device))
+    return table
+
+
+def _memory_hints(memory: MemoryEstimate, device_memory_gib: float | None) -> list[str]:
+    longest = _size(memory.engine_cache_longest)
+    hints = [*memory.notes, f"Keys and values take {longest} if every sequence of an engine is at its longest."]
+    if device_memory_gib is not None:
+        needed, given = memory.device / 2**30, device_memory_gib
+        fits = "fits" if needed <= given else "does not fit"
+        hints.append(f"The fullest device needs {needed:.1f} GiB, which {fits} in {given:g} GiB.")
+    return hints
 
 
 def _engines(run: PlannedRun) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.models.over_vocabulary import OutputLayer
     from nemo_rl_core.protocols.launcher import WorkerContext
 
-__all__ = ["LossFunction", "StepPlan", "StepResult", "TrainingBackend", "WeightInfo"]
+__all__ = ["LossFunction", "ModelMemory", "StepPlan", "StepResult", "TrainingBackend", "WeightInfo"]
 
 LossFunction = Callable[[ModelOutputs, "BatchedDataDict"], LossSums]
 """A loss that the core has already divided by the global denominator: call `.total.backward()`.
@@ -61,6 +61,28 @@ class StepResult:
     learning_rate: float = 0.0
     num_tokens: int = 0
     """Tokens this rank ran through the model."""
+
+
+@frozen(kw_only=True)
+class ModelMemory:
+    """Bytes of one model on the device of one worker, of the worker that holds most."""
+
+    weights: float
+    """That compute, between steps."""
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    """Its state, and copies of the weights in a higher precision."""
+    computing: float = 0.0
+    """What a pass gathers of weights and keeps of gradients beside these."""
+    activation_share: float = 1.0
+    """Share of a micro-batch's activations that are on this device."""
+    has_initial_weights: bool = False
+    """See `TrainingBackend.has_initial_weights`: a reference that is the policy at its start takes nothing."""
+
+    @property
+    def held(self) -> float:
+        """Between steps, with the gradients."""
+        return self.weights + self.gradients + self.optimizer
 
 
 @frozen(kw_only=True)
@@ -110,6 +132,24 @@ class TrainingBackend(Protocol):
             ConfigError: The model's configuration cannot be read.
         """
         yield from ()
+
+    @staticmethod
+    def memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+        """What the workers of a model will hold, asked before any starts, to plan a run.
+
+        Default: everything in `policy.precision` on every worker, divided by tensor parallelism alone.
+
+        Args:
+            policy: With structured options.
+            model: The `transformers` model on the meta device: shapes without weights.
+        """
+        count = sum(p.numel() for p in model.parameters()) / policy.tensor_parallel_size
+        size = count * (2 if policy.precision == "bfloat16" else 4)
+        return (
+            ModelMemory(weights=size, gradients=size, optimizer=2 * size)
+            if policy.trained
+            else ModelMemory(weights=size)
+        )
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build or load the model and, if `config.trained`, the optimizer on this rank.

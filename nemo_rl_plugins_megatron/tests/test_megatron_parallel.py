@@ -138,6 +138,22 @@ def test_steps_outputs_and_weights_are_those_of_one_process(run, make_backend, b
     torch.testing.assert_close(again.get_logprobs(plain, 0.8), ranks.logprobs(plain), rtol=1e-5, atol=1e-5)
 
 
+def _sizes(backend):
+    """Bytes on this rank while it steps, as planned and as they are."""
+    empty = load_model(backend.config.model_name, dtype=torch.float32, empty=True)
+    planned = backend.memory(backend.config, empty)
+    buffers = [*backend.chunk.buffers, *backend.chunk.expert_parallel_buffers]
+    states = [tensor for share in backend.optimizer.shares() for tensor in share.tensors.values()]
+    tensors = [*backend.model.parameters(), *(buffer.grad_data for buffer in buffers), *states]
+    return sum(tensor.nbytes for tensor in tensors), planned.held
+
+
+def test_planned_memory_is_what_the_tensors_take(run):
+    _, group = run
+    found, planned = map(max, zip(*group.call("apply", _sizes, timeout_s=60), strict=True))
+    assert found == pytest.approx(planned, rel=0.05)
+
+
 def test_resuming_is_bit_equal_and_a_damaged_file_is_named(run, batch, tmp_path):
     _, group = run
     policy = Policy(group, token_budget=BUDGET)
@@ -204,6 +220,7 @@ def test_bfloat16_on_two_ranks_keeps_float32_masters_and_resumes_bit_equal(
     expected = {name: tensor.bfloat16() for name, tensor in exact.export_weights()}
     assert all(torch.equal(expected[name], t) for name, t in group.iterate("export_weights", timeout_s=60))
     shared = group.call("masters", timeout_s=60)
+    test_planned_memory_is_what_the_tensors_take((None, group))
     for name, parameter in exact.weights.parameters.items():
         parts = sorted(((one[name][0].start, one[name][1]) for one in shared), key=lambda part: part[0])
         assert torch.equal(torch.cat([part for _, part in parts]), parameter.detach().flatten()), name

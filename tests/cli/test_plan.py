@@ -89,10 +89,30 @@ def test_memory_by_hand(config, capsys):
     for staleness in (["cluster.offload=never"], ["rollouts.staleness=1", "loss.options.correction=tis"]):
         assert main(["plan", config, *staleness, *EXACT, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["memory_bytes"]["device"] == trainer + engine
-    apart = ["cluster.colocated=false", "cluster.roles={policy: 2, generation: 1}"]
-    assert main(["plan", config, *apart, *EXACT, "--json"]) == 0
+    assert main(["plan", config, *APART, *EXACT, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory_bytes"]["device"] == max(trainer, engine)
-    assert memory["engine_cache"] == 8 * 1024 * 2 * shape.num_hidden_layers * heads * 4
+    token = 2 * shape.num_hidden_layers * heads * 4
+    assert memory["engine_cache_longest"] == 8 * 1024 * token
+    assert memory["engine_cache"] == 8 * 50 * token  # responses of 100 tokens, on average half of it there
+
+
+def test_memory_counts_every_model_and_divides_engines(config, capsys):
+    """bfloat16 with float32 masters: 16 bytes a parameter over two workers, and a reference of 2."""
+    kl = ["policy.precision=bfloat16", "loss.options.reference_kl_beta=0.1", *APART]
+    tensor = ["generation.backend=vllm", "generation.options.tensor_parallel_size=2"]
+    kl[-1] = "cluster.roles={policy: 2, reference: 2, generation: 2}"
+    assert main(["plan", config, *kl, *tensor, *EXACT, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory_bytes"]
+    count = memory["num_parameters"]
+    policy, reference = memory["models"]["policy"], memory["models"]["reference"]
+    assert policy["weights"] + policy["gradients"] + policy["optimizer"] == count * 16 / 2
+    assert (reference["weights"], reference["gradients"], reference["optimizer"]) == (count, 0, 0)
+    assert memory["engine_weights"] == count * 2 / 2
+    lora = [*kl, "policy.options={lora: {rank: 8}}"]
+    assert main(["plan", config, *lora, *EXACT, "--device-memory-gib", "0.001"]) == 0
+    out = capsys.readouterr().out
+    assert "worker of reference" not in out  # it is the policy without its adapters
+    assert "which does not fit in 0.001 GiB" in out.replace("\n", " ")
 
 
 def test_the_table_says_what_stands_in_the_way(config, capsys):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from attrs import frozen
+from attrs import asdict, evolve, field, frozen
 
+from nemo_rl_core.config.layouts import training_backend
 from nemo_rl_core.config.schema import PolicyConfig, RunConfig
+from nemo_rl_core.errors import NemoRLError
+from nemo_rl_core.protocols.algorithm import AlgorithmContext
+from nemo_rl_core.protocols.training_backend import ModelMemory, TrainingBackend
+from nemo_rl_core.registry import get_registry
+from nemo_rl_core.testing.simulation.placement import PlannedEngines
+from nemo_rl_core.testing.simulation.rates import Rates
+from nemo_rl_core.training.assembly import _Resolver, _roles  # the run's own way to its models
 from nemo_rl_core.training.device_turns import share_devices
 
-__all__ = ["MemoryEstimate", "estimate_memory"]
+__all__ = ["MemoryEstimate", "ModelEstimate", "estimate_memory"]
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ACTIVATION_ELEMENTS = 17
@@ -18,72 +26,190 @@ matrix (arXiv:2205.05198 eq. 2: 34 bytes in 16 bits)."""
 
 
 @frozen(kw_only=True)
+class ModelEstimate:
+    """Bytes of one model on the device of one of its workers."""
+
+    num_parameters: int
+    trained: bool
+    memory: ModelMemory
+    activations: float
+    """Of one micro-batch."""
+
+    @property
+    def held(self) -> float:
+        """Weights, gradients and optimizer."""
+        return self.memory.held
+
+    @property
+    def computing(self) -> float:
+        """Beside these, while it computes."""
+        return self.memory.computing + self.activations
+
+    @property
+    def total(self) -> float:
+        """At its most."""
+        return self.held + self.computing
+
+
+@frozen(kw_only=True)
 class MemoryEstimate:
     """Bytes on one device of each side."""
 
-    num_parameters: int
-    trainer_weights: float
-    """Weights, gradients and the two moments of the optimizer, shared by the workers."""
-    trainer_activations: float
-    """Of one micro-batch."""
+    models: dict[str, ModelEstimate]
+    """By role, the policy first; a reference that is the policy without its adapters is none."""
     engine_weights: float
     engine_cache: float
-    """Keys and values of a full batch, every sequence at its longest."""
+    """Keys and values of a full batch, each sequence as long as on average while it is sampled."""
+    engine_cache_longest: float
+    """Of a full batch, every sequence at its longest: a bound that a paged cache does not come to."""
     sharing: Literal["apart", "in_turn", "together"] = "apart"
     """Whether trainer and engine have devices of their own, take turns on one, or hold it at the same time."""
+    notes: list[str] = field(factory=list)
+    """What could not be told."""
 
     @property
     def trainer(self) -> float:
-        """One training worker."""
-        return self.trainer_weights + self.trainer_activations
+        """One worker of the policy."""
+        return self.models["policy"].total
 
     @property
     def engine(self) -> float:
-        """One engine."""
+        """One engine's device."""
         return self.engine_weights + self.engine_cache
 
     @property
     def device(self) -> float:
-        """The most that one device holds. In turn both have their weights there only during a refit."""
+        """The most that one device holds. In turn both sides have their weights there only during a refit."""
+        models = list(self.models.values())
+        computing = max(model.computing for model in models)
+        if self.sharing == "apart":
+            return max(*(model.total for model in models), self.engine)
         if self.sharing == "together":
-            return self.trainer + self.engine
-        refit = self.trainer_weights + self.engine_weights if self.sharing == "in_turn" else 0.0
-        return max(self.trainer, self.engine, refit)
+            return sum(model.held for model in models) + computing + self.engine
+        # A model that takes no steps leaves before those of the others.
+        stepping = sum(model.held for model in models if model.trained) + computing
+        scoring = max(model.total for model in models if not model.trained) if len(models) > 1 else 0.0
+        return max(stepping, scoring, self.engine, self.models["policy"].held + self.engine_weights)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs, in bytes."""
+        policy = self.models["policy"]
+        return {
+            "num_parameters": policy.num_parameters,
+            "trainer_weights": policy.held,
+            "trainer_activations": policy.computing,
+            "models": {
+                name: {"num_parameters": m.num_parameters, **asdict(m.memory), "activations": m.activations}
+                for name, m in self.models.items()
+            },
+            **{name: getattr(self, name) for name in ("engine_weights", "engine_cache", "engine_cache_longest")},
+            **{name: getattr(self, name) for name in ("sharing", "trainer", "engine", "device", "notes")},
+        }
 
 
-def estimate_memory(config: RunConfig, *, engine_batch: int, devices_per_engine: int = 1) -> MemoryEstimate:
-    """The memory of the policy's workers and of the engines; no weights are loaded.
+def estimate_memory(config: RunConfig, rates: Rates, engines: PlannedEngines) -> MemoryEstimate:
+    """The memory of the models' workers and of the engines; no weights are loaded.
 
     Args:
-        config: Of the run.
-        engine_batch: Sequences that one engine decodes together.
-        devices_per_engine: That share one engine's weights and cache.
+        config: Of the run, finalized.
+        rates: How long sequences are, and how many one engine decodes together.
+        engines: Of the run.
 
     Raises:
         ConfigError: There is no such model.
     """
+    policy, notes = config.policy, []
+    model = _empty(policy)
+    models = {"policy": _estimate(policy, model, config)}
+    try:
+        for name, role in _other_roles(config).items():
+            if role != evolve(policy, trained=False) or not models["policy"].memory.has_initial_weights:
+                models[name] = _estimate(role, _empty(role), config)
+    except NemoRLError as error:  # such as no tokenizer at hand
+        notes.append(f"The memory of models beside the policy is not counted: {error}")
+    shape = model.config.get_text_config()
+    size = _BYTES[config.generation.precision or policy.precision] / engines.devices_per_engine
+    batch = _batch(config, rates, engines.num_engines)
+    each = _cache_elements(shape) * size
+    return MemoryEstimate(
+        models=models,
+        engine_weights=models["policy"].num_parameters * size,
+        engine_cache=batch * _mean_length(config, rates) * each,
+        engine_cache_longest=batch * policy.max_sequence_length * each,
+        sharing=_sharing(config),
+        notes=notes,
+    )
+
+
+def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
+    """The algorithm's models beside the policy."""
+    from nemo_rl_core.models import load_tokenizer
+
+    policy = config.policy
+    context = AlgorithmContext(
+        tokenizer=load_tokenizer(policy.tokenizer_name or str(policy.model_name)),
+        resolve=_Resolver(config).build,
+        max_sequence_length=policy.max_sequence_length,
+    )
+    algorithm = get_registry().resolve("algorithms", config.algorithm, plugins=config.plugins).load()(config, context)
+    return {
+        name: evolve(
+            role.config,
+            model_name=role.config.model_name or policy.model_name,
+            backend=role.config.backend or policy.backend,
+            trained=role.trained,
+        )
+        for name, role in _roles(algorithm).items()
+    }
+
+
+def _empty(role: PolicyConfig) -> Any:
+    """The model on the meta device."""
     import torch
 
     from nemo_rl_core.models import load_model
 
-    policy: PolicyConfig = config.policy
-    model = load_model(policy.model_name or "", dtype=torch.float32, empty=True)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    shape = model.config.get_text_config()
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    trained, sampled = _BYTES[policy.precision], _BYTES[config.generation.precision or policy.precision]
-    tokens = max(policy.token_budget("cuda"), policy.max_sequence_length)
-    kept = tokens * hidden * _ACTIVATION_ELEMENTS * trained / policy.tensor_parallel_size
-    activations = kept + layers * tokens * hidden * trained if policy.activation_checkpointing else layers * kept
-    logits = 3 * policy.logprob_chunk_size * shape.vocab_size * 4
-    return MemoryEstimate(
-        num_parameters=num_parameters,
-        trainer_weights=4 * num_parameters * trained / policy.num_workers,
-        trainer_activations=activations + logits,
-        engine_weights=num_parameters * sampled / devices_per_engine,
-        sharing=_sharing(config),
-        engine_cache=engine_batch * policy.max_sequence_length * _cache_elements(shape) * sampled / devices_per_engine,
+    return load_model(role.model_name or "", dtype=torch.float32, empty=True, head=role.head)
+
+
+def _estimate(role: PolicyConfig, model: Any, config: RunConfig) -> ModelEstimate:
+    backend = training_backend(role, config.plugins)
+    if backend is None:
+        backend = get_registry().resolve("training_backends", None, plugins=config.plugins).load()
+    memory = getattr(backend, "memory", TrainingBackend.memory)(role, model)
+    return ModelEstimate(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        trained=role.trained,
+        memory=memory,
+        activations=_activations(role, model.config.get_text_config(), memory.activation_share),
     )
+
+
+def _activations(role: PolicyConfig, shape: Any, share: float) -> float:
+    size, layers, hidden = _BYTES[role.precision], shape.num_hidden_layers, shape.hidden_size
+    tokens = max(role.token_budget("cuda"), role.max_sequence_length)
+    layer = tokens * hidden * _ACTIVATION_ELEMENTS * size * share
+    logits = 3 * min(role.logprob_chunk_size, tokens) * shape.vocab_size * 4 if role.head == "lm" else 0
+    if not role.trained:
+        return layer + logits
+    inputs = layers * tokens * hidden * size
+    return (layer + inputs if role.activation_checkpointing else layers * layer) + logits
+
+
+def _batch(config: RunConfig, rates: Rates, num_engines: int) -> int:
+    """Sequences that one engine decodes together, at most."""
+    rollouts = config.num_items_per_step * config.group_size * (1 + config.rollouts.staleness)
+    under_way = min(rollouts, config.rollouts.max_in_flight)
+    return min(rates.engine_batch, -(-under_way // num_engines))
+
+
+def _mean_length(config: RunConfig, rates: Rates) -> float:
+    """Tokens of a sequence at a moment at which it is sampled: long ones are met more often, halfway on average."""
+    if rates.response_tokens is None:
+        return float(config.policy.max_sequence_length)
+    turns = max(rates.turns, 1.0)
+    sampled = rates.response_tokens * turns * (1 + rates.response_spread**2 / turns) / 2
+    return min(float(config.policy.max_sequence_length), rates.prompt_tokens + sampled)
 
 
 def _sharing(config: RunConfig) -> Literal["apart", "in_turn", "together"]:

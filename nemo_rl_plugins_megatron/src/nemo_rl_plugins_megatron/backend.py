@@ -23,7 +23,7 @@ from nemo_rl_core.infra.host_memory import HostMemory
 from nemo_rl_core.models import is_scratch, load_model, load_model_config, write_model
 from nemo_rl_core.models.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
-from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
+from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult, TrainingBackend
 from nemo_rl_core.training.step_metrics import StepMetrics
 from nemo_rl_plugins_megatron import checkpoint
 from nemo_rl_plugins_megatron._megatron import (
@@ -36,6 +36,7 @@ from nemo_rl_plugins_megatron._megatron import (
 from nemo_rl_plugins_megatron.config import MegatronConfig
 from nemo_rl_plugins_megatron.cpu import seed_rng_tracker, without_gpu
 from nemo_rl_plugins_megatron.families import family_of
+from nemo_rl_plugins_megatron.memory import model_memory
 from nemo_rl_plugins_megatron.model import build_model, check_rope, freeze_embedding_of
 from nemo_rl_plugins_megatron.optimizer import Optimizer
 from nemo_rl_plugins_megatron.outputs import TokenOutputs
@@ -93,6 +94,11 @@ class MegatronBackend(TrainingBackend):
             yield mistake("model_name", str(error), "Set backend: dtensor, or take another model.", related=["backend"])
             return
         yield from size_mistakes(hf_config, policy)
+
+    @staticmethod
+    def memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+        """Weights and float32 gradients lie on every data-parallel worker, the optimizer is shared out."""
+        return model_memory(policy, model)
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build this rank's part of the model, load its weights and make the optimizer.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_rl_core.errors import InvariantViolation
+from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
 
@@ -71,3 +72,24 @@ def test_a_model_that_is_away_says_so(make_backend, step, batch, tmp_path):
         with pytest.raises(InvariantViolation, match="role 'policy' waits in the host's memory"):
             use()
     assert not list(tmp_path.iterdir())
+
+
+MEASURED = {
+    **VARIANTS,
+    "bfloat16 alone": {"precision": "bfloat16", "options": DTensorConfig(master_weights=False)},
+    "adapters in bfloat16": {"precision": "bfloat16", "options": DTensorConfig(lora=LoRAConfig(rank=4))},
+    "frozen in bfloat16": {"trained": False, "precision": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("variant", MEASURED)
+def test_planned_memory_is_what_the_tensors_take(make_backend, step, variant):
+    backend = make_backend(**MEASURED[variant])
+    gradients = []
+    if backend.optimizer is not None:
+        backend.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.nbytes for p in backend._trained()))
+        step(backend)
+    planned = backend.memory(backend.config, load_model(backend.config.model_name, dtype=torch.float32, empty=True))
+    assert sum(gradients) == pytest.approx(planned.gradients, rel=0.01)
+    tensors = {id(tensor.untyped_storage()): tensor.nbytes for tensor in held(backend)}
+    assert sum(tensors.values()) == pytest.approx(planned.weights + planned.optimizer, rel=0.01)

@@ -19,7 +19,7 @@ from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig
-from nemo_rl_plugins_dtensor.parallel import tensor_plan
+from nemo_rl_plugins_dtensor.parallel import local_part, tensor_plan
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,20 @@ def test_three_steps_equal_those_of_one_process(group, make_backend, make_shippe
     group.call("export_model", tmp_path, timeout_s=60)
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).named_parameters())
     assert all(torch.equal(loaded[n], t) for n, t in engine.weights.items())
+
+
+def _sizes(backend):
+    """Bytes on this rank between two steps, as planned and as they are."""
+    planned = backend.memory(backend.config, load_model(backend.config.model_name, dtype=torch.float32, empty=True))
+    states = [v for state in backend.optimizer.state.values() for v in state.values()]
+    found = sum(local_part(tensor).nbytes for tensor in (*backend.weights.values(), *states))
+    return found, planned.weights + planned.optimizer
+
+
+def test_planned_memory_is_what_the_tensors_take(group):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    found, planned = map(max, zip(*group.call("apply", _sizes, timeout_s=60), strict=True))
+    assert found == pytest.approx(planned, rel=0.03)
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_stops_all_and_changes_nothing(group, make_shipped_loss, batch):

@@ -26,11 +26,12 @@ from nemo_rl_core.models import load_model, load_model_config, write_model
 from nemo_rl_core.models.over_vocabulary import OutputLayer
 from nemo_rl_core.models.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
-from nemo_rl_core.protocols.training_backend import LossFunction, StepPlan, StepResult, TrainingBackend
+from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult, TrainingBackend
 from nemo_rl_core.training.schedule import make_scheduler
 from nemo_rl_core.training.step_metrics import StepMetrics
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
 from nemo_rl_plugins_dtensor.lora import Adapters
+from nemo_rl_plugins_dtensor.memory import model_memory
 from nemo_rl_plugins_dtensor.network import PolicyNetwork, switch_off_dropout
 from nemo_rl_plugins_dtensor.optimizer import (
     MasterWeights,
@@ -79,6 +80,11 @@ class DTensorBackend(TrainingBackend):
             for name, heads in undivided_heads(config, size).items():
                 problem = f"{size} does not divide the model's {name} {heads}"
                 yield mistake("tensor_parallel_size", problem, "Use a size that divides all heads.")
+
+    @staticmethod
+    def memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+        """Sharded over data-parallel workers; tensor-parallel ones split the linear layers of the decoder."""
+        return model_memory(policy, model)
 
     def setup(self, config: PolicyConfig, context: WorkerContext) -> None:
         """Build or load the model and the optimizer on this rank.

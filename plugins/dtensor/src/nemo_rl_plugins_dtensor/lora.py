@@ -22,12 +22,12 @@ from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_plugins_dtensor.config import LoRAConfig
 from nemo_rl_plugins_dtensor.parallel import local_part
 
-__all__ = ["Adapters"]
+__all__ = ["DEFAULT_RANK", "Adapters"]
 
 _NAME = "default"
 _BASE = ".base_layer."
 _PEFT_PREFIX = "base_model.model."
-_RANK = 16
+DEFAULT_RANK = 16
 _Full = Callable[[Tensor, torch.dtype], Tensor]
 
 
@@ -207,7 +207,7 @@ def _peft_config(config: LoRAConfig, model: Any, model_name: str) -> Any:
         ) from error
     if config.path is not None:
         return _stored_config(config)
-    rank = config.rank or _RANK
+    rank = config.rank or DEFAULT_RANK
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if config.alpha is None else config.alpha,
