@@ -150,7 +150,8 @@ def _print(
         highlight=False,
     )
     table = Table(
-        "staleness", "step", "bound", "of\nbound", "trainer\nidle", "engine\nidle", "tokens/s", "age\nmean", "age\nmax"
+        *("stale-\nness", "step", "bound", "of\nbound", "trainer\nidle", "engine\nidle", "tokens\n/s"),
+        *("age\nmean", "age\nmax"),
     )
     for run in planned:
         found = run.result
@@ -216,6 +217,11 @@ def _hints(config: RunConfig, rates: Rates, run: PlannedRun) -> list[str]:
         hints.append(
             f"rollouts.max_in_flight={config.rollouts.max_in_flight} leaves places of the engines empty: they have "
             f"{places}, and a step has {rollouts} rollouts."
+        )
+    if run.result.failed > 0:
+        hints.append(
+            f"{run.result.failed:.1%} of the rollouts pass rollouts.generation_timeout_s="
+            f"{config.rollouts.generation_timeout_s:g} and are lost."
         )
     if run.generation_s > 1.25 * run.training_s:
         hints.append(f"Generation is the slower side by {run.generation_s / run.training_s:.1f}x: add engines.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -154,6 +155,47 @@ def test_rates_of_a_run(tmp_path, config, capsys):
     assert main(["plan", config, "--rates-from", str(tmp_path), "--engine-tokens-per-s", "400", "--json"]) == 0
     used = json.loads(capsys.readouterr().out)["rates"]
     assert (used["engine_tokens_per_s"], used["response_tokens"]) == (400, 100)
+
+
+def test_rates_of_several_engines_turns_and_refused_groups(tmp_path, config, capsys):
+    refusing = {"rollouts/num_groups": 4.0, "rollouts/discarded_groups": 2.0}
+    changes = {"generation/engines": 4.0, "rollouts/turns_mean": 2.5, "rollouts/num": 8.0, **refusing}
+    write_metrics(tmp_path, **changes)
+    rates = rates_from_run(tmp_path)
+    assert rates["engine_tokens_per_s"] == pytest.approx(800 / 8 / 4)  # each of four
+    assert (rates["turns"], rates["response_tokens"], rates["refused_groups"]) == (2.5, 40, 0.5)
+    assert rates["prompt_tokens"] == pytest.approx(1200 / 4 - 100)  # the batch holds half of the rollouts
+    exact = ["--rates-from", str(tmp_path), "--response-spread", "0", "num_prompts_per_step=64", "--json"]
+    assert main(["plan", config, *exact]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    sampled = run["tokens_per_s"] * run["step_s"]
+    assert sampled == pytest.approx(2 * 64 * 2 * 100, rel=0.15)  # twice the groups, 2.5 turns of 40 tokens
+
+
+def test_slow_rates_end_and_name_the_deadline(config, capsys):
+    slow = [*APART, "--engine-tokens-per-s", "100", "--response-tokens", "100", "--response-spread", "0"]
+    assert main(["plan", config, *slow, "--trainer-tokens-per-s", "0.00001", "--json"]) == 0  # years of virtual time
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["step_s"] == pytest.approx(800 / 0.00002 + 8)
+    for options, message in (
+        (["--engine-tokens-per-s", "0.1"], "takes 1000 s even alone at 0.1 tokens/s, and rollouts.generation_timeout"),
+        (["--engine-tokens-per-s", "1"], "a turn takes about 800 s where the engines are full"),
+        (["--response-tokens", "100000"], "a turn is cut at generation.max_new_tokens 512"),
+        (["--environment-s", "500"], "rollouts.environment_timeout_s 120 ends every answer before"),
+    ):
+        assert main(["plan", config, *EXACT, *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_simulation_that_was_stopped_is_no_result(config, monkeypatch, capsys):
+    from nemo_rl_core.testing.simulation.parts import SimulatedPolicy
+
+    step = SimulatedPolicy.train_step
+    monkeypatch.setattr(
+        SimulatedPolicy, "train_step", lambda *args: (signal.raise_signal(signal.SIGINT), step(*args))[1]
+    )
+    assert main(["plan", config, *EXACT]) == 130
+    assert "bound" not in capsys.readouterr().out
 
 
 def test_mistakes_say_what_to_do(config, tmp_path, capsys):

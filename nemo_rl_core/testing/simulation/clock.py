@@ -14,10 +14,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from nemo_rl_core.errors import DeadlineExceeded
+
 __all__ = ["SimulatedKill", "VirtualClock", "VirtualCondition", "VirtualLoop"]
 
 
 _ROUNDS_TO_END = 100
+_RESOLUTION_S = 1e-9
+_LONGEST_S = 1e10
 
 
 class SimulatedKill(BaseException):
@@ -57,6 +61,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Go to the next timer."""
         if self._scheduled:
             self._virtual = max(self._virtual, self._scheduled[0].when())
+            # The loop runs timers that are due before `time() + resolution`: a sum that has to be a later time.
+            self._clock_resolution = max(_RESOLUTION_S, 2 * math.ulp(self._virtual))
+        if self._virtual > _LONGEST_S:
+            raise DeadlineExceeded(f"The simulation passed {_LONGEST_S:g} virtual seconds without coming to its end.")
 
     def advance(self, until: float) -> None:
         """Run what is ready; if that is nothing, let time pass to the next timer, or to `until`."""

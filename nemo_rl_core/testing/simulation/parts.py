@@ -86,7 +86,7 @@ class _Environment:
     def __init__(self, cluster: SimulatedCluster, rng: random.Random) -> None:
         self.cluster = cluster
         self.rng = rng
-        self.left = rng.randint(1, cluster.num_turns)
+        self.left = _turns(cluster, rng)
 
     def reset(self, task: Task, seed: int) -> Sequence[Message]:
         return [{"role": "user", "content": ""}]
@@ -278,6 +278,13 @@ class SimulatedStore:
     def list(self) -> list[_Saved]:
         """The newest, if there is one."""
         return [] if self.newest is None else [self.newest]
+
+
+def _turns(cluster: SimulatedCluster, rng: random.Random) -> int:
+    if cluster.mean_turns is None:
+        return rng.randint(1, cluster.num_turns)
+    whole = int(cluster.mean_turns)
+    return whole + (rng.random() < cluster.mean_turns - whole)
 
 
 def _jittered(seconds: float, jitter: float, rng: random.Random) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from attrs import evolve, frozen
 
 from nemo_rl_core.config.schema import RunConfig
-from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.errors import ConfigError, EnvironmentFailure
 from nemo_rl_core.testing.simulation.placement import PlannedEngines, planned_engines
 from nemo_rl_core.testing.simulation.rates import Rates
 from nemo_rl_core.testing.simulation.run import SimulationResult, simulate
-from nemo_rl_core.testing.simulation.spec import EngineSpec, ResponseLengths, SimulatedCluster
+from nemo_rl_core.testing.simulation.spec import EngineSpec, Faults, ResponseLengths, SimulatedCluster
 
 __all__ = ["PlannedRun", "plan_run"]
 
@@ -72,8 +74,9 @@ def plan_run(
         num_steps=max(num_steps, 2 * config.rollouts.staleness + 4),
         num_prompts=config.num_items_per_step,
         group_size=config.group_size,
-        num_turns=rates.turns,
-        rollouts=evolve(config.rollouts, max_turns=max(config.rollouts.max_turns, rates.turns)),
+        mean_turns=rates.turns,
+        rollouts=evolve(config.rollouts, max_turns=max(config.rollouts.max_turns, math.ceil(rates.turns))),
+        faults=Faults(refused=rates.refused_groups),
         engine=EngineSpec(
             num_engines=engines.num_engines,
             max_batch=rates.engine_batch,
@@ -89,16 +92,58 @@ def plan_run(
         refit_s=rates.refit_s,
         shared_devices=engines.shares_devices,
     )
-    result = simulate(cluster, seed)
-    rollouts = cluster.num_prompts * cluster.group_size
+    _check_deadlines(config, rates, longest)
+    try:
+        result = simulate(cluster, seed)
+    except EnvironmentFailure as error:
+        raise ConfigError(
+            f"Most rollouts of the simulation pass a deadline: at these rates a turn takes about "
+            f"{_turn_s(cluster):.4g} s where the engines are full, and rollouts.generation_timeout_s is "
+            f"{config.rollouts.generation_timeout_s:g}. Give more engines, a lower rollouts.max_in_flight or a longer "
+            f"deadline, or look whether the rates are right ({error})."
+        ) from error
     sampled = result.tokens_per_s * result.step_s
     return PlannedRun(
         staleness=config.rollouts.staleness,
         engines=engines,
         num_trainers=workers,
         generation_s=sampled / (engines.num_engines * rates.engine_tokens_per_s),
-        training_s=(sampled + rollouts * cluster.prompt_tokens) / cluster.train_tokens_per_s
-        + rates.refit_s
-        + rates.overhead_s,
+        training_s=result.trained_tokens / cluster.train_tokens_per_s + rates.refit_s + rates.overhead_s,
         result=result,
     )
+
+
+def _turn_s(cluster: SimulatedCluster) -> float:
+    """Seconds of one turn of mean length, its wait for a place included, with as many beside it as there can be."""
+    rollouts = cluster.num_prompts * cluster.group_size * (1 + cluster.rollouts.staleness)
+    each = -(-min(rollouts, cluster.rollouts.max_in_flight) // cluster.engine.num_engines)
+    fastest = cluster.lengths.mean / cluster.engine.sequence_tokens_per_s
+    return max(cluster.lengths.mean * each / cluster.engine.tokens_per_s, fastest)
+
+
+def _check_deadlines(config: RunConfig, rates: Rates, longest: int) -> None:
+    """Refuse what no response or answer can keep to.
+
+    Raises:
+        ConfigError: Names the rate and the setting.
+    """
+    assert rates.engine_tokens_per_s and rates.response_tokens
+    if rates.response_tokens > longest:
+        raise ConfigError(
+            f"--response-tokens is {rates.response_tokens:g}, but a turn is cut at generation.max_new_tokens "
+            f"{longest}. Raise that, or give the mean of the responses as they are cut."
+        )
+    limit = config.rollouts.environment_timeout_s
+    if rates.environment_s >= limit:
+        raise ConfigError(
+            f"--environment-s is {rates.environment_s:g}, and rollouts.environment_timeout_s {limit:g} ends every "
+            "answer before. Set it higher."
+        )
+    speed = min(rates.engine_tokens_per_s, rates.sequence_tokens_per_s or math.inf)
+    limit = config.rollouts.generation_timeout_s
+    if rates.response_tokens / speed >= limit:
+        raise ConfigError(
+            f"A response of {rates.response_tokens:g} tokens takes {rates.response_tokens / speed:.4g} s even alone at "
+            f"{speed:g} tokens/s, and rollouts.generation_timeout_s is {limit:g}. Set it higher, or look whether the "
+            "rates are right."
+        )

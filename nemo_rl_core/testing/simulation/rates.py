@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
+from attrs.validators import lt
 
 from nemo_rl_core.config.validators import ge, gt, optional
 from nemo_rl_core.errors import DataError
@@ -16,6 +17,8 @@ from nemo_rl_core.rollouts.jsonl import read_groups
 from nemo_rl_core.training.record import read_metrics
 
 __all__ = ["Rates", "rates_from_run"]
+
+_NEEDED = {"timing/step", "performance/tokens_per_s", "rollouts/num", "rollouts/response_tokens_mean"}
 
 
 @frozen(kw_only=True)
@@ -36,8 +39,10 @@ class Rates:
     """Standard deviation over mean of the response lengths."""
     prompt_tokens: float = field(default=0.0, validator=ge(0))
     """Mean."""
-    turns: int = field(default=1, validator=ge(1))
-    """Of an episode, at most."""
+    turns: float = field(default=1.0, validator=ge(1))
+    """Of an episode, mean."""
+    refused_groups: float = field(default=0.0, validator=[ge(0), lt(1)])
+    """Share of the groups that the algorithm refuses (dynamic sampling), in whose place others are sampled."""
     environment_s: float = field(default=0.0, validator=ge(0))
     """Seconds of one answer of the environment or reward."""
     refit_s: float = field(default=0.0, validator=ge(0))
@@ -49,13 +54,14 @@ class Rates:
 def rates_from_run(run_dir: Path) -> dict[str, Any]:
     """What the recorded metrics of a run say: fields of `Rates` by name.
 
-    Medians over its steps, without the first, which warms up. An engine's speed is that of the time in which it had
-    requests; with a batch that was not full it was faster for each sequence and slower in all than it can be.
+    Medians over its steps, without the first, which warms up. An engine's speed is that of the time in which the
+    engines had requests, divided by their number; with a batch that was not full it was faster for each sequence and
+    slower in all than it can be.
 
     Raises:
         DataError: There are no metrics of rollouts in the folder.
     """
-    steps = [m for m in read_metrics(run_dir) if "rollouts/response_tokens_mean" in m and "timing/step" in m]
+    steps = [m for m in read_metrics(run_dir) if m.keys() >= _NEEDED]
     if not steps:
         raise DataError(
             f"{run_dir} holds no metrics of a run that sampled rollouts (metrics.jsonl). Name the run folder of one, "
@@ -68,11 +74,13 @@ def rates_from_run(run_dir: Path) -> dict[str, Any]:
     tokens = statistics.median(m["performance/tokens_per_s"] * m["timing/step"] for m in steps)
     training = statistics.median(m.get("timing/train", 0.0) + m.get("timing/logprobs", 0.0) for m in steps)
     sampling = statistics.median(_sampling_s(m) for m in steps)
-    turns = _median(steps, "rollouts/turns_mean") or 1.0
+    turns = max(1.0, _median(steps, "rollouts/turns_mean"))
+    refused = statistics.median(_refused(m) for m in steps)
     found: dict[str, Any] = {
         "response_tokens": response / turns,
-        "prompt_tokens": max(tokens / rollouts - response, 0.0),
-        "turns": max(1, round(turns)),
+        "prompt_tokens": max(tokens / (rollouts * (1 - refused)) - response, 0.0),
+        "turns": turns,
+        "refused_groups": refused,
         "environment_s": _median(steps, "timing/rollout_environment_mean_s") / turns,
         "refit_s": _median(steps, "timing/refit"),
         "overhead_s": sum(_median(steps, f"timing/{n}") for n in ("build_batch", "advantages", "record")),
@@ -80,11 +88,18 @@ def rates_from_run(run_dir: Path) -> dict[str, Any]:
     if training > 0:
         found["trainer_tokens_per_s"] = tokens / training / workers
     if sampling > 0:
-        found["engine_tokens_per_s"] = response * rollouts / sampling
+        engines = _median(steps, "generation/engines") or 1.0  # only engines in processes of their own count themselves
+        found["engine_tokens_per_s"] = response * rollouts / sampling / engines
     spread = _spread(run_dir)
     if spread is not None:
         found["response_spread"] = spread
     return found
+
+
+def _refused(metrics: dict[str, float]) -> float:
+    """Share of the groups of a step that the batch left out."""
+    groups, refused = metrics.get("rollouts/num_groups", 0.0), metrics.get("rollouts/discarded_groups", 0.0)
+    return refused / groups if refused < groups else 0.0
 
 
 def _sampling_s(metrics: dict[str, float]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from nemo_rl_core.config.schema import CheckpointConfig, ComponentChoice, InvariantsConfig, RolloutConfig, RunConfig
+from nemo_rl_core.errors import InvariantViolation
 from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.registry import RunHooks
 from nemo_rl_core.rollouts.engine import RolloutEngine
@@ -182,6 +183,10 @@ class SimulationResult:
     age_mean: float
     age_max: float
     """Steps by which the weights that sampled were behind."""
+    trained_tokens: float
+    """Prompt and response tokens that a step trained on, mean."""
+    failed: float
+    """Share of the rollouts that failed or passed a deadline."""
     history: list[dict[str, float]] = field(repr=False)
     """Metrics of each step."""
 
@@ -196,7 +201,11 @@ def simulate(cluster: SimulatedCluster, seed: int = 0) -> SimulationResult:
         watch = _Watch()
         run = SimulatedRun.build(cluster, seed, folder=Path(folder), hooks=RunHooks([watch], installed=False))
         watch.run = run
-        run.run()
+        status = run.run()
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    if status != "completed":
+        raise InvariantViolation(f"The simulated run ended as {status!r}.")
     history = run.loop.run_state.history
     first = len(history) // 2
     last = max(len(history) - cluster.rollouts.staleness, first + 1)
@@ -214,6 +223,8 @@ def simulate(cluster: SimulatedCluster, seed: int = 0) -> SimulationResult:
         engine_busy=(to_tokens - from_tokens) / (full * seconds),
         age_mean=sum(m["async/age_mean"] for m in steps) / len(steps),
         age_max=max(m["async/age_max"] for m in steps),
+        trained_tokens=sum(m["performance/tokens_per_s"] * m["timing/step"] for m in steps) / len(steps),
+        failed=sum(m["rollouts/failed_fraction"] for m in steps) / len(steps),
         history=history,
     )
 

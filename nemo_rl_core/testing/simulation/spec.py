@@ -78,6 +78,8 @@ class SimulatedCluster:
     group_size: int = 2
     num_turns: int = 1
     """Turns of an episode at most; each ends it with equal probability."""
+    mean_turns: float | None = None
+    """In place of `num_turns`: each episode has this many, rounded up or down so that it is their mean."""
     rollouts: RolloutConfig = Factory(RolloutConfig)
     """As in the configuration of a run: staleness, order, deadlines, ..."""
     engine: EngineSpec = Factory(EngineSpec)

@@ -69,10 +69,8 @@ def _stages(model: Any, pp: int, *, tp: int, expert_parts: int) -> list[_Stage]:
     embedding = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.layers\.(\d+)\.", name)
-        if parameter is embedding:
-            stage = stages[0]
-        else:
-            stage = stages[int(layer[1]) // per_stage] if layer else stages[-1]
+        last = stages[int(layer[1]) // per_stage] if layer else stages[-1]
+        stage = stages[0] if parameter is embedding else last
         if ".experts." in name:
             stage.experts += parameter.numel() / expert_parts
         else:
