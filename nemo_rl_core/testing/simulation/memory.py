@@ -191,9 +191,10 @@ def _activations(role: PolicyConfig, shape: Any, share: float) -> float:
     layer = tokens * hidden * _ACTIVATION_ELEMENTS * size * share
     logits = 3 * min(role.logprob_chunk_size, tokens) * shape.vocab_size * 4 if role.head == "lm" else 0
     if not role.trained:
-        return layer + logits
+        return float(layer + logits)
     inputs = layers * tokens * hidden * size
-    return (layer + inputs if role.activation_checkpointing else layers * layer) + logits
+    kept = layer + inputs if role.activation_checkpointing else layers * layer
+    return float(kept + logits)
 
 
 def _batch(config: RunConfig, rates: Rates, num_engines: int) -> int:
