@@ -54,9 +54,9 @@ class Rates:
 def rates_from_run(run_dir: Path) -> dict[str, Any]:
     """What the recorded metrics of a run say: fields of `Rates` by name.
 
-    Medians over its steps, without the first, which warms up. An engine's speed is that of the time in which the
-    engines had requests, divided by their number; with a batch that was not full it was faster for each sequence and
-    slower in all than it can be.
+    Means over its steps, which add up to the mean step, without the first, which warms up. An engine's speed is that of
+    Means over its steps, which add up to the mean step, without the first, which warms up. An engine's speed is that
+    each sequence and slower in all than it can be.
 
     Raises:
         DataError: There are no metrics of rollouts in the folder.
@@ -70,25 +70,25 @@ def rates_from_run(run_dir: Path) -> dict[str, Any]:
     steps = steps[1:] or steps
     config = _config(run_dir)
     workers = int(config.get("policy", {}).get("num_workers", 1))
-    response, rollouts = _median(steps, "rollouts/response_tokens_mean"), _median(steps, "rollouts/num")
-    tokens = statistics.median(m["performance/tokens_per_s"] * m["timing/step"] for m in steps)
-    training = statistics.median(m.get("timing/train", 0.0) + m.get("timing/logprobs", 0.0) for m in steps)
-    sampling = statistics.median(_sampling_s(m) for m in steps)
-    turns = max(1.0, _median(steps, "rollouts/turns_mean"))
-    refused = statistics.median(_refused(m) for m in steps)
+    response, rollouts = _mean(steps, "rollouts/response_tokens_mean"), _mean(steps, "rollouts/num")
+    tokens = statistics.fmean(m["performance/tokens_per_s"] * m["timing/step"] for m in steps)
+    training = statistics.fmean(m.get("timing/train", 0.0) + m.get("timing/logprobs", 0.0) for m in steps)
+    sampling = statistics.fmean(_sampling_s(m) for m in steps)
+    turns = max(1.0, _mean(steps, "rollouts/turns_mean"))
+    refused = statistics.fmean(_refused(m) for m in steps)
     found: dict[str, Any] = {
         "response_tokens": response / turns,
         "prompt_tokens": max(tokens / (rollouts * (1 - refused)) - response, 0.0),
         "turns": turns,
         "refused_groups": refused,
-        "environment_s": _median(steps, "timing/rollout_environment_mean_s") / turns,
-        "refit_s": _median(steps, "timing/refit"),
-        "overhead_s": sum(_median(steps, f"timing/{n}") for n in ("build_batch", "advantages", "record")),
+        "environment_s": _mean(steps, "timing/rollout_environment_mean_s") / turns,
+        "refit_s": _mean(steps, "timing/refit"),
+        "overhead_s": sum(_mean(steps, f"timing/{n}") for n in ("build_batch", "advantages", "record")),
     }
     if training > 0:
         found["trainer_tokens_per_s"] = tokens / training / workers
     if sampling > 0:
-        engines = _median(steps, "generation/engines") or 1.0  # only engines in processes of their own count themselves
+        engines = _mean(steps, "generation/engines") or 1.0  # only engines in processes of their own count themselves
         found["engine_tokens_per_s"] = response * rollouts / sampling / engines
     spread = _spread(run_dir)
     if spread is not None:
@@ -116,8 +116,8 @@ def _spread(run_dir: Path) -> float | None:
     return statistics.pstdev(lengths) / mean if mean else None
 
 
-def _median(steps: Sequence[dict[str, float]], name: str) -> float:
-    return statistics.median(m.get(name, 0.0) for m in steps)
+def _mean(steps: Sequence[dict[str, float]], name: str) -> float:
+    return statistics.fmean(m.get(name, 0.0) for m in steps)
 
 
 def _config(run_dir: Path) -> dict[str, Any]:

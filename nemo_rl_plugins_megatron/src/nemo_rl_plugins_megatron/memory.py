@@ -37,7 +37,7 @@ def model_memory(policy: PolicyConfig, model: Any) -> ModelMemory:
     expert_copies = max(1, policy.num_workers // (options.expert_parallel_size * expert_tp * pp))
     bfloat16 = policy.precision == "bfloat16"
     state = 4 * _num_states(policy) + (4 if bfloat16 else 0)
-    share = activation_share(tp, cp, sequence_parallel=options.sequence_parallel)
+    share = _activation_share(tp, cp, sequence_parallel=options.sequence_parallel)
 
     def of(stage: _Stage) -> ModelMemory:
         count = stage.dense + stage.experts
@@ -51,7 +51,7 @@ def model_memory(policy: PolicyConfig, model: Any) -> ModelMemory:
     return max((of(stage) for stage in stages), key=lambda memory: memory.held)
 
 
-def activation_share(tp: int, cp: int, *, sequence_parallel: bool) -> float:
+def _activation_share(tp: int, cp: int, *, sequence_parallel: bool) -> float:
     """Of a micro-batch's activations, on one worker; a pipeline's first stage holds as many as one without stages."""
     return (1 / tp if sequence_parallel else _WHOLE + _SPLIT / tp) / cp
 
