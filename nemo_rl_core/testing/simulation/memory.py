@@ -14,8 +14,8 @@ from nemo_rl_core.protocols.training_backend import ModelMemory, TrainingBackend
 from nemo_rl_core.registry import get_registry
 from nemo_rl_core.testing.simulation.placement import PlannedEngines
 from nemo_rl_core.testing.simulation.rates import Rates
-from nemo_rl_core.training.assembly import _Resolver, _roles  # the run's own way to its models
 from nemo_rl_core.training.device_turns import share_devices
+from nemo_rl_core.training.resolver import Resolver
 
 __all__ = ["MemoryEstimate", "ModelEstimate", "estimate_memory"]
 
@@ -148,7 +148,7 @@ def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
     policy = config.policy
     context = AlgorithmContext(
         tokenizer=load_tokenizer(policy.tokenizer_name or str(policy.model_name)),
-        resolve=_Resolver(config).build,
+        resolve=Resolver(config).build,
         max_sequence_length=policy.max_sequence_length,
     )
     algorithm = get_registry().resolve("algorithms", config.algorithm, plugins=config.plugins).load()(config, context)
@@ -159,7 +159,7 @@ def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
             backend=role.config.backend or policy.backend,
             trained=role.trained,
         )
-        for name, role in _roles(algorithm).items()
+        for name, role in algorithm.models.items()
     }
 
 
