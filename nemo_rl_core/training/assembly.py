@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.data.tokenizer import Tokenizer
     from nemo_rl_core.protocols.reward import Reward
 
-__all__ = ["RunInputs", "RunParts", "assemble", "model_roles", "sampling_params"]
+__all__ = ["RunInputs", "RunParts", "assemble", "sampling_params"]
 
 SHUTDOWN_TIMEOUT_S = 10.0
 
@@ -196,7 +196,7 @@ def _add_policy(
     with PluginCall("algorithms", algorithm_class, "__init__", "made"):
         parts.algorithm = algorithm_class(config, context)
     _check_staleness(config, parts.algorithm)
-    roles = {"policy": ModelRole(config=config.policy, trained=True), **model_roles(parts.algorithm)}
+    roles = {"policy": ModelRole(config=config.policy, trained=True), **_roles(parts.algorithm)}
     check_role_names(config.cluster, [*roles, "generation"])
     backends = {}
     for name, role in roles.items():
@@ -269,7 +269,7 @@ def _add_engine(
     parts.turns.attach(parts.generation, parts.runner)
 
 
-def model_roles(algorithm: Any) -> Mapping[str, ModelRole]:
+def _roles(algorithm: Any) -> Mapping[str, ModelRole]:
     """The models beside the policy.
 
     Raises:

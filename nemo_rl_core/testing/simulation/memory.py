@@ -14,7 +14,6 @@ from nemo_rl_core.protocols.training_backend import ModelMemory, TrainingBackend
 from nemo_rl_core.registry import get_registry
 from nemo_rl_core.testing.simulation.placement import PlannedEngines
 from nemo_rl_core.testing.simulation.rates import Rates
-from nemo_rl_core.training.assembly import model_roles
 from nemo_rl_core.training.device_turns import share_devices
 from nemo_rl_core.training.resolver import Resolver
 
@@ -160,7 +159,7 @@ def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
             backend=role.config.backend or policy.backend,
             trained=role.trained,
         )
-        for name, role in model_roles(algorithm).items()
+        for name, role in algorithm.models.items()
     }
 
 

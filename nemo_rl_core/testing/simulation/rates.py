@@ -54,9 +54,9 @@ class Rates:
 def rates_from_run(run_dir: Path) -> dict[str, Any]:
     """What the recorded metrics of a run say: fields of `Rates` by name.
 
-    Means over its steps, which add up to the mean step, without the first, which warms up. An engine's speed is that of
     Means over its steps, which add up to the mean step, without the first, which warms up. An engine's speed is that
-    each sequence and slower in all than it can be.
+    of the time in which the engines had requests, divided by their number; with a batch that was not full it was faster
+    for each sequence and slower in all than it can be.
 
     Raises:
         DataError: There are no metrics of rollouts in the folder.
