@@ -78,7 +78,16 @@ class _Engine:
         return fingerprint(self.weights.items())
 
 
+def _sizes(backend):
+    """Bytes on this rank between two steps, as planned and as they are."""
+    planned = backend.memory(backend.config, load_model(backend.config.model_name, dtype=torch.float32, empty=True))
+    states = [v for state in backend.optimizer.state.values() for v in state.values()]
+    found = sum(local_part(tensor).nbytes for tensor in (*backend.weights.values(), *states))
+    return found, planned.weights + planned.optimizer
+
+
 def test_three_steps_equal_those_of_one_process(group, make_backend, make_shipped_loss, batch, tmp_path):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     loss = make_shipped_loss(batch)
     alone = make_backend("qwen3", lr=1e-3, max_grad_norm=0.05)
     for _ in range(3):
@@ -97,18 +106,6 @@ def test_three_steps_equal_those_of_one_process(group, make_backend, make_shippe
     group.call("export_model", tmp_path, timeout_s=60)
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).named_parameters())
     assert all(torch.equal(loaded[n], t) for n, t in engine.weights.items())
-
-
-def _sizes(backend):
-    """Bytes on this rank between two steps, as planned and as they are."""
-    planned = backend.memory(backend.config, load_model(backend.config.model_name, dtype=torch.float32, empty=True))
-    states = [v for state in backend.optimizer.state.values() for v in state.values()]
-    found = sum(local_part(tensor).nbytes for tensor in (*backend.weights.values(), *states))
-    return found, planned.weights + planned.optimizer
-
-
-def test_planned_memory_is_what_the_tensors_take(group):
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     found, planned = map(max, zip(*group.call("apply", _sizes, timeout_s=60), strict=True))
     assert found == pytest.approx(planned, rel=0.03)
 
