@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
 
@@ -60,8 +60,8 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
     while True:
         try:
             kind, *rest = receive(connection)
-        except EOFError:
-            return
+        except EOFError:  # the driver is gone
+            _end_session()
         if kind == "stop":
             _stop(connection, worker)
             return
@@ -76,7 +76,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
                 with PluginCall(component_kind, worker, rest[0]):
                     _iterate(connection, worker, *rest)
         except (BrokenPipeError, ConnectionError):
-            return
+            _end_session()
         except BaseException as error:  # reported to the driver, which raises it
             send(connection, ("error", report_error(error)))
 
@@ -141,8 +141,13 @@ def _die_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+        _end_session()
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _end_session() -> NoReturn:
+    """End this process and what it started."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

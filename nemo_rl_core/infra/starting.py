@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["starting"]
+__all__ = ["environment", "starting"]
 
 _turn = threading.Lock()
 """The environment and the main module of a process are one: others are started one after another."""
@@ -25,22 +25,27 @@ def starting(variables: Mapping[str, str] | None = None) -> Iterator[None]:
     Args:
         variables: Environment variables; put back afterwards.
     """
-    with _turn, _environment(variables or {}), _without_main():
+    with _turn, environment(variables or {}), _without_main():
         yield
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Have these environment variables inside, without those that are None; afterwards all are as before."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _set(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

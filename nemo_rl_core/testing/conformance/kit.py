@@ -31,6 +31,7 @@ import pytest
 from attrs import frozen
 
 from nemo_rl_core.errors import NemoRLError
+from nemo_rl_core.infra.starting import environment
 from nemo_rl_core.testing.conformance.declared import example_of, overlaid, take_declarations
 from nemo_rl_core.testing.conformance.subject import structured
 
@@ -389,18 +390,15 @@ def _message(report: pytest.TestReport) -> str:
 @contextmanager
 def _no_other_plugins() -> Iterator[None]:
     """Keep installed pytest plugins and options of a surrounding run out of the inner one."""
-    changed = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    before = {name: os.environ.get(name) for name in (*changed, "PYTEST_PLUGINS", "PYTEST_CURRENT_TEST")}
-    os.environ.update(changed)
-    os.environ.pop("PYTEST_PLUGINS", None)
-    try:
+    current = os.environ.get("PYTEST_CURRENT_TEST")  # the inner run changes it
+    wanted = {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": "",
+        "PYTEST_PLUGINS": None,
+        "PYTEST_CURRENT_TEST": current,
+    }
+    with environment(wanted):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
