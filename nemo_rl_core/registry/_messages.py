@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["conflict", "known_package", "known_packages", "not_found"]
 
+_SHOWN_OF_FAMILY = 3
+
 
 def known_package(kind: str, name: str) -> str | None:
     """The published distribution that provides a name, from the table shipped with the core."""
@@ -36,7 +38,19 @@ def _known() -> dict[str, dict[str, str]]:
 
 
 def _listing(names: Iterable[str]) -> str:
-    return ", ".join(sorted(set(names))) or "none"
+    """The names; a family with many members, such as `reasoning_gym/...`, is one entry."""
+    families: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        families.setdefault(name.partition("/")[0], []).append(name)
+    shown: list[str] = []
+    for family, members in families.items():
+        inner = [name for name in members if name != family]
+        if len(inner) <= _SHOWN_OF_FAMILY:
+            shown += members
+        else:
+            shown += [name for name in members if name == family]
+            shown.append(f"{family}/... ({len(inner)}, such as {inner[0]})")
+    return ", ".join(shown) or "none"
 
 
 def not_found(

@@ -80,10 +80,13 @@ def test_the_first_of_two_installations_of_one_distribution_counts(site, registr
 
 def test_unknown_names_say_what_to_do(site, registry):
     site.install("a", entry_points={"losses": {"clipped_thing": "a_pkg:Loss"}})
+    site.install("b", entry_points={"environments": {"solo": "b:E", **{f"many/{i}": "b:E" for i in range(5)}}})
     with pytest.raises(PluginNotFound, match=r"Did you mean 'clipped_thing'\?"):
         registry.resolve("losses", "cliped_thing")
     with pytest.raises(PluginNotFound, match=r"Installed: .*clipped_thing.*usually named nemo-rl-<name>"):
         registry.resolve("losses", "qqq")
+    with pytest.raises(PluginNotFound, match=r"many/\.\.\. \(5, such as many/0\),.* solo\. Install"):
+        registry.resolve("environments", "qqq")
     with pytest.raises(PluginError, match="Did you mean 'losses'"):
         registry.resolve("loses", "x")
     with pytest.raises(PluginNotFound, match="neither an installed plugin distribution nor a module"):
