@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
 
-from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RunConfig
+from nemo_rl_core.config.schema import PolicyConfig, RunConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import ConfigError
@@ -144,7 +144,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
         )
     run_dir = os.path.abspath(run_dir)  # workers may have another working directory
     with ExitStack() as stack:
-        resolver = Resolver(config)
+        resolver = Resolver(config.plugins)
         algorithm_class = resolver.load("algorithms", config.algorithm)
         feed = feed_of(algorithm_class, config) if training else "rollouts"
         recorded = inputs.recorded if training else None
@@ -404,17 +404,7 @@ def _environment(config: RunConfig, inputs: RunInputs, resolver: Resolver) -> En
     if config.environment.name is not None:
         component = resolver.load("environments", config.environment.name)
         return _factory(component, options_of(component, config.environment.options))
-    return reward_environment(_reward(config.reward, resolver))
-
-
-def _reward(choice: ComponentChoice, resolver: Resolver) -> Reward:
-    """The reward of the configuration: a class is made with its options, a function has them as preset arguments."""
-    component: Any = resolver.load("rewards", choice.name)
-    if isinstance(component, type):
-        made: Reward = resolver.make("rewards", component, choice.options)
-        return made
-    found: Reward = partial(component, **choice.options) if choice.options else component
-    return found
+    return reward_environment(resolver.reward(config.reward))
 
 
 def _factory(component: Any, options: Any) -> EnvironmentFactory:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.registry import ComponentRef, PluginCall, get_registry
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import ComponentChoice, RunConfig
+    from nemo_rl_core.config.schema import ComponentChoice
+    from nemo_rl_core.protocols.reward import Reward
 
 __all__ = ["Resolver", "options_of"]
 
 
 class Resolver:
-    """Looks names up, remembering every component that the run uses (for the manifest)."""
+    """Looks names up, remembering every component that the run uses (for the manifest).
 
-    def __init__(self, config: RunConfig) -> None:
-        self.plugins: Mapping[str, str] = config.plugins
+    Args:
+        plugins: As in the configuration: the distribution that a name is taken from where several have it.
+    """
+
+    def __init__(self, plugins: Mapping[str, str] | None = None) -> None:
+        self.plugins: Mapping[str, str] = plugins or {}
         self.used: list[ComponentRef] = []
 
     def names(self, kind: str) -> Sequence[str]:
@@ -47,6 +53,15 @@ class Resolver:
         """The component that was loaded last, called with its options if it takes any."""
         with PluginCall(kind, self.used[-1], "__init__", "made"):
             return component(options_of(component, options)) if _takes_options(component) else component()
+
+    def reward(self, choice: ComponentChoice) -> Reward:
+        """A reward: a class is made with its options, a function has them as preset arguments."""
+        component: Any = self.load("rewards", choice.name)
+        if isinstance(component, type):
+            made: Reward = self.make("rewards", component, choice.options)
+            return made
+        found: Reward = partial(component, **choice.options) if choice.options else component
+        return found
 
 
 def _takes_options(component: Any) -> bool:

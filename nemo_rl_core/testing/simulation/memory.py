@@ -148,7 +148,7 @@ def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
     policy = config.policy
     context = AlgorithmContext(
         tokenizer=load_tokenizer(policy.tokenizer_name or str(policy.model_name)),
-        resolve=Resolver(config).build,
+        resolve=Resolver(config.plugins).build,
         max_sequence_length=policy.max_sequence_length,
     )
     algorithm = get_registry().resolve("algorithms", config.algorithm, plugins=config.plugins).load()(config, context)

@@ -12,9 +12,10 @@ from attrs import field, frozen, validators
 from nemo_rl_core.config.schema import ComponentChoice, component
 from nemo_rl_core.errors import ConfigError, RewardError
 from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentContext, EnvironmentStep, Message, Task
-from nemo_rl_core.registry import get_registry, register_environment
+from nemo_rl_core.registry import register_environment
 from nemo_rl_core.rollouts.policy_session import PolicySession
 from nemo_rl_core.rollouts.reward_env import RewardEnvironmentFactory, reward_environment
+from nemo_rl_core.training.resolver import Resolver
 from nemo_rl_plugins_env_agent.calls import AgentCall, AgentFailed
 from nemo_rl_plugins_env_agent.commands import read_output, run_command
 from nemo_rl_plugins_env_agent.functions import load_function, name_of, run_function
@@ -156,15 +157,7 @@ class _Chosen:
 @functools.lru_cache(maxsize=8)
 def _scorer(chosen: _Chosen) -> RewardEnvironmentFactory:
     """A reward is made once per run."""
-    choice = chosen.choice
-    found: Any = get_registry().resolve("rewards", choice.name).load()
-    options = dict(choice.options) if isinstance(choice.options, Mapping) else choice.options
-    if isinstance(found, type):
-        config_class = getattr(found, "config_class", dict)
-        found = found(config_class(**options) if isinstance(options, dict) else options)
-    elif options:
-        found = functools.partial(found, **options)
-    return reward_environment(found)
+    return reward_environment(Resolver().reward(chosen.choice))
 
 
 def agent_environment(
