@@ -395,10 +395,10 @@ class EngineWorkers(GenerationBackend):
     def _on_lost(self, link: EngineLink, reason: BaseException) -> None:
         """In the thread of the link's reader, which has nothing else to do any more."""
         with self._changed:
-            if link not in self.links:  # of a start that is under way, or of one that this object has done with
-                self._lost_early[link] = reason
-                return
             if self._closed:
+                return
+            if link not in self.links:  # of a start that is under way
+                self._lost_early[link] = reason
                 return
             index = self.links.index(link)
             orphans, link.pending = list(link.pending.values()), {}
