@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
-    from nemo_rl_core.rollouts.records import RolloutGroup
-    from nemo_rl_core.training.state import RunState
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.records.run_state import RunState
 
 __all__ = ["hookimpl", "hookspec"]
 

@@ -304,7 +304,7 @@ LIGHT_MODULES = [
     "nemo_rl_core",
     "nemo_rl_core.registry",
     "nemo_rl_core.config",
-    "nemo_rl_core.config.schema",
+    "nemo_rl_core.schema.run",
     "nemo_rl_core.cli",
     "nemo_rl_core.hookspecs",
     *(f"nemo_rl_core.protocols.{p.stem}" for p in sorted((CORE / "protocols").glob("*.py")) if p.stem != "__init__"),

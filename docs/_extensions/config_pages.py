@@ -55,7 +55,7 @@ def _is_config(item: Class) -> bool:
 
 def configuration_markdown(root: Path) -> str:
     """Tables of every configuration class: the run's tree, then the options of each shipped package."""
-    schema = read_module(root / "nemo_rl_core" / "config" / "schema.py", "nemo_rl_core.config.schema")
+    schema = read_module(root / "nemo_rl_core" / "config" / "schema.py", "nemo_rl_core.schema.run")
     run = sorted(filter(_is_config, schema.classes), key=lambda c: (c.name != "RunConfig", c.name))
     known = _labels("config", run)
     out = ["## The run", ""]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nemo_rl_core.errors import NemoRLError
-from nemo_rl_core.registry._index import DEBUG_VARIABLE, DENY_VARIABLE
+from nemo_rl_core.registry.discovery._index import DEBUG_VARIABLE, DENY_VARIABLE
 
 __all__ = ["run", "switch_on_debug"]
 

@@ -13,10 +13,10 @@ from nemo_rl_core.cli.train import ConfigFile, Json, Overrides
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from nemo_rl_core.config.schema import RunConfig
-    from nemo_rl_core.testing.simulation.memory import MemoryEstimate
-    from nemo_rl_core.testing.simulation.plan import PlannedRun
-    from nemo_rl_core.testing.simulation.rates import Rates
+    from nemo_rl_core.planning.memory import MemoryEstimate
+    from nemo_rl_core.planning.plan import PlannedRun
+    from nemo_rl_core.planning.rates import Rates
+    from nemo_rl_core.schema import RunConfig
 
 __all__ = ["plan"]
 
@@ -63,9 +63,9 @@ def plan(
 
     from nemo_rl_core.config import finalize, load_config
     from nemo_rl_core.errors import ConfigError
-    from nemo_rl_core.testing.simulation.memory import estimate_memory
-    from nemo_rl_core.testing.simulation.plan import plan_run
-    from nemo_rl_core.testing.simulation.rates import Rates, rates_from_run
+    from nemo_rl_core.planning.memory import estimate_memory
+    from nemo_rl_core.planning.plan import plan_run
+    from nemo_rl_core.planning.rates import Rates, rates_from_run
 
     given = {
         "engine_tokens_per_s": engine_tokens_per_s,

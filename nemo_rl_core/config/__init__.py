@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_rl_core.config.schema import (
+from nemo_rl_core.exports import lazy_exports
+from nemo_rl_core.schema import (
     CheckpointConfig,
     ClusterConfig,
     ComponentChoice,
@@ -26,15 +27,14 @@ from nemo_rl_core.config.schema import (
     ValidationConfig,
     component,
 )
-from nemo_rl_core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.components import Resolver, resolve_choice
     from nemo_rl_core.config.derived import ArithmeticRow, arithmetic
-    from nemo_rl_core.config.dump import Difference, diff, to_dict, to_yaml
+    from nemo_rl_core.config.describing.dump import Difference, diff, to_dict, to_yaml
+    from nemo_rl_core.config.describing.reference import FieldRow, describe, json_schema
     from nemo_rl_core.config.load import finalize, load_config
-    from nemo_rl_core.config.mistakes import InvalidConfig, Mistake, Position, mistake
-    from nemo_rl_core.config.reference import FieldRow, describe, json_schema
+    from nemo_rl_core.schema.mistakes import InvalidConfig, Mistake, Position, mistake
 
 __all__ = [
     "ArithmeticRow",

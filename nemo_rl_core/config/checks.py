@@ -13,11 +13,11 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config._types import fields_of
 from nemo_rl_core.config.components import Resolver
 from nemo_rl_core.config.layouts import replica_sizes
-from nemo_rl_core.config.mistakes import Mistake, mistake
-from nemo_rl_core.config.schema import CheckpointConfig, ClusterConfig, PolicyConfig, RunConfig
+from nemo_rl_core.schema import CheckpointConfig, ClusterConfig, PolicyConfig, RunConfig
+from nemo_rl_core.schema.fields import fields_of
+from nemo_rl_core.schema.mistakes import Mistake, mistake
 
 __all__ = ["check_tree"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rl_core.config.components import Resolver, default_resolver, find
-from nemo_rl_core.config.schema import PolicyConfig
 from nemo_rl_core.errors import PluginError
+from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["replica_sizes", "training_backend"]
 

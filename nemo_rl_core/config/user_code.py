@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config.mistakes import Mistake
 from nemo_rl_core.errors import PluginError
+from nemo_rl_core.schema.mistakes import Mistake
 
 __all__ = ["explain_user_code"]
 

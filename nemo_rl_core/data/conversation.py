@@ -13,8 +13,8 @@ from typing import Any, Literal
 from attrs import frozen
 
 from nemo_rl_core.data.message_log import apply_template
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.models.tokenizer import Tokenizer
 
 __all__ = ["ConversationSplitter", "Piece", "TrainOn"]
 

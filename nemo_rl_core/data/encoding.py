@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.conversation import ConversationSplitter, TrainOn
 from nemo_rl_core.data.tokenization import tokenize_pieces
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.models.tokenizer import Tokenizer
+from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["ConversationEncoder"]
 

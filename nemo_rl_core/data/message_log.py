@@ -14,9 +14,9 @@ from typing import Any
 
 from attrs import frozen
 
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.environment import Message
+from nemo_rl_core.models.tokenizer import Tokenizer
+from nemo_rl_core.records.message import Message
 
 __all__ = ["ChatFormatter", "Extension", "apply_template"]
 

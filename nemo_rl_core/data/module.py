@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from attrs import evolve
 
-from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.order import FormattedRows, StreamOrder, TableOrder, TaskItem
 from nemo_rl_core.data.prompts import RowFormat
 from nemo_rl_core.data.sources import RowStream, load_rows
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.schema import DataConfig, DatasetConfig
 
 __all__ = ["DataModule", "TaskItem"]
 

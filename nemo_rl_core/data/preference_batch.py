@@ -11,10 +11,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.encoding import ConversationEncoder
 from nemo_rl_core.data.preferences import PreferencePair
 from nemo_rl_core.errors import ShapeMismatch
+from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["pair_positions", "preference_batch"]
 

@@ -17,7 +17,7 @@ from typing import Any
 from attrs import frozen
 
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.environment import Message
+from nemo_rl_core.records.message import Message
 
 __all__ = ["LabelledAnswer", "PreferencePair", "labelled_answers", "preference_pair"]
 

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from attrs import Factory, field, frozen
 
-from nemo_rl_core.config.schema import DatasetConfig
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.environment import Message
+from nemo_rl_core.records.message import Message
+from nemo_rl_core.schema import DatasetConfig
 
 __all__ = ["RowFormat", "gym_messages", "sft_messages"]
 

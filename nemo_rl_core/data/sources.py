@@ -11,11 +11,11 @@ from typing import Any
 import attrs
 from attrs import define, frozen
 
-from nemo_rl_core.config.mistakes import InvalidConfig, suggest
-from nemo_rl_core.config.schema import DatasetConfig
 from nemo_rl_core.config.structure import structure
 from nemo_rl_core.errors import DataError, NemoRLError, PluginError
 from nemo_rl_core.registry import PluginCall
+from nemo_rl_core.schema import DatasetConfig
+from nemo_rl_core.schema.mistakes import InvalidConfig, suggest
 
 __all__ = ["LoadedRows", "RowStream", "TableRows", "load_rows"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from attrs import frozen
 
 from nemo_rl_core.data.conversation import Piece
-from nemo_rl_core.data.tokenizer import Tokenizer
+from nemo_rl_core.models.tokenizer import Tokenizer
 
 __all__ = ["TokenizedText", "tokenize_pieces"]
 

@@ -20,7 +20,7 @@ from nemo_rl_core.models.adapter import add_adapter, base_of, is_classifier
 if TYPE_CHECKING:
     import torch
 
-    from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.models.tokenizer import Tokenizer
 
 __all__ = [
     "eos_token_ids",

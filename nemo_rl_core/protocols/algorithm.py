@@ -16,12 +16,12 @@ from nemo_rl_core.protocols.loss import Loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.schema import PolicyConfig
-    from nemo_rl_core.data.batch import BatchedDataDict
-    from nemo_rl_core.data.tokenizer import Tokenizer
-    from nemo_rl_core.infra.kept import Kept
-    from nemo_rl_core.models.over_vocabulary import OutputLayer
-    from nemo_rl_core.rollouts.records import RolloutGroup
+    from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
+    from nemo_rl_core.models.tokenizer import Tokenizer
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.kept import Kept
+    from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
 

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from attrs import field, frozen
 
 from nemo_rl_core.errors import EnvironmentFailure
+from nemo_rl_core.records.message import Message, Task
 
 if TYPE_CHECKING:
-    from nemo_rl_core.rollouts.policy_session import PolicySession
+    from nemo_rl_core.rollouts.agents.session import PolicySession
 
-__all__ = [
-    "DrivingEnvironment",
-    "Environment",
-    "EnvironmentContext",
-    "EnvironmentStep",
-    "Message",
-    "SingleTurnEnvironment",
-    "Task",
-]
-
-
-class Message(TypedDict, total=False):
-    """One turn of a conversation in the chat format of Hugging Face templates."""
-
-    role: str
-    content: str
-    tool_calls: list[dict[str, Any]]
-    tool_call_id: str
-    name: str
-
-
-Task = Mapping[str, Any]
-"""One row of a dataset. `prompt` is a string or a list of messages; everything else is the row's own
-(`answer`, `metadata`, ...)."""
+__all__ = ["DrivingEnvironment", "Environment", "EnvironmentContext", "EnvironmentStep", "SingleTurnEnvironment"]
 
 
 @frozen(kw_only=True)

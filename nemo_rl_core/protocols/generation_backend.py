@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from attrs import field, frozen
+
+from nemo_rl_core.records.completion import Completion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
 
-__all__ = ["Completion", "FinishReason", "GenerationBackend", "GenerationRequest", "SamplingParams"]
-
-FinishReason = Literal["stop", "length", "abort"]
-"""stop: an end token or a stop string; length: max_new_tokens or the context was full; abort: cut off."""
+__all__ = ["GenerationBackend", "GenerationRequest", "SamplingParams"]
 
 
 @frozen(kw_only=True)
@@ -51,26 +50,6 @@ class GenerationRequest:
     sampling: SamplingParams = field(factory=SamplingParams)
     order: tuple[int, ...] = ()
     """Waiting requests enter the batch in this order (then by arrival), so that a run is reproducible."""
-
-
-@frozen(kw_only=True)
-class Completion:
-    """One sampled continuation."""
-
-    request_id: str
-    token_ids: list[int]
-    """Sampled tokens, the end or stop token included."""
-    logprobs: list[float]
-    """Natural log of each token's probability under the distribution it was drawn from (after
-    temperature, top-k and top-p; with temperature 0, under the untempered distribution)."""
-    finish_reason: FinishReason
-    stop_reason: str | int | None = None
-    """The stop string or token id that ended it."""
-    weight_version: int = 0
-    """Version of the weights that sampled the first token; a later one is in `last_weight_version`."""
-    last_weight_version: int = 0
-    text: str | None = None
-    """Decoded text without special tokens if the engine has it; the rollout engine decodes otherwise."""
 
 
 @runtime_checkable
@@ -145,7 +124,7 @@ class GenerationBackend(Protocol):
         return None
 
     def fingerprint(self) -> str:
-        """Digest of the weights the engine now samples from, by `nemo_rl_core.infra.fingerprint`."""
+        """Digest of the weights the engine now samples from, by `nemo_rl_core.infra.weights.fingerprint`."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_core.schema import ClusterConfig
 
 __all__ = ["Launcher", "WorkerContext", "WorkerGroup", "WorkerSpec"]
 
@@ -117,7 +117,7 @@ class WorkerGroup(Protocol):
         """Call `method` on every worker, sharded over some axes and replicated over the others.
 
         With `axes={"dp": 4, "tp": 2}` and `over="dp"` ranks 0 and 1 get `shards[0]`, 2 and 3 `shards[1]`, and so on
-        (`nemo_rl_core.infra.axes.dispatch`). An argument that is the same object in every shard should be sent to
+        (`nemo_rl_core.infra.workers.axes.dispatch`). An argument that is the same object in every shard should be sent to
         where several workers read it only once.
 
         Returns:

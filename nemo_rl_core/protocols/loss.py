@@ -15,7 +15,7 @@ from nemo_rl_core.errors import ShapeMismatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["Denominator", "Loss", "LossSums", "Metric", "ModelOutputs", "VocabularyLoss", "per_token"]
 

@@ -17,11 +17,11 @@ from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.mistakes import Mistake
-    from nemo_rl_core.config.schema import PolicyConfig
-    from nemo_rl_core.data.batch import BatchedDataDict
-    from nemo_rl_core.models.over_vocabulary import OutputLayer
+    from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.schema import PolicyConfig
+    from nemo_rl_core.schema.mistakes import Mistake
 
 __all__ = ["LossFunction", "ModelMemory", "StepPlan", "StepResult", "TrainingBackend", "WeightInfo"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_rl_core.exports import lazy_exports
-from nemo_rl_core.registry._kinds import KINDS, Kind
+from nemo_rl_core.registry.discovery._kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry._decorators import (
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         register_training_backend,
         register_weight_sync,
     )
-    from nemo_rl_core.registry._hooks import HookFailure, HookPlugins, RunHooks
+    from nemo_rl_core.registry._hook_plugin import HookFailure
+    from nemo_rl_core.registry._hooks import HookPlugins, RunHooks
     from nemo_rl_core.registry._manifest import (
         ManifestDifference,
         active_table,

@@ -8,23 +8,23 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from nemo_rl_core import hookspecs
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
-from nemo_rl_core.registry._compatibility import incompatibility
-from nemo_rl_core.registry._importing import importing
-from nemo_rl_core.registry._index import DENY_VARIABLE, Entry
+from nemo_rl_core.registry._hook_plugin import HookFailure, HookPlugin
 from nemo_rl_core.registry._reference import ComponentRef, import_path
-from nemo_rl_core.registry._trace import Provider, mark, trace_event
+from nemo_rl_core.registry._trace import mark, trace_event
+from nemo_rl_core.registry.discovery._compatibility import incompatibility
+from nemo_rl_core.registry.discovery._importing import importing
+from nemo_rl_core.registry.discovery._index import DENY_VARIABLE, Entry
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._distributions import Distribution
     from nemo_rl_core.registry._registry import Registry
 
-__all__ = ["HookFailure", "HookPlugin", "HookPlugins", "RunHooks"]
+__all__ = ["HookPlugins", "RunHooks"]
 
 logger = logging.getLogger("nemo_rl_core.registry")
 
@@ -44,44 +44,6 @@ SPECS: dict[str, tuple[str, ...]] = {
     if hasattr(function, "nemo_rl_spec")
 }
 """Every hook and its arguments."""
-
-
-class HookPlugin(NamedTuple):
-    """One listener: a module or object of an installed distribution, or a callback of a run."""
-
-    label: str
-    """How messages name it: `plugin x 1.2 (dist y)` or `callback module.Class`."""
-    listener: Any
-    distribution: Distribution | None = None
-    name: str = ""
-    """Of the entry point, or under which the callback was asked for."""
-    is_callback: bool = False
-    """Given to this run, not listening to every run."""
-
-    def __str__(self) -> str:
-        return self.label
-
-    @property
-    def provider(self) -> Provider:
-        """Who it is, for the trace."""
-        cls = self.listener if isinstance(self.listener, ModuleType) else type(self.listener)
-        value = f"{getattr(cls, '__module__', '')}:{getattr(cls, '__qualname__', '')}".strip(":") or cls.__name__
-        dist = self.distribution
-        name = self.name or value.rpartition(":")[2]
-        return Provider("hook", name, dist.name if dist else None, dist.version if dist else None, value)
-
-    @property
-    def critical(self) -> bool:
-        """Whether its exceptions stop the run."""
-        return bool(getattr(self.listener, "critical", False))
-
-
-class HookFailure(NamedTuple):
-    """A listener that raised, and the run went on."""
-
-    plugin: str
-    hook: str
-    error: Exception
 
 
 class _Listeners(pluggy.PluginManager):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from nemo_rl_core.errors import PluginIncompatible
-from nemo_rl_core.registry._source import source_hash
+from nemo_rl_core.registry.discovery._source import source_hash
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._hooks import HookPlugin
+    from nemo_rl_core.registry._hook_plugin import HookPlugin
     from nemo_rl_core.registry._reference import ComponentRef
 
 __all__ = [
@@ -104,8 +104,8 @@ def manifest(refs: Iterable[ComponentRef], hooks: Iterable[HookPlugin] = ()) -> 
 
 @cache
 def _our_distributions() -> frozenset[str]:
-    from nemo_rl_core.registry._index import CORE
     from nemo_rl_core.registry._messages import known_packages
+    from nemo_rl_core.registry.discovery._index import CORE
 
     return frozenset({CORE, *known_packages()})
 

@@ -13,12 +13,12 @@ from typing import Any, Literal
 from attrs import define, field, frozen
 
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
-from nemo_rl_core.registry._importing import importing
-from nemo_rl_core.registry._index import CORE, DENY_VARIABLE
-from nemo_rl_core.registry._kinds import KINDS
-from nemo_rl_core.registry._source import source_hash
 from nemo_rl_core.registry._trace import PluginCall
 from nemo_rl_core.registry._verify import shortcoming
+from nemo_rl_core.registry.discovery._importing import importing
+from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE
+from nemo_rl_core.registry.discovery._kinds import KINDS
+from nemo_rl_core.registry.discovery._source import source_hash
 
 __all__ = ["ComponentRef", "LoadStatus", "Origin", "State", "import_path", "is_importable"]
 

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.errors import PluginBroken, PluginConflict, PluginError, PluginNotFound
 from nemo_rl_core.registry import _manifest, _messages, _verification
-from nemo_rl_core.registry._compatibility import incompatibility
-from nemo_rl_core.registry._distributions import Distribution, normalize
-from nemo_rl_core.registry._index import CORE, DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
-from nemo_rl_core.registry._kinds import KINDS, Kind
 from nemo_rl_core.registry._reference import ComponentRef, LoadStatus, Origin, is_importable
+from nemo_rl_core.registry.discovery._compatibility import incompatibility
+from nemo_rl_core.registry.discovery._distributions import Distribution, normalize
+from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
+from nemo_rl_core.registry.discovery._kinds import KINDS, Kind
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._hooks import HookPlugin, HookPlugins
+    from nemo_rl_core.registry._hook_plugin import HookPlugin
+    from nemo_rl_core.registry._hooks import HookPlugins
 
 __all__ = ["Registry", "get_registry"]
 

@@ -21,12 +21,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nemo_rl_core.errors import PluginError, RunInterrupted
-from nemo_rl_core.registry._index import CORE
-from nemo_rl_core.registry._kinds import KINDS
+from nemo_rl_core.registry.discovery._index import CORE
+from nemo_rl_core.registry.discovery._kinds import KINDS
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._index import Entry
     from nemo_rl_core.registry._registry import Registry
+    from nemo_rl_core.registry.discovery._index import Entry
 
 __all__ = [
     "PluginCall",

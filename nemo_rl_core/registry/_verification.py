@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from nemo_rl_core.errors import PluginIncompatible
-from nemo_rl_core.registry._kinds import KINDS
 from nemo_rl_core.registry._manifest import aligned, manifest_row
-from nemo_rl_core.registry._source import source_hash
+from nemo_rl_core.registry.discovery._kinds import KINDS
+from nemo_rl_core.registry.discovery._source import source_hash
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry._reference import ComponentRef

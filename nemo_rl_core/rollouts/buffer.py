@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
-from nemo_rl_core.rollouts.clock import Clock, SystemClock
-from nemo_rl_core.rollouts.jsonl import group_from_dict, group_to_dict
-from nemo_rl_core.rollouts.records import RolloutGroup
+from nemo_rl_core.machine.clock import Clock, SystemClock
+from nemo_rl_core.records.jsonl import group_from_dict, group_to_dict
+from nemo_rl_core.records.rollout import RolloutGroup
 
 __all__ = ["GroupBuffer", "group_age"]
 

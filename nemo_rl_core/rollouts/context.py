@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from nemo_rl_core.machine.task_deadlines import Deadline
 from nemo_rl_core.protocols.environment import Environment, EnvironmentContext
-from nemo_rl_core.rollouts.deadlines import Deadline
-from nemo_rl_core.rollouts.process_pool import ProcessPool
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 
 __all__ = ["EnvironmentFactory", "EpisodeContext"]
 

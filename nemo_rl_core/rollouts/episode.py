@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import traceback
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from attrs import frozen
 
-from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import (
     DeadlineExceeded,
@@ -21,22 +19,21 @@ from nemo_rl_core.errors import (
     NemoRLError,
     RewardError,
 )
-from nemo_rl_core.protocols.environment import DrivingEnvironment, Environment, EnvironmentStep, Message
-from nemo_rl_core.protocols.generation_backend import (
-    Completion,
-    GenerationBackend,
-    GenerationRequest,
-    SamplingParams,
-)
+from nemo_rl_core.machine.task_deadlines import Deadline, DeadlineWatch
+from nemo_rl_core.protocols.environment import DrivingEnvironment, Environment, EnvironmentStep
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest, SamplingParams
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.records.message import Message
+from nemo_rl_core.records.rewards import finite_rewards
+from nemo_rl_core.records.rollout import Rollout, RolloutError, Turn
+from nemo_rl_core.records.seeds import stable_seed
 from nemo_rl_core.registry import PluginCall, origin_of
+from nemo_rl_core.rollouts.agents.session import PolicySession, check_completion
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
-from nemo_rl_core.rollouts.deadlines import Deadline, DeadlineWatch
-from nemo_rl_core.rollouts.policy_session import PolicySession, check_completion
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
-from nemo_rl_core.rollouts.seeds import stable_seed
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
+from nemo_rl_core.schema import RolloutConfig
 
-__all__ = ["Episode", "EpisodeSettings", "finite_rewards"]
+__all__ = ["Episode", "EpisodeSettings"]
 
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
@@ -373,26 +370,6 @@ def _checked_step(found: Any, method: Any) -> EnvironmentStep:
     raise EnvironmentFailure(
         f"{method.__qualname__} returned {type(found).__name__}; it must return an EnvironmentStep."
     )
-
-
-def finite_rewards(rewards: Mapping[str, Any]) -> dict[str, float]:
-    """The rewards as finite floats.
-
-    Raises:
-        RewardError: One is not a number, or not finite; a failed reward must not pass for 0.
-    """
-    checked: dict[str, float] = {}
-    for name, value in rewards.items():
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise RewardError(f"Reward {name!r} is {value!r} ({type(value).__name__}); it must be a number.")
-        try:
-            number = float(value)
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"Reward {name!r} is {value!r}, which is not one number: {error}.") from error
-        if not math.isfinite(number):
-            raise RewardError(f"Reward {name!r} is {number}; it must be finite. Check for a division by zero.")
-        checked[str(name)] = number
-    return checked
 
 
 def _where(error: Exception) -> str:

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup
 
 __all__ = ["failure_summary", "rollout_metrics"]
 

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
-from nemo_rl_core.protocols.environment import Task
+from nemo_rl_core.machine.garbage import relaxed_collection
 from nemo_rl_core.protocols.generation_backend import SamplingParams
+from nemo_rl_core.records.message import Task
+from nemo_rl_core.records.rollout import RolloutGroup
 from nemo_rl_core.rollouts.engine import RolloutEngine
-from nemo_rl_core.rollouts.garbage import relaxed_collection
-from nemo_rl_core.rollouts.records import RolloutGroup
 
 __all__ = ["RolloutRunner"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.rollouts.clock import Clock, SystemClock
+from nemo_rl_core.machine.clock import Clock, SystemClock
 
 __all__ = ["GenerationTraffic"]
 

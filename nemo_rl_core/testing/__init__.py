@@ -13,13 +13,12 @@ from nemo_rl_core.exports import lazy_exports
 if TYPE_CHECKING:
     from nemo_rl_core.testing.conformance.advantage import AdvantageContract
     from nemo_rl_core.testing.conformance.algorithm import AlgorithmContract
-    from nemo_rl_core.testing.conformance.algorithm_case import AlgorithmCase
     from nemo_rl_core.testing.conformance.callback import CallbackContract
+    from nemo_rl_core.testing.conformance.cases.algorithm_case import AlgorithmCase
     from nemo_rl_core.testing.conformance.dataset import BrokenSource, DatasetContract
     from nemo_rl_core.testing.conformance.environment import EnvironmentCase, EnvironmentContract
     from nemo_rl_core.testing.conformance.exporter import ExporterContract
-    from nemo_rl_core.testing.conformance.generation_backend import GenerationBackendContract
-    from nemo_rl_core.testing.conformance.kit import (
+    from nemo_rl_core.testing.conformance.frame.kit import (
         ClauseResult,
         Contract,
         KitReport,
@@ -27,12 +26,13 @@ if TYPE_CHECKING:
         contract_for,
         run_kit,
     )
+    from nemo_rl_core.testing.conformance.frame.subject import Configured
+    from nemo_rl_core.testing.conformance.generation_backend import GenerationBackendContract
     from nemo_rl_core.testing.conformance.launcher import LauncherContract
     from nemo_rl_core.testing.conformance.logger import LoggerContract
     from nemo_rl_core.testing.conformance.loss import LossContract
     from nemo_rl_core.testing.conformance.reward import RewardContract
     from nemo_rl_core.testing.conformance.sandbox import SandboxContract
-    from nemo_rl_core.testing.conformance.subject import Configured
     from nemo_rl_core.testing.conformance.training_backend import TrainingBackendContract
     from nemo_rl_core.testing.conformance.weight_sync import WeightSyncContract
     from nemo_rl_core.testing.scripted_generation import ScriptedGeneration, ScriptedReply

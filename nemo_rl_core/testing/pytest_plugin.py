@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.registry import Registry
-    from nemo_rl_core.rollouts.process_pool import ProcessPool
+    from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
     from nemo_rl_core.testing.site import PluginSite
 
 __all__ = [
@@ -79,7 +79,7 @@ def scratch_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def process_pool() -> Iterator[ProcessPool]:
     """A process pool of two workers, as rewards and environments have it in a run."""
-    from nemo_rl_core.rollouts.process_pool import ProcessPool
+    from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 
     pool = ProcessPool(2, default_timeout_s=20.0)
     yield pool

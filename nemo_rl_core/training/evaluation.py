@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, field, frozen
 
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.records.run_state import Sample
 from nemo_rl_core.rollouts.metrics import rollout_metrics
-from nemo_rl_core.training.assembly import RunInputs, RunParts, assemble, sampling_params
-from nemo_rl_core.training.scores import Scoring, score_groups
-from nemo_rl_core.training.state import Sample
-from nemo_rl_core.training.validation import sample_groups
+from nemo_rl_core.rollouts.scores import Scoring, score_groups
+from nemo_rl_core.training.setup.assemble import assemble
+from nemo_rl_core.training.setup.parts import RunInputs, RunParts, sampling_params
+from nemo_rl_core.training.steps.validation import sample_groups
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import RunConfig
     from nemo_rl_core.data.order import TaskItem
-    from nemo_rl_core.rollouts.records import RolloutGroup
+    from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.schema import RunConfig
 
 __all__ = ["EvaluationResult", "evaluate"]
 
@@ -74,7 +75,7 @@ def evaluate(config: RunConfig, inputs: RunInputs, *, output: Path | None = None
     finally:
         parts.close()
     if output is not None:
-        from nemo_rl_core.rollouts.jsonl import write_groups
+        from nemo_rl_core.records.jsonl import write_groups
 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_groups(output, [group for groups in runs for group in groups])

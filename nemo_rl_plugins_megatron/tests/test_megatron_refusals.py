@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core.config.schema import OptimizerConfig, SchedulerConfig
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import OptimizerConfig, SchedulerConfig
 from nemo_rl_plugins_megatron.config import MegatronConfig
 
 

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_rl_core.cli.config import app
-from nemo_rl_core.config import InvalidConfig, load_config
-from nemo_rl_core.config._yaml import parse_yaml
+from nemo_rl_core.config import load_config
+from nemo_rl_core.config.formats._yaml import parse_yaml
 from nemo_rl_core.registry import get_registry
+from nemo_rl_core.schema import InvalidConfig
 
 YAML = """\
 algorithm: toy_of_cli

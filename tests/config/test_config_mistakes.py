@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config import GenerationConfig, InvalidConfig, PolicyConfig, RunConfig, load_config, to_dict
-from nemo_rl_core.config.mistakes import suggest
+from nemo_rl_core.config import load_config, to_dict
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import GenerationConfig, InvalidConfig, PolicyConfig, RunConfig
+from nemo_rl_core.schema.mistakes import suggest
 
 GOOD = {"algorithm": "toy", "model": "m"}
 

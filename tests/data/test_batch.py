@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ShapeMismatch
+from nemo_rl_core.records.batch import BatchedDataDict
 
 
 def make(lengths):

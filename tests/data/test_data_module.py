@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import DataError, PluginBroken, PluginNotFound
+from nemo_rl_core.schema import DataConfig, DatasetConfig
 
 torch.set_num_threads(1)
 

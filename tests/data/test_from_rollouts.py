@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.records.to_batch import batch_from_groups
 
 
 def turn(token_ids, sampled=False, version=None, logprobs=None):

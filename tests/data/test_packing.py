@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.data.packing import (
+from nemo_rl_core.training.model.packing import (
     lightest_first,
     micro_batches_by_tokens,
     pack_first_fit_decreasing,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.data.sharding import plan_step
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.training.model.sharding import plan_step
 
 
 @given(lengths=st.lists(st.integers(1, 60), max_size=40), shards=st.integers(1, 6), budget=st.integers(1, 120))

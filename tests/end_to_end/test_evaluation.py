@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from nemo_rl_core.cli._app import command
-from nemo_rl_core.config import InvalidConfig
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.schema import InvalidConfig
 from nemo_rl_core.training.trainer import Trainer
 
 DIGITS = r"(\d)"

@@ -14,12 +14,12 @@ import torch
 from attrs import evolve
 
 import nemo_rl
+from nemo_rl_core.backends import sealed_file
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.protocols.algorithm import ModelRole, Update
 from nemo_rl_core.protocols.loss import Metric
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.training.reporting.record import read_metrics
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_ppo.algorithm import PPO

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.infra.arrivals import Arrivals, arrive
+from nemo_rl_core.machine.arrivals import Arrivals, arrive
 
 KEY = b"a secret of the test"
 

@@ -13,15 +13,16 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError, InvariantViolation, WorkerDied
-from nemo_rl_core.infra.arrivals import arrive
-from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
-from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.local import LocalLauncher
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest, SamplingParams
+from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
+from nemo_rl_core.infra.engines.metrics import merge_engine_metrics
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.infra.workers.local import LocalLauncher
+from nemo_rl_core.machine.arrivals import arrive
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig
 
 pytestmark = pytest.mark.xdist_group("engine_workers")  # they share the two processes
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.infra.fingerprint import KeptSums, _row_and_column_sums, fingerprint
+from nemo_rl_core.infra.weights.fingerprint import KeptSums, _row_and_column_sums, fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_rl_core.backends.host_memory import HostMemory
 from nemo_rl_core.errors import InvariantViolation
-from nemo_rl_core.infra.host_memory import HostMemory
 
 
 def test_a_view_and_its_base_are_emptied_together_and_come_back():

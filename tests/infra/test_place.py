@@ -8,8 +8,8 @@ import pytest
 from attrs import evolve
 
 from nemo_rl_core.errors import ResourceError
-from nemo_rl_core.infra import place
-from nemo_rl_core.infra.place import ADDRESS_VARIABLE, find_place, gloo_interface
+from nemo_rl_core.machine import place
+from nemo_rl_core.machine.place import ADDRESS_VARIABLE, find_place, gloo_interface
 
 
 def test_the_address_that_the_launcher_knows_goes_before_what_is_guessed(monkeypatch):

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from nemo_rl_core.errors import ResourceError
-from nemo_rl_core.infra import shared_files
-from nemo_rl_core.infra.shared_files import SharedFile, map_shared, sweep
+from nemo_rl_core.machine import shared_files
+from nemo_rl_core.machine.shared_files import SharedFile, map_shared, sweep
 
 MAKE = """
 import os, pathlib, signal, sys

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_rl_core.errors import InvariantViolation
-from nemo_rl_core.infra.kept import Kept, hold
-from nemo_rl_core.models.logprobs import LogitTransform
-from nemo_rl_core.models.over_vocabulary import OutputLayer, map_vocabulary
+from nemo_rl_core.models.numerics.logprobs import LogitTransform
+from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer, map_vocabulary
+from nemo_rl_core.records.kept import Kept, hold
 
 M, E, V = 23, 8, 37
 

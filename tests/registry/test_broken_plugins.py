@@ -145,7 +145,7 @@ import torch
 torch.set_num_threads(1)
 from nemo_rl_core.cli import main
 from nemo_rl_core.registry import _registry
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.training.reporting.record import read_metrics
 from pathlib import Path
 
 site = Path(sys.argv[1])
@@ -258,7 +258,7 @@ def test_who_uses_it_gets_one_message(results, way: Way) -> None:
 
 def test_a_name_of_the_core_stays_the_core_s(site, registry, caplog) -> None:
     """Every run asks for `local`, so a plugin of that name must not stop those that never heard of it."""
-    source = "from nemo_rl_core.infra.local import LocalLauncher\nclass Own(LocalLauncher): ..."
+    source = "from nemo_rl_core.infra.workers.local import LocalLauncher\nclass Own(LocalLauncher): ..."
     site.install("own-dist", entry_points={"launchers": {"local": "own_mod:Own"}}, modules={"own_mod": source})
     assert [registry.resolve("launchers", "local").distribution for _ in range(2)] == ["nemo-rl-core"] * 2
     (record,) = caplog.records

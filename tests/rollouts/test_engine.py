@@ -8,9 +8,9 @@ import time
 import pytest
 from attrs import evolve
 
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.protocols.environment import EnvironmentStep
 from nemo_rl_core.protocols.generation_backend import SamplingParams
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.rollouts.engine import RolloutEngine
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration, ScriptedReply
 

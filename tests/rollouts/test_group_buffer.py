@@ -8,8 +8,8 @@ import time
 import pytest
 
 from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup, Turn
 from nemo_rl_core.rollouts.buffer import GroupBuffer, group_age
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn
 
 
 def group(group_id, version=0, oldest=None):

@@ -7,14 +7,15 @@ import asyncio
 import pytest
 from attrs import evolve
 
-from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import DataError, EnvironmentFailure, NemoRLError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentStep
 from nemo_rl_core.protocols.generation_backend import SamplingParams
+from nemo_rl_core.protocols.policy import CallRefused, PolicyCall
+from nemo_rl_core.rollouts.agents.session import PolicySession
 from nemo_rl_core.rollouts.engine import RolloutEngine
-from nemo_rl_core.rollouts.policy_session import CallRefused, PolicyCall, PolicySession
+from nemo_rl_core.schema import RolloutConfig
 from nemo_rl_core.testing import EnvironmentContract, ScriptedGeneration
 from nemo_rl_core.testing.scripted_generation import ScriptedReply
 

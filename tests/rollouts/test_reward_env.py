@@ -10,8 +10,8 @@ import time
 import pytest
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.rollouts.process_pool import ProcessPool
-from nemo_rl_core.rollouts.reward_env import reward_environment
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
+from nemo_rl_core.rollouts.scoring.reward_env import reward_environment
 
 TASK = {"prompt": "2+2", "answer": "4", "source": "book"}
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.rollouts.jsonl import group_from_dict, group_to_dict, read_groups, write_groups
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.records.jsonl import group_from_dict, group_to_dict, read_groups, write_groups
+from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
 
 text = st.text(max_size=12)
 numbers = st.floats(allow_nan=False)

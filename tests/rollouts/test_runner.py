@@ -10,8 +10,8 @@ import pytest
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.protocols.environment import EnvironmentStep
-from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
+from nemo_rl_core.rollouts.scoring.reward_env import reward_environment
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration, ScriptedReply
 
 TASK = {"prompt": "2+2"}

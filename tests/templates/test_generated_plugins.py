@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nemo_rl_core.registry import KINDS
-from nemo_rl_core.testing.conformance.kit import contracts
+from nemo_rl_core.testing.conformance.frame.kit import contracts
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("templates"), pytest.mark.timeout(600)]
 
@@ -88,7 +88,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
 NEW = """
 import sys
 from pathlib import Path
-import nemo_rl_core.templates as templates
+import nemo_rl_core.cli.plugin_commands.templates as templates
 from nemo_rl_core.registry import KINDS
 assert "site-packages" in templates.__file__, templates.__file__  # the wheel's, not a working tree's
 for kind in KINDS:
@@ -130,7 +130,7 @@ def test_its_tests_pass(outcomes: dict[str, list[str]], kind: str) -> None:
 CHECKED = """
 import sys
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.testing.conformance.kit import check_component, clauses, contract_for
+from nemo_rl_core.testing.conformance.frame.kit import check_component, clauses, contract_for
 
 for kind in sys.argv[1:]:
     ref = get_registry().resolve(kind, f"my_{kind}")

@@ -10,9 +10,9 @@ from typing import ClassVar
 import pytest
 
 from nemo_rl_core.errors import NemoRLError
-from nemo_rl_core.registry._kinds import KINDS
+from nemo_rl_core.registry.discovery._kinds import KINDS
 from nemo_rl_core.testing import Contract, contract_for, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses, contracts
+from nemo_rl_core.testing.conformance.frame.kit import clauses, contracts
 
 made: list[str] = []
 

@@ -9,11 +9,7 @@ from collections.abc import Callable
 import pytest
 from attrs import evolve
 
-from nemo_rl_core.config.schema import RolloutConfig
-from nemo_rl_core.rollouts import buffer as buffer_module
-from nemo_rl_core.rollouts.buffer import GroupBuffer
-from nemo_rl_core.rollouts.traffic import GenerationTraffic
-from nemo_rl_core.testing.simulation import (
+from nemo_rl_core.planning.simulation import (
     EngineSpec,
     Faults,
     ResponseLengths,
@@ -21,13 +17,16 @@ from nemo_rl_core.testing.simulation import (
     SimulatedKill,
     VirtualClock,
     VirtualLoop,
-    draw_cluster,
-    run_schedule,
     simulate,
 )
-from nemo_rl_core.training.feeds import RolloutFeed
-from nemo_rl_core.training.pump import RolloutPump
-from nemo_rl_core.training.refit import Refit
+from nemo_rl_core.rollouts import buffer as buffer_module
+from nemo_rl_core.rollouts.buffer import GroupBuffer
+from nemo_rl_core.rollouts.feed import RolloutFeed
+from nemo_rl_core.rollouts.pump import RolloutPump
+from nemo_rl_core.rollouts.traffic import GenerationTraffic
+from nemo_rl_core.schema import RolloutConfig
+from nemo_rl_core.testing.schedules import draw_cluster, run_schedule
+from nemo_rl_core.training.steps.refit import Refit
 
 CHUNK = 250
 

@@ -9,7 +9,7 @@ import torch
 from pytest import approx
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.training.kl import kl_estimate
+from nemo_rl_core.models.numerics.kl import kl_estimate
 
 
 @pytest.mark.parametrize(("kind", "value"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 1 + 0.5)])

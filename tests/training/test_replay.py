@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.records.jsonl import read_groups, write_groups
 from nemo_rl_core.registry import get_registry, register_generation_backend, register_training_backend
-from nemo_rl_core.rollouts.jsonl import read_groups, write_groups
-from nemo_rl_core.training.replay import read_recorded
+from nemo_rl_core.rollouts.recorded import read_recorded
 from nemo_rl_core.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("replay")  # one worker makes what they share
@@ -139,7 +139,7 @@ def damaged(original, tmp_path, change) -> Path:
 
 
 def fail_each(groups, text):
-    from nemo_rl_core.rollouts.records import RolloutError
+    from nemo_rl_core.records.rollout import RolloutError
 
     for group in groups:
         for rollout in group.rollouts:

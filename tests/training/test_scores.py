@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
-from nemo_rl_core.training.scores import Scoring, cons_at_k, pass_at_k, score_groups
+from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.rollouts.scores import Scoring, cons_at_k, pass_at_k, score_groups
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
-from nemo_rl_core.testing.conformance.kit import Contract
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.testing.conformance.frame.kit import Contract
 
 __all__ = ["AdvantageContract"]
 

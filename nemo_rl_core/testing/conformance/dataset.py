@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 
-from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.dataset import DatasetSource
 from nemo_rl_core.registry import ComponentRef
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
+from nemo_rl_core.schema import DataConfig, DatasetConfig
+from nemo_rl_core.testing.conformance.frame.declared import overlaid
+from nemo_rl_core.testing.conformance.frame.kit import Contract
 
 __all__ = ["BrokenSource", "DatasetContract"]
 

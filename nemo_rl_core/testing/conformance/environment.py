@@ -20,26 +20,28 @@ from typing import Any, ClassVar
 import pytest
 from attrs import define, evolve, field, frozen
 
-from nemo_rl_core.config.schema import RolloutConfig
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import NemoRLError, RewardError
 from nemo_rl_core.models import load_tokenizer
-from nemo_rl_core.protocols.environment import Environment, EnvironmentContext, EnvironmentStep, Message, Task
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest, SamplingParams
+from nemo_rl_core.protocols.environment import Environment, EnvironmentContext, EnvironmentStep
+from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.records.jsonl import read_groups, write_groups
+from nemo_rl_core.records.message import Message, Task
+from nemo_rl_core.records.rewards import finite_rewards
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.registry import ComponentRef
 from nemo_rl_core.rollouts.context import EpisodeContext
 from nemo_rl_core.rollouts.engine import RolloutEngine
-from nemo_rl_core.rollouts.episode import finite_rewards
-from nemo_rl_core.rollouts.jsonl import read_groups, write_groups
-from nemo_rl_core.rollouts.process_pool import ProcessPool
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
-from nemo_rl_core.testing.conformance._blocking import longest_block
-from nemo_rl_core.testing.conformance._pool import shared_pool
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
+from nemo_rl_core.schema import RolloutConfig
+from nemo_rl_core.testing.conformance.frame._blocking import longest_block
+from nemo_rl_core.testing.conformance.frame._pool import shared_pool
+from nemo_rl_core.testing.conformance.frame.declared import overlaid
+from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.subject import structured
 from nemo_rl_core.testing.conformance.reward import ODD_RESPONSES
-from nemo_rl_core.testing.conformance.subject import structured
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration
 
 __all__ = ["EnvironmentCase", "EnvironmentContract"]

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend
-from nemo_rl_core.testing.conformance.generation_bench import (
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.testing.conformance.cases.generation_bench import (
     PROMPT,
     PROMPTS,
     GenerationBench,
@@ -30,11 +31,8 @@ from nemo_rl_core.testing.conformance.generation_bench import (
     make_request,
     numbered_prompts,
 )
-from nemo_rl_core.testing.conformance.reference import (
-    forward_logits,
-    sampling_distribution,
-)
-from nemo_rl_core.testing.conformance.subject import Expecting, configured
+from nemo_rl_core.testing.conformance.cases.reference import forward_logits, sampling_distribution
+from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
 
 if TYPE_CHECKING:
     pass

@@ -14,17 +14,17 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from nemo_rl_core.config import Mistake, mistake
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
+from nemo_rl_core.backends import sealed_file
+from nemo_rl_core.backends.host_memory import HostMemory
+from nemo_rl_core.backends.per_token import PerToken, fill_in_order, one_token
+from nemo_rl_core.backends.step_metrics import StepMetrics
 from nemo_rl_core.errors import ConfigError, InvariantViolation
-from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.infra.host_memory import HostMemory
 from nemo_rl_core.models import is_scratch, load_model, load_model_config, write_model
-from nemo_rl_core.models.vocabulary_head import check_ids
+from nemo_rl_core.models.numerics.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult, TrainingBackend
-from nemo_rl_core.training.step_metrics import StepMetrics
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_megatron import checkpoint
 from nemo_rl_plugins_megatron._megatron import (
     DistributedDataParallel,
@@ -47,8 +47,8 @@ from nemo_rl_plugins_megatron.sizes import check_sizes, replica_sizes, size_mist
 from nemo_rl_plugins_megatron.weights import WeightMap
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["MegatronBackend"]
 

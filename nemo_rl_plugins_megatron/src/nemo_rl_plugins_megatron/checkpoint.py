@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from nemo_rl_core.backends import sealed_file
 from nemo_rl_core.errors import CheckpointError
-from nemo_rl_core.infra import sealed_file
 from nemo_rl_plugins_megatron._megatron import (
     CheckpointingException,
     ShardedObject,

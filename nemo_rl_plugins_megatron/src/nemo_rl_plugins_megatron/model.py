@@ -31,7 +31,7 @@ from nemo_rl_plugins_megatron.cpu import NO_FUSIONS
 from nemo_rl_plugins_megatron.families import common_settings, family_of
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_megatron.config import MegatronConfig
     from nemo_rl_plugins_megatron.parallel import Ranks
 

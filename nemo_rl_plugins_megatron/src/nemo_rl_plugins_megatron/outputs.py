@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nemo_rl_core.models.logprobs import LogitTransform, VocabularyShard
-from nemo_rl_core.models.vocabulary_head import (
-    VOCABULARY_OUTPUTS,
-    differentiable_logits,
-    vocabulary_outputs,
-)
+from nemo_rl_core.models.numerics.logprobs import LogitTransform, VocabularyShard
+from nemo_rl_core.models.numerics.vocabulary_head import VOCABULARY_OUTPUTS, differentiable_logits, vocabulary_outputs
 from nemo_rl_plugins_megatron._megatron import mappings
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron._megatron import parallel_state
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_megatron.config import MegatronConfig
 
 __all__ = ["Ranks"]

@@ -21,7 +21,7 @@ from nemo_rl_core.models.adapter import base_of
 from nemo_rl_plugins_megatron.mapping import Readable
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["WeightFiles", "WeightSource", "WholeModel", "open_weights"]
 

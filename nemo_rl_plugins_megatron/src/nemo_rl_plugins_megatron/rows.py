@@ -13,8 +13,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.models.packed_attention import Packing
+from nemo_rl_core.models.numerics.packed_attention import Packing
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_megatron.attention import ContextShare, PackedRow
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core.config import Mistake, mistake
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_megatron.families import heads_of
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["check_sizes", "replica_sizes", "size_mistakes"]
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.schema import DataConfig, DatasetConfig
 from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
 from nemo_rl_plugins_datasets.huggingface import HuggingFaceSource
 

@@ -8,8 +8,8 @@ import torch
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup, Turn
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_distillation.alignment import align
 from nemo_rl_plugins_distillation.cross_tokenizer import CrossTokenizerDistillation

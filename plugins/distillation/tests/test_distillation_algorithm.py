@@ -7,12 +7,12 @@ import torch
 from pytest import approx
 
 from nemo_rl_core.config import finalize, load_config
-from nemo_rl_core.config.schema import PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.registry import get_registry
+from nemo_rl_core.schema import PolicyConfig
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_distillation.advantages import OnPolicyDistillationAdvantages, OnPolicyDistillationConfig
 from nemo_rl_plugins_distillation.algorithm import Distillation

@@ -8,10 +8,10 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError, ShapeMismatch
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.loss import ModelOutputs
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_distillation.alignment import align, token_ends
 from nemo_rl_plugins_distillation.chunks import NEVER, likeliest_of_chunks

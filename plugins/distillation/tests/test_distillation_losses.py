@@ -9,9 +9,9 @@ import torch
 from pytest import approx
 from torch.nn.functional import kl_div
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError, ShapeMismatch
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_distillation.forward_kl import ForwardKLLoss
 from nemo_rl_plugins_distillation.jensen_shannon import JensenShannonLoss
 from nemo_rl_plugins_distillation.loss_config import DivergenceConfig, JensenShannonConfig, MixedKLConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config.reference import describe
-from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.config.describing.reference import describe
+from nemo_rl_core.schema import RunConfig
 from nemo_rl_plugins_distillation.advantages import OnPolicyDistillationConfig
 from nemo_rl_plugins_distillation.config import CrossTokenizerConfig, DistillationConfig, OffPolicyDistillationConfig
 from nemo_rl_plugins_distillation.loss_config import (

@@ -20,7 +20,7 @@ from nemo_rl_core.models import load_model, load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
 from nemo_rl_core.protocols.loss import ModelOutputs
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_dpo.algorithm import DPO
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import LossSums, Metric
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import OptimizerConfig, PolicyConfig
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_core.config.schema import SchedulerConfig
 from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.training_backend import StepPlan
+from nemo_rl_core.schema import SchedulerConfig
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 
 PLAN = StepPlan(micro_batches=[[0, 1, 2], [3, 4, 5, 6, 7]])

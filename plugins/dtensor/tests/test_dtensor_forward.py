@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
-from nemo_rl_core.models.packed_attention import Packing
+from nemo_rl_core.models.numerics.packed_attention import Packing
 from nemo_rl_core.protocols.training_backend import StepPlan
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2"]

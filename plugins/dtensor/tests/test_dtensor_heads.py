@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.protocols.training_backend import StepPlan
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import OptimizerConfig, PolicyConfig
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 
 MODEL = "scratch:qwen2-tiny"

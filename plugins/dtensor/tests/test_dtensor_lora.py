@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.errors import CheckpointError, ConfigError
-from nemo_rl_core.infra.local import LocalLauncher
+from nemo_rl_core.infra.workers.local import LocalLauncher
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.protocols.training_backend import StepPlan
 from nemo_rl_core.registry import get_registry
+from nemo_rl_core.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.testing import TrainingBackendContract, run_kit
-from nemo_rl_core.testing.conformance.reference import ReferenceTrainer, WeightedLoss, tiny_model
-from nemo_rl_core.testing.conformance.training_bench import OPTIMIZER
-from nemo_rl_core.training.policy import InitialModel, Policy
+from nemo_rl_core.testing.conformance.cases.reference import ReferenceTrainer, WeightedLoss, tiny_model
+from nemo_rl_core.testing.conformance.cases.training_bench import OPTIMIZER
+from nemo_rl_core.training.model.policy import InitialModel, Policy
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
 
@@ -298,7 +298,7 @@ def test_dropout_is_on_in_training_steps_only(make_backend, batch, make_loss):
 
 def test_a_scalar_head_is_trained_and_saved_with_the_adapters(make_backend, model_name, batch, tmp_path):
     from nemo_rl_core.protocols.loss import LossSums
-    from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+    from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 
     class Squares:
         denominator, needs = "tokens", frozenset({"values"})

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.errors import CheckpointError, ConfigError, InvariantViolation
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.infra.local import LocalLauncher
-from nemo_rl_core.infra.weight_sync import InProcessSync
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.infra.weights.in_process import InProcessSync
+from nemo_rl_core.infra.workers.local import LocalLauncher
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.protocols.training_backend import StepPlan
+from nemo_rl_core.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 from nemo_rl_plugins_dtensor.parallel import local_part, tensor_plan

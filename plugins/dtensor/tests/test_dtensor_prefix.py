@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.training_backend import StepPlan
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 from nemo_rl_plugins_dtensor.network import Row
 from nemo_rl_plugins_dtensor.prefix import share_prefixes

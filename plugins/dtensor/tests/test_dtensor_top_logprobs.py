@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
-from nemo_rl_core.models.logprobs import LogitTransform, linear_logprobs
+from nemo_rl_core.models.numerics.logprobs import LogitTransform, linear_logprobs
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.protocols.training_backend import StepPlan
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import OptimizerConfig, PolicyConfig
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 
 torch.set_num_threads(1)

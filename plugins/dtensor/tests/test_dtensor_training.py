@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig, SchedulerConfig
-from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.backends.schedule import learning_rate_factor
 from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.training_backend import StepPlan
-from nemo_rl_core.training.schedule import learning_rate_factor
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import OptimizerConfig, PolicyConfig, SchedulerConfig
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 

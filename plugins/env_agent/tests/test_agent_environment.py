@@ -12,15 +12,15 @@ import urllib.request
 
 import pytest
 
-from nemo_rl_core.config.schema import RolloutConfig
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.generation_backend import SamplingParams
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.rollouts.engine import RolloutEngine
+from nemo_rl_core.schema import RolloutConfig
 from nemo_rl_core.testing import ScriptedGeneration
-from nemo_rl_core.testing.conformance._pool import shared_pool
+from nemo_rl_core.testing.conformance.frame._pool import shared_pool
 from nemo_rl_core.testing.scripted_generation import ScriptedReply
 from nemo_rl_plugins_env_agent import AgentConfig, AgentEnvironment, agent_environment
 from nemo_rl_plugins_env_agent.commands import read_output
@@ -179,7 +179,7 @@ def program(text, **options):
 
 
 def test_a_program_gets_the_task_and_prints_its_answer(play):
-    from nemo_rl_core.config.schema import ComponentChoice
+    from nemo_rl_core.schema import ComponentChoice
 
     group, _ = play(program(PROGRAM, reward=ComponentChoice(name=exact)), "5", group_size=2)
     assert [r.error for r in group.rollouts] == [None, None]

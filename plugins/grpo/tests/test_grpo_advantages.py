@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_grpo.advantage_config import GroupRelativeConfig
 from nemo_rl_plugins_grpo.advantages.grpo import GroupRelativeAdvantages, group_relative_advantages
 from nemo_rl_plugins_grpo.grouping import Grouping

@@ -11,9 +11,9 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.loss import ModelOutputs
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_grpo.advantage_config import GroupRelativeConfig, RLOOAdvantagesConfig
 from nemo_rl_plugins_grpo.advantages.grpo import GroupRelativeAdvantages
 from nemo_rl_plugins_grpo.advantages.rloo import RLOOAdvantages

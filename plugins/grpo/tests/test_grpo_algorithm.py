@@ -7,12 +7,12 @@ import torch
 from attrs import evolve
 from pytest import approx
 
-from nemo_rl_core.config.schema import ComponentChoice, GenerationConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.schema import ComponentChoice, GenerationConfig
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_grpo.advantages.grpo import GroupRelativeAdvantages
 from nemo_rl_plugins_grpo.algorithm import GRPO
 from nemo_rl_plugins_grpo.config import (

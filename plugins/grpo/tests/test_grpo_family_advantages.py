@@ -10,9 +10,9 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_grpo.advantages.gdpo import GDPOAdvantages
 from nemo_rl_plugins_grpo.advantages.pass_at_k import PassAtKAdvantages, best_of_k_advantages
 from nemo_rl_plugins_grpo.advantages.raw import RawAdvantages

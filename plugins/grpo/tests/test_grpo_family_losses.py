@@ -8,9 +8,9 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_grpo.loss_config import GSPOLossConfig, ReinforceLossConfig
 from nemo_rl_plugins_grpo.losses.cispo import CISPOLoss
 from nemo_rl_plugins_grpo.losses.clipped import ClippedPolicyGradientLoss

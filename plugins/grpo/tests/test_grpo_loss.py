@@ -8,11 +8,11 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError, ShapeMismatch
+from nemo_rl_core.models.numerics.kl import kl_estimate
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
-from nemo_rl_core.training.kl import kl_estimate
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_grpo.loss_config import ClippedPGConfig
 from nemo_rl_plugins_grpo.losses.clipped import ClippedPolicyGradientLoss
 

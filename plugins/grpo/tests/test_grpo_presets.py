@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from nemo_rl_core.config import finalize, load_config
-from nemo_rl_core.config.schema import ComponentChoice
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.registry import get_registry
+from nemo_rl_core.schema import ComponentChoice
 from nemo_rl_plugins_grpo import trainer
 from nemo_rl_plugins_grpo.algorithm import GRPO
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config.reference import describe
-from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.config.describing.reference import describe
+from nemo_rl_core.schema import RunConfig
 from nemo_rl_plugins_grpo import advantage_config, loss_config
 from nemo_rl_plugins_grpo.config import GRPOConfig
 

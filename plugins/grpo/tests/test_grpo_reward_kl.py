@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_grpo.advantages.rloo import RLOOAdvantages
 from nemo_rl_plugins_grpo.config import RewardKLConfig
 from nemo_rl_plugins_grpo.reward_kl import take_kl_from_rewards

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_rl.quickstart import recipe
 from nemo_rl.quickstart.report import curve, write_report
-from nemo_rl_core.training.state import RunResult, Sample
+from nemo_rl_core.records.run_state import RunResult, Sample
 
 
 def test_a_quarter_of_the_demonstrations_is_right_and_the_rest_is_one_too_high():

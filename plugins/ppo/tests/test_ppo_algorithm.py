@@ -12,7 +12,7 @@ from nemo_rl_core.models import load_model, load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.testing.conformance.algorithm_case import StandIn, handmade_groups
+from nemo_rl_core.testing.conformance.cases.algorithm_case import StandIn, handmade_groups
 from nemo_rl_plugins_ppo.algorithm import PPO
 from nemo_rl_plugins_ppo.minibatches import split_rollouts
 from nemo_rl_plugins_ppo.summary import explained_variance
@@ -65,7 +65,7 @@ def test_old_logprobs_are_wanted_only_for_several_updates_or_a_kl_in_the_reward(
 @torch.no_grad()
 def test_values_are_those_of_the_text_before_each_token():
     """Against a critic that is shown nothing but the prefix."""
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_dtensor.backend import DTensorBackend
 
     backend = DTensorBackend()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_ppo.config import GAEConfig
 from nemo_rl_plugins_ppo.gae import GeneralizedAdvantages
 from nemo_rl_plugins_ppo.whitening import whiten

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.loss import ModelOutputs
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_ppo.config import ClippedSurrogateConfig
 from nemo_rl_plugins_ppo.policy_loss import ClippedSurrogateLoss
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.loss import ModelOutputs
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_ppo.alignment import values_after_last, values_before
 from nemo_rl_plugins_ppo.config import ClippedValueConfig
 from nemo_rl_plugins_ppo.value_loss import ClippedValueLoss

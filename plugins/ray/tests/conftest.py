@@ -41,7 +41,7 @@ def ray_cluster(ray_nodes):
 @pytest.fixture(scope="session")
 def connected(ray_cluster):
     """This process is connected, as a script that called `ray.init`; launchers use that connection."""
-    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_core.schema import ClusterConfig
     from nemo_rl_plugins_ray.cluster import connect
     from nemo_rl_plugins_ray.config import RayConfig
 

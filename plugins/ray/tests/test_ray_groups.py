@@ -17,14 +17,15 @@ import ray
 import torch
 from ray._private.utils import check_version_info, compute_version_info
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.errors import GenerationError, PluginIncompatible, ResourceError, WorkerDied
-from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
+from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.protocols.generation_backend import GenerationRequest
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.records.completion import Completion
 from nemo_rl_core.registry import get_registry, worker_rows
-from nemo_rl_core.registry._diagnosis import compare_nodes
+from nemo_rl_core.registry.explaining._diagnosis import compare_nodes
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.testing.site import PluginSite
 from nemo_rl_plugins_ray.cluster import _check_address, _check_versions
 from nemo_rl_plugins_ray.config import RayConfig

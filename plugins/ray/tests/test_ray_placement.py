@@ -7,8 +7,8 @@ import time
 import pytest
 import ray
 
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import ResourceError
+from nemo_rl_core.schema import ClusterConfig
 from nemo_rl_plugins_ray.layout import fill, plan
 from nemo_rl_plugins_ray.placement import VirtualCluster
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_rl_core.config.reference import describe
+from nemo_rl_core.config.describing.reference import describe
 from nemo_rl_plugins_ray.config import RayConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

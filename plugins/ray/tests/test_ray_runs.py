@@ -21,8 +21,8 @@ from nemo_rl_core import models
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.errors import WorkerDied
 from nemo_rl_core.protocols.loss import LossSums
-from nemo_rl_core.training.assembly import RunInputs
-from nemo_rl_core.training.trainer import run as run_config
+from nemo_rl_core.training.run import run as run_config
+from nemo_rl_core.training.setup.parts import RunInputs
 from nemo_rl_plugins_ray.launcher import RayLauncher
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.timeout(300)]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.testing import LossContract
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_reward_model.config import BradleyTerryConfig
 from nemo_rl_plugins_reward_model.loss import BradleyTerryLoss
 

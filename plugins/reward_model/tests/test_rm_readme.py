@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config.reference import describe
-from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.config.describing.reference import describe
+from nemo_rl_core.schema import RunConfig
 from nemo_rl_plugins_reward_model import config
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

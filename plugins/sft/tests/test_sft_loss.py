@@ -8,10 +8,10 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ShapeMismatch
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_sft.loss import NLLLoss
 
 

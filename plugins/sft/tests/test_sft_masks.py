@@ -6,10 +6,10 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.config.schema import DataConfig
 from nemo_rl_core.errors import DataError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext
+from nemo_rl_core.schema import DataConfig
 from nemo_rl_plugins_sft.algorithm import SFT
 from nemo_rl_plugins_sft.config import SFTConfig
 from nemo_rl_plugins_sft.loss import NLLLoss

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.schema import GenerationConfig
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 

@@ -58,8 +58,8 @@ def test_an_engine_with_padded_steps_samples_the_same(start):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replayed_graphs_give_the_logits_of_eager_steps():
-    from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
     from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 
     results = []

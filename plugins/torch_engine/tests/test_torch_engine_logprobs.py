@@ -92,8 +92,8 @@ def test_logprobs_are_of_the_limited_distribution(top_k, top_p, start):
 
 
 def test_bfloat16_runs_close_to_its_own_full_forward(start):
-    from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
 
     engine = start()
     engine.shutdown()

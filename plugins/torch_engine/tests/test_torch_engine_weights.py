@@ -9,10 +9,10 @@ import torch
 from attrs import evolve
 from torch_engine_kit import complete, generate, reference_logprobs, request
 
-from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.schema import GenerationConfig
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 ASKED = request([5, 6, 7], max_new_tokens=20, seed=3, ignore_eos=True)
@@ -156,7 +156,7 @@ def test_the_cache_of_requests_in_flight_is_kept_or_computed_anew(cache, decoder
 
 
 def test_fingerprint_follows_the_weights(start, trained):
-    fingerprint = pytest.importorskip("nemo_rl_core.infra.fingerprint").fingerprint
+    fingerprint = pytest.importorskip("nemo_rl_core.infra.weights.fingerprint").fingerprint
     engine = start()
     before = engine.fingerprint()
     engine.update_weights(1, trained.named_parameters())

@@ -11,15 +11,15 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation, WorkerDied
-from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.infra.local import LocalLauncher
-from nemo_rl_core.infra.place import find_place
+from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.infra.workers.local import LocalLauncher
+from nemo_rl_core.machine.place import find_place
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.testing.conformance.weight_sync import SyncedTrainer
 from nemo_rl_plugins_weight_syncs.collective import CollectiveSync
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig, DeltaConfig, DiskConfig, SharedMemoryConfig
@@ -246,7 +246,7 @@ def test_disk_that_cannot_be_written_is_told(trainer, engines, tmp_path):
 
 def test_a_byte_that_changes_on_its_way_is_caught(monkeypatch, tmp_path):
     """Trainer and engine in this process, and a packer that damages what it packs."""
-    from nemo_rl_core.infra.local import InProcessGroup
+    from nemo_rl_core.infra.workers.local import InProcessGroup
     from nemo_rl_core.testing.conformance.weight_sync import SyncedEngine
     from nemo_rl_plugins_weight_syncs import collective, shared_memory
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config.reference import describe
+from nemo_rl_core.config.describing.reference import describe
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig, DeltaConfig, DiskConfig, SharedMemoryConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from attrs import field, frozen
 from torch import Tensor
 
-from nemo_rl_core.config.validators import gt, optional
+from nemo_rl_core.schema.validators import gt, optional
 from nemo_rl_plugins_distillation.conformance import add_teacher_logprobs
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["OnPolicyDistillationAdvantages", "OnPolicyDistillationConfig"]
 

@@ -13,8 +13,8 @@ from nemo_rl_plugins_distillation.example import example_off_policy, example_on_
 from nemo_rl_plugins_distillation.taught import Taught
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.advantage import AdvantageEstimator
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["Distillation", "OffPolicyDistillation"]
 

@@ -19,8 +19,8 @@ from nemo_rl_plugins_distillation.loss_config import DivergenceConfig
 from nemo_rl_plugins_distillation.support import Pair, on_support
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["TeacherLoss", "nll_sum", "trained"]
 

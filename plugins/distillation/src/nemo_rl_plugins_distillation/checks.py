@@ -10,7 +10,7 @@ __all__ = ["find_mistakes"]
 
 def find_mistakes(config: Any) -> Iterator[Any]:
     """Yield a `Mistake` of the core for each combination of fields that cannot be meant."""
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     if not config.teachers and config.teacher.model_name is None:
         yield mistake("teacher.model_name", "there is no teacher", "set it to a hub name or the folder of a model")
@@ -58,7 +58,7 @@ def find_mistakes(config: Any) -> Iterator[Any]:
 
 def _mistakes_of_sampling(config: Any) -> Iterator[Any]:
     """What does not go with steps on the answers of the data."""
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     lmbda = getattr(config, "lmbda", 1.0)
     if lmbda == 1:

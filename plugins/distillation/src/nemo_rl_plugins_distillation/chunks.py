@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["NEVER", "Chunks", "likeliest_of_chunks", "mean_of_chunks"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from nemo_rl_plugins_distillation.chunks import NEVER, likeliest_of_chunks, mean_of_chunks
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.algorithm import Model
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["ByProjection", "ByRank"]
 

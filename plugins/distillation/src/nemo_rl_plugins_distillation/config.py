@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from attrs import Factory, evolve, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RolloutRunConfig, RunConfig, component
-from nemo_rl_core.config.validators import ge, le, one_of, optional
+from nemo_rl_core.schema import ComponentChoice, PolicyConfig, RolloutRunConfig, RunConfig, component
+from nemo_rl_core.schema.validators import ge, le, one_of, optional
 
 __all__ = ["CrossTokenizerConfig", "DistillationConfig", "OffPolicyDistillationConfig", "TeacherConfig"]
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nemo_rl_core.infra.kept import Kept, hold
-from nemo_rl_core.models.over_vocabulary import OutputLayer
+from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
+from nemo_rl_core.records.kept import Kept, hold
 from nemo_rl_plugins_distillation.chunks import NEVER
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = [
     "add_hidden_teachers",

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
-from nemo_rl_core.rollouts.records import RolloutGroup
+from nemo_rl_core.records.rollout import RolloutGroup
 from nemo_rl_plugins_distillation.algorithm import OffPolicyDistillation
 from nemo_rl_plugins_distillation.alignment import align, runs
 from nemo_rl_plugins_distillation.config import CrossTokenizerConfig
 from nemo_rl_plugins_distillation.taught import conversations
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.algorithm import Model
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["CrossTokenizerDistillation"]
 
@@ -95,7 +95,7 @@ class CrossTokenizerDistillation(OffPolicyDistillation):
         """Ask the teacher about its own tokens, and bring what it says to the student's."""
         import torch
 
-        from nemo_rl_core.data.batch import BatchedDataDict as Batch
+        from nemo_rl_core.records.batch import BatchedDataDict as Batch
 
         super().fill_batch(batch, models)
         lists = {name: batch.sequences.pop(f"teacher_{name}") for name in ("input_ids", "loss_mask", "chunk_ids")}

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
 
-from nemo_rl_core.config.validators import ge, gt, le, lt, one_of
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema.validators import ge, gt, le, lt, one_of
 
 __all__ = [
     "DivergenceConfig",

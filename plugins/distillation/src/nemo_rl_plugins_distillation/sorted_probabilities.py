@@ -21,8 +21,8 @@ from nemo_rl_plugins_distillation.loss_config import SortedProbabilitiesConfig
 from nemo_rl_plugins_distillation.support import on_support
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["SortedProbabilitiesLoss"]
 

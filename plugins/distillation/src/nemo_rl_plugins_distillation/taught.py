@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nemo_rl_core.data.prompts import sft_messages
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, ModelRole
-from nemo_rl_core.rollouts.records import RolloutGroup
+from nemo_rl_core.records.rollout import RolloutGroup
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.algorithm import Model
-    from nemo_rl_core.protocols.environment import Message
     from nemo_rl_core.protocols.loss import Loss
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.message import Message
 
 __all__ = ["Taught", "conversations", "takes_rollouts"]
 
@@ -34,7 +34,7 @@ def takes_rollouts(lmbda: float, *, seed: int, step: int) -> bool:
         seed: Of the run.
         step: Steps done before it.
     """
-    from nemo_rl_core.rollouts.seeds import stable_seed
+    from nemo_rl_core.records.seeds import stable_seed
 
     return stable_seed(seed, "lmbda", step, bits=_BITS) < lmbda * 2**_BITS
 
@@ -106,7 +106,7 @@ class Taught(BaseAlgorithm):
         Raises:
             DataError: A row is not a conversation, has no token, or names no teacher.
         """
-        from nemo_rl_core.data.from_rollouts import batch_from_groups
+        from nemo_rl_core.records.to_batch import batch_from_groups
 
         groups = [item for item in items if isinstance(item, RolloutGroup)]
         if groups:

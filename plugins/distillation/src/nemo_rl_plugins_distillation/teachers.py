@@ -15,10 +15,10 @@ from nemo_rl_core.protocols.algorithm import ModelRole
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.schema import PolicyConfig
-    from nemo_rl_core.data.batch import BatchedDataDict
-    from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.protocols.algorithm import Model
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_distillation.config import TeacherConfig
     from nemo_rl_plugins_distillation.whole_vocabulary import WholeVocabulary
 
@@ -121,7 +121,7 @@ class Teachers:
 
     def _of_rows(self, batch: BatchedDataDict, index: int, ask: Any) -> tuple[Tensor, ...]:
         """What a teacher says of its rows, 0 in the others."""
-        from nemo_rl_core.data.batch import BatchedDataDict as Batch
+        from nemo_rl_core.records.batch import BatchedDataDict as Batch
 
         bare = Batch(batch.lengths, {name: batch[name] for name in ("input_ids", "loss_mask")})
         if "rollout_logprobs" in batch:

@@ -21,9 +21,9 @@ from nemo_rl_plugins_distillation.conformance import add_hidden_teachers
 from nemo_rl_plugins_distillation.support import on_support
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
-    from nemo_rl_core.infra.kept import Kept
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.kept import Kept
 
 __all__ = ["SHARES", "WholeVocabulary", "hidden_field"]
 

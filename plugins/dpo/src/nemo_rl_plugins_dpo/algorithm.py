@@ -11,9 +11,9 @@ from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, Mo
 from nemo_rl_plugins_dpo.config import DPOConfig
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.algorithm import Model
     from nemo_rl_core.protocols.loss import Loss
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["DPO"]
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, RunConfig, component
-from nemo_rl_core.config.validators import ge, gt, lt, one_of
+from nemo_rl_core.schema import ComponentChoice, RunConfig, component
+from nemo_rl_core.schema.validators import ge, gt, lt, one_of
 
 __all__ = [
     "DPOConfig",

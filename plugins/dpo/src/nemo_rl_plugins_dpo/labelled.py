@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nemo_rl_core.data.batch import BatchedDataDict
+from nemo_rl_core.records.batch import BatchedDataDict
 
 if TYPE_CHECKING:
     from nemo_rl_core.data.encoding import ConversationEncoder

@@ -15,8 +15,8 @@ from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["PairLoss", "Pairs", "ReferencePairLoss", "log_sigmoid", "logprob_sums"]
 

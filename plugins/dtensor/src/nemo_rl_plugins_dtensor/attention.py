@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.models.packed_attention import Packing, attend_packed
+from nemo_rl_core.models.numerics.packed_attention import Packing, attend_packed
 
 __all__ = ["ATTENTION_NAME", "packed_attention"]
 

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core.config import Mistake, mistake
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
+from nemo_rl_core.backends import sealed_file
+from nemo_rl_core.backends.host_memory import HostMemory
+from nemo_rl_core.backends.per_token import PerToken, fill_in_order, one_token
+from nemo_rl_core.backends.schedule import make_scheduler
+from nemo_rl_core.backends.step_metrics import StepMetrics
 from nemo_rl_core.errors import ConfigError, InvariantViolation
-from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.infra.host_memory import HostMemory
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.models import load_model, load_model_config, write_model
-from nemo_rl_core.models.over_vocabulary import OutputLayer
-from nemo_rl_core.models.products import use_fast_linear
+from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
+from nemo_rl_core.models.numerics.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult, TrainingBackend
-from nemo_rl_core.training.schedule import make_scheduler
-from nemo_rl_core.training.step_metrics import StepMetrics
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
 from nemo_rl_plugins_dtensor.lora import Adapters
 from nemo_rl_plugins_dtensor.memory import model_memory
@@ -42,8 +42,8 @@ from nemo_rl_plugins_dtensor.optimizer import (
 from nemo_rl_plugins_dtensor.parallel import join, local_part, undivided_heads
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["DTensorBackend"]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from attrs import field, frozen
 
-from nemo_rl_core.config.validators import ge, gt, one_of, optional
+from nemo_rl_core.schema.validators import ge, gt, one_of, optional
 
 __all__ = ["DTensorConfig", "LoRAConfig"]
 

@@ -14,7 +14,7 @@ from nemo_rl_plugins_dtensor.lora import DEFAULT_RANK
 from nemo_rl_plugins_dtensor.parallel import tensor_plan
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["model_memory"]
 

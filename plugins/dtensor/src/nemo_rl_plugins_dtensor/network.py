@@ -14,17 +14,17 @@ import torch
 from attrs import Factory, frozen
 from torch import Tensor, nn
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.models.logprobs import LogitTransform
-from nemo_rl_core.models.over_vocabulary import VocabularyFunction, map_vocabulary
-from nemo_rl_core.models.packed_attention import Packing
-from nemo_rl_core.models.vocabulary_head import (
+from nemo_rl_core.models.numerics.logprobs import LogitTransform
+from nemo_rl_core.models.numerics.over_vocabulary import VocabularyFunction, map_vocabulary
+from nemo_rl_core.models.numerics.packed_attention import Packing
+from nemo_rl_core.models.numerics.vocabulary_head import (
     VOCABULARY_OUTPUTS,
     check_ids,
     differentiable_logits,
     vocabulary_outputs,
 )
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME
 from nemo_rl_plugins_dtensor.prefix import share_prefixes
 

@@ -15,7 +15,7 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_dtensor.parallel import local_part, mesh_groups
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import OptimizerConfig
+    from nemo_rl_core.schema import OptimizerConfig
 
 __all__ = [
     "MasterWeights",

@@ -28,8 +28,8 @@ from torch.distributed.tensor.parallel import (
 from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_dtensor.network import PolicyNetwork
 
 __all__ = ["Mesh", "OneProcess", "join", "local_part", "mesh_groups", "tensor_plan", "undivided_heads"]

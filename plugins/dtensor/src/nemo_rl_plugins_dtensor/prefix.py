@@ -22,8 +22,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.models.packed_attention import Branches, Packing, plan_groups, runs
+from nemo_rl_core.models.numerics.packed_attention import Branches, Packing, plan_groups, runs
+from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["SharedRow", "share_prefixes"]
 

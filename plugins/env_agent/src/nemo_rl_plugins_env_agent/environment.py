@@ -9,13 +9,14 @@ from typing import Any, ClassVar, TypeVar
 
 from attrs import field, frozen, validators
 
-from nemo_rl_core.config.schema import ComponentChoice, component
+from nemo_rl_core.config.run_components import Resolver
 from nemo_rl_core.errors import ConfigError, RewardError
-from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentContext, EnvironmentStep, Message, Task
+from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentContext, EnvironmentStep
+from nemo_rl_core.records.message import Message, Task
 from nemo_rl_core.registry import register_environment
-from nemo_rl_core.rollouts.policy_session import PolicySession
-from nemo_rl_core.rollouts.reward_env import RewardEnvironmentFactory, reward_environment
-from nemo_rl_core.training.resolver import Resolver
+from nemo_rl_core.rollouts.agents.session import PolicySession
+from nemo_rl_core.rollouts.scoring.reward_env import RewardEnvironmentFactory, reward_environment
+from nemo_rl_core.schema import ComponentChoice, component
 from nemo_rl_plugins_env_agent.calls import AgentCall, AgentFailed
 from nemo_rl_plugins_env_agent.commands import read_output, run_command
 from nemo_rl_plugins_env_agent.functions import load_function, name_of, run_function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from weakref import WeakKeyDictionary
 
-from nemo_rl_core.rollouts.endpoint import PolicyEndpoint
+from nemo_rl_core.rollouts.agents.endpoint import PolicyEndpoint
 
 __all__ = ["shared_endpoint"]
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from attrs import field, frozen, validators
 
 from nemo_rl_core.errors import DataError, DeadlineExceeded
-from nemo_rl_core.protocols.environment import EnvironmentStep, Message, SingleTurnEnvironment, Task
+from nemo_rl_core.protocols.environment import EnvironmentStep, SingleTurnEnvironment
+from nemo_rl_core.records.message import Message, Task
 from nemo_rl_plugins_env_math.scoring import MathScore, score_math
 
 __all__ = ["MathConfig", "MathEnvironment"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import Factory, field, frozen
 
-from nemo_rl_core.config.validators import ge, gt
+from nemo_rl_core.schema.validators import ge, gt
 
 __all__ = [
     "GDPOAdvantagesConfig",

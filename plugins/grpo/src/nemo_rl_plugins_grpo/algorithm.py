@@ -15,11 +15,11 @@ from nemo_rl_plugins_grpo.loss_config import PolicyLossConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.schema import ComponentChoice
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.advantage import AdvantageEstimator
     from nemo_rl_core.protocols.loss import Loss
-    from nemo_rl_core.rollouts.records import RolloutGroup
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.schema import ComponentChoice
 
 __all__ = ["GRPO"]
 
@@ -72,7 +72,7 @@ class GRPO(BaseAlgorithm):
 
     def build_batch(self, items: Sequence[RolloutGroup]) -> BatchedDataDict:
         """The sequences of all groups, with shaped rewards; `raw_rewards` [B] keeps those of the environment."""
-        from nemo_rl_core.data.from_rollouts import batch_from_groups
+        from nemo_rl_core.records.to_batch import batch_from_groups
 
         batch = batch_from_groups(items)
         batch.set_sequences("raw_rewards", batch["rewards"])

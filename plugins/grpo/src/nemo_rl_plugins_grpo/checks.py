@@ -34,7 +34,7 @@ def find_mistakes(config: GRPOConfig) -> Iterator[Any]:
 
 
 def _group_size(config: GRPOConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     ours = config.advantage.name == "grpo" or isinstance(config.advantage.options, _COMPARE_IN_GROUPS)
     if config.num_generations_per_prompt == 1 and (ours or config.dynamic_sampling.enabled):
@@ -47,7 +47,7 @@ def _group_size(config: GRPOConfig) -> Iterator[Any]:
 
 
 def _steps(config: GRPOConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     if config.updates_per_step > config.num_prompts_per_step:
         yield mistake(
@@ -63,7 +63,7 @@ def _steps(config: GRPOConfig) -> Iterator[Any]:
 
 
 def _rewards(config: GRPOConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     scaling, shaping = config.reward_scaling, config.reward_shaping
     if scaling.enabled and not scaling.source_min < scaling.source_max:
@@ -84,7 +84,7 @@ def _rewards(config: GRPOConfig) -> Iterator[Any]:
 
 
 def _estimator(config: GRPOConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     options, kl = config.advantage.options, config.reward_kl
     if kl.beta > 0 and kl.per == "token" and isinstance(options, _COMPARE_IN_GROUPS):
@@ -113,7 +113,7 @@ def _estimator(config: GRPOConfig) -> Iterator[Any]:
 
 
 def _loss(config: GRPOConfig, loss: PolicyLossConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     updates = config.updates_per_step * config.epochs_per_step
     has_ratio = isinstance(loss, RatioLossConfig)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from attrs import Factory, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, RolloutRunConfig, component
-from nemo_rl_core.config.validators import ge, gt, le, one_of, optional
+from nemo_rl_core.schema import ComponentChoice, RolloutRunConfig, component
+from nemo_rl_core.schema.validators import ge, gt, le, one_of, optional
 
 __all__ = [
     "AdvantageClipConfig",

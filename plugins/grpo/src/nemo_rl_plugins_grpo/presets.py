@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from attrs import Factory, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, component
-from nemo_rl_core.config.validators import ge, one_of
+from nemo_rl_core.schema import ComponentChoice, component
+from nemo_rl_core.schema.validators import ge, one_of
 from nemo_rl_plugins_grpo.algorithm import GRPO
 from nemo_rl_plugins_grpo.config import DynamicSamplingConfig, GRPOConfig, RewardKLConfig, RewardShapingConfig
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_rl_core.training.kl import kl_estimate
+from nemo_rl_core.models.numerics.kl import kl_estimate
 from nemo_rl_plugins_grpo.grouping import group_rollouts
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_plugins_grpo.config import RewardKLConfig
 
 __all__ = ["take_kl_from_rewards"]

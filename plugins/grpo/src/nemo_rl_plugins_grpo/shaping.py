@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_rl_plugins_grpo.grouping import group_rollouts
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_plugins_grpo.config import RewardScalingConfig
 
 __all__ = ["overlong_penalty", "response_lengths", "scale_rewards", "truncation_penalty"]

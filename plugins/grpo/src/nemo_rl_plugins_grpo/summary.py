@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nemo_rl_plugins_grpo.grouping import group_rollouts
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["summarise"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from nemo_rl_core.config import to_dict
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.records.run_state import RunState
 from nemo_rl_core.training.callbacks import Callback
-from nemo_rl_core.training.state import RunState
 
 __all__ = ["CheckpointCallback", "WandbCallback"]
 

@@ -9,7 +9,7 @@ from nemo_rl_core.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.reward import Reward
-    from nemo_rl_core.training.state import RunResult
+    from nemo_rl_core.records.run_state import RunResult
 
 __all__ = ["evaluate", "train"]
 

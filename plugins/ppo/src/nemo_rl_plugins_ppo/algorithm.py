@@ -10,9 +10,9 @@ from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm, Mo
 from nemo_rl_plugins_ppo.config import PPOConfig
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import Loss
-    from nemo_rl_core.rollouts.records import RolloutGroup
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.rollout import RolloutGroup
 
 __all__ = ["PPO"]
 
@@ -62,7 +62,7 @@ class PPO(BaseAlgorithm):
 
     def build_batch(self, items: Sequence[RolloutGroup]) -> BatchedDataDict:
         """The sequences of all groups."""
-        from nemo_rl_core.data.from_rollouts import batch_from_groups
+        from nemo_rl_core.records.to_batch import batch_from_groups
 
         return batch_from_groups(items)
 
@@ -120,7 +120,7 @@ class PPO(BaseAlgorithm):
 
     def _penalise(self, batch: BatchedDataDict) -> dict[str, float]:
         """Add `token_rewards`: minus the weighted KL to the reference at each sampled token."""
-        from nemo_rl_core.training.kl import kl_estimate
+        from nemo_rl_core.models.numerics.kl import kl_estimate
         from nemo_rl_plugins_ppo.policy_loss import MAX_LOG_RATIO
 
         mask = batch["loss_mask"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["values_after_last", "values_before"]
 

@@ -22,7 +22,7 @@ def find_mistakes(config: PPOConfig) -> Iterator[Any]:
 
 
 def _steps(config: PPOConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     rollouts = config.num_prompts_per_step * config.num_generations_per_prompt
     if config.updates_per_step > rollouts:
@@ -44,7 +44,7 @@ def _steps(config: PPOConfig) -> Iterator[Any]:
 
 
 def _critic(config: PPOConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     schedule = config.critic.scheduler
     if schedule.name != "constant" and schedule.total_steps is None and config.max_steps is None:
@@ -57,7 +57,7 @@ def _critic(config: PPOConfig) -> Iterator[Any]:
 
 
 def _loss(config: PPOConfig, loss: ClippedSurrogateConfig) -> Iterator[Any]:
-    from nemo_rl_core.config import mistake
+    from nemo_rl_core.schema import mistake
 
     if config.reward_kl_beta > 0 and loss.reference_kl_beta > 0:
         yield mistake(

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from attrs import Attribute, Factory, evolve, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, OptimizerConfig, PolicyConfig, RolloutRunConfig, component
-from nemo_rl_core.config.validators import ge, gt, le, one_of, optional
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import ComponentChoice, OptimizerConfig, PolicyConfig, RolloutRunConfig, component
+from nemo_rl_core.schema.validators import ge, gt, le, one_of, optional
 
 __all__ = [
     "ClippedSurrogateConfig",

@@ -16,7 +16,7 @@ from nemo_rl_plugins_ppo.config import GAEConfig
 from nemo_rl_plugins_ppo.whitening import whiten
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["GeneralizedAdvantages", "generalized_advantages"]
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nemo_rl_core.models.numerics.kl import kl_estimate
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
-from nemo_rl_core.training.kl import kl_estimate
 from nemo_rl_plugins_ppo.config import ClippedSurrogateConfig
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["MAX_LOG_RATIO", "ClippedSurrogateLoss"]
 

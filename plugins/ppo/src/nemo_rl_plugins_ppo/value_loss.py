@@ -16,8 +16,8 @@ from nemo_rl_plugins_ppo.alignment import values_before
 from nemo_rl_plugins_ppo.config import ClippedValueConfig
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["ClippedValueLoss"]
 

@@ -20,7 +20,7 @@ import ray
 from nemo_rl_core.errors import ResourceError
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_core.schema import ClusterConfig
     from nemo_rl_plugins_ray.config import RayConfig
 
 __all__ = ["Connection", "connect"]

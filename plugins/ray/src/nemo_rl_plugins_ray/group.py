@@ -11,8 +11,8 @@ import ray
 from ray.exceptions import RayError, TaskCancelledError
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
-from nemo_rl_core.infra.axes import dispatch
-from nemo_rl_core.infra.remote import raised_by
+from nemo_rl_core.infra.workers.axes import dispatch
+from nemo_rl_core.infra.workers.remote import raised_by
 from nemo_rl_plugins_ray.members import Member, kill
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import ray
 
-from nemo_rl_core.infra.place import ADDRESS_VARIABLE, free_port, gloo_interface
-from nemo_rl_core.infra.remote import adopt_environment, redirect_output, report_error, trace_calls
+from nemo_rl_core.infra.workers.remote import adopt_environment, redirect_output, report_error, trace_calls
+from nemo_rl_core.machine.place import ADDRESS_VARIABLE, free_port, gloo_interface
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
 __all__ = ["THREADS", "WorkerHost", "exit_record"]
@@ -70,7 +70,7 @@ class WorkerHost:
         def begin() -> None:
             import cloudpickle
 
-            from nemo_rl_core.infra.local import kind_of, make_worker
+            from nemo_rl_core.infra.workers.making import kind_of, make_worker
             from nemo_rl_core.registry import PluginCall
 
             factory, config, context = cloudpickle.loads(payload)

@@ -12,8 +12,8 @@ import ray
 from attrs import evolve
 
 from nemo_rl_core.errors import WorkerDied
-from nemo_rl_core.infra.place import ADDRESS_VARIABLE, is_loopback
-from nemo_rl_core.infra.remote import expected_plugins, log_folder, worker_environment
+from nemo_rl_core.infra.workers.remote import expected_plugins, log_folder, worker_environment
+from nemo_rl_core.machine.place import ADDRESS_VARIABLE, is_loopback
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
 from nemo_rl_core.registry import check_nodes
 from nemo_rl_plugins_ray.cluster import Connection, connect
@@ -24,7 +24,7 @@ from nemo_rl_plugins_ray.members import Member, check_started
 from nemo_rl_plugins_ray.placement import Seat, VirtualCluster
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_core.schema import ClusterConfig
 
 __all__ = ["RayLauncher"]
 

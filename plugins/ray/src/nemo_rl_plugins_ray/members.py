@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl_core.errors import ResourceError, WorkerDied
-from nemo_rl_core.infra.remote import log_tail, status_text
+from nemo_rl_core.infra.workers.remote import log_tail, status_text
 from nemo_rl_core.registry import NodeDifference, check_nodes
 from nemo_rl_plugins_ray.host import exit_record
 

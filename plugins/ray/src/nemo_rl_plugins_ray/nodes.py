@@ -23,7 +23,7 @@ def nemo_rl_node_manifests() -> Mapping[str, Sequence[Mapping[str, Any]]] | None
     """
     if not os.environ.get("RAY_ADDRESS"):
         return None
-    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_core.schema import ClusterConfig
     from nemo_rl_plugins_ray.cluster import connect
     from nemo_rl_plugins_ray.config import RayConfig
 

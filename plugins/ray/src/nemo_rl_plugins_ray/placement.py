@@ -20,11 +20,11 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nemo_rl_core.errors import ResourceError
-from nemo_rl_core.infra.resources import check_roles_fit, role_share
+from nemo_rl_core.infra.workers.resources import check_roles_fit, role_share
 from nemo_rl_plugins_ray.layout import fill, plan
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_core.schema import ClusterConfig
 
 __all__ = ["Seat", "VirtualCluster"]
 

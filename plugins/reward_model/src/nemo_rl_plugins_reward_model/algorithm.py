@@ -11,8 +11,8 @@ from nemo_rl_core.protocols.algorithm import AlgorithmContext, BaseAlgorithm
 from nemo_rl_plugins_reward_model.config import RewardModelConfig
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import Loss
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["RewardModel"]
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from attrs import Factory, evolve, field, frozen
 
-from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig, RunConfig, component
-from nemo_rl_core.config.validators import ge, gt, le, one_of
+from nemo_rl_core.schema import ComponentChoice, PolicyConfig, RunConfig, component
+from nemo_rl_core.schema.validators import ge, gt, le, one_of
 
 __all__ = ["BradleyTerryConfig", "RewardModelConfig", "RewardModelRewardConfig"]
 

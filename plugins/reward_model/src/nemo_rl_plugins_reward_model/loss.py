@@ -16,8 +16,8 @@ from nemo_rl_plugins_reward_model.config import BradleyTerryConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["BradleyTerryLoss"]
 

@@ -9,7 +9,7 @@ import torch
 
 from nemo_rl_core.data.encoding import ConversationEncoder
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra.resources import detect_devices
+from nemo_rl_core.machine.devices import detect_devices
 from nemo_rl_core.models import load_model, load_model_config, load_tokenizer
 
 if TYPE_CHECKING:

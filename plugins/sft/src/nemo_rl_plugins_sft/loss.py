@@ -9,8 +9,8 @@ from attrs import frozen
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, per_token
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["NLLConfig", "NLLLoss"]
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from nemo_rl_core.backends.host_memory import HostMemory
 from nemo_rl_core.errors import ConfigError, GenerationError
-from nemo_rl_core.infra.fingerprint import KeptSums
-from nemo_rl_core.infra.host_memory import HostMemory
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
+from nemo_rl_core.infra.weights.fingerprint import KeptSums
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
+from nemo_rl_core.records.completion import Completion
 from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 from nemo_rl_plugins_torch_engine.decoders import build_decoder
 from nemo_rl_plugins_torch_engine.loop import EngineLoop
@@ -25,9 +26,9 @@ from nemo_rl_plugins_torch_engine.stopping import StopStrings
 from nemo_rl_plugins_torch_engine.weights import load_weights, named_weights
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import GenerationConfig
-    from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
 
 __all__ = ["TorchEngine"]
 

@@ -16,7 +16,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nemo_rl_core.models.products import fast_linear
+from nemo_rl_core.models.numerics.products import fast_linear
 
 __all__ = ["Linear", "Packing"]
 

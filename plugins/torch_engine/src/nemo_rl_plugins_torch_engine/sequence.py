@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from attrs import define, field
 from torch import Tensor
 
-from nemo_rl_core.protocols.generation_backend import Completion, FinishReason, GenerationRequest
+from nemo_rl_core.protocols.generation_backend import GenerationRequest
+from nemo_rl_core.records.completion import Completion, FinishReason
 
 if TYPE_CHECKING:
     from nemo_rl_plugins_torch_engine.stopping import StopStrings

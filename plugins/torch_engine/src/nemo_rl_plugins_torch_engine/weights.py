@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra.fingerprint import KeptSums
+from nemo_rl_core.infra.weights.fingerprint import KeptSums
 
 __all__ = ["load_weights", "named_weights"]
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from nemo_rl_core.errors import WorkerDied
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.place import Place
-from nemo_rl_core.infra.weight_transfer import compare_fingerprints
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.infra.weights.transfer import compare_fingerprints
+from nemo_rl_core.machine.place import Place
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport

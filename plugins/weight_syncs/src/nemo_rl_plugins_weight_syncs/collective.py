@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra.place import Place, find_place
+from nemo_rl_core.machine.place import Place, find_place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig
 from nemo_rl_plugins_weight_syncs.hub import PROCESS, Deadline, Hub, PeerGaveUp, Wire

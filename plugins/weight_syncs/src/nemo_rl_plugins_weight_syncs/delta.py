@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core.infra.place import Place
+from nemo_rl_core.machine.place import Place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import DeltaConfig
 from nemo_rl_plugins_weight_syncs.hub import Hub, Wire

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nemo_rl_core.errors import CheckpointError, ConfigError
-from nemo_rl_core.infra.weight_transfer import OutgoingWeights
+from nemo_rl_core.infra.weights.transfer import OutgoingWeights
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_plugins_weight_syncs.base import WorkerSync, conclude
 from nemo_rl_plugins_weight_syncs.config import DiskConfig

@@ -19,7 +19,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.infra.arrivals import Arrivals, arrive, limit_waits
+from nemo_rl_core.machine.arrivals import Arrivals, arrive, limit_waits
 
 __all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "call_off", "connect"]
 

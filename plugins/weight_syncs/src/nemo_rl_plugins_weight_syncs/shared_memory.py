@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra.place import Place
-from nemo_rl_core.infra.shared_files import SharedFile, map_shared
+from nemo_rl_core.machine.place import Place
+from nemo_rl_core.machine.shared_files import SharedFile, map_shared
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import SharedMemoryConfig
 from nemo_rl_plugins_weight_syncs.hub import PROCESS, Hub, Wire

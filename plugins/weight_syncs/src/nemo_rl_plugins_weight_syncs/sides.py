@@ -15,8 +15,8 @@ from typing import Any
 from attrs import frozen
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.place import Place, place_of
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.machine.place import Place, place_of
 from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_plugins_weight_syncs.hub import Deadline, PeerGaveUp
 

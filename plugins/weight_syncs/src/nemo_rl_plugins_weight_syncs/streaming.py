@@ -14,7 +14,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.infra.weight_transfer import OutgoingWeights
+from nemo_rl_core.infra.weights.transfer import OutgoingWeights
 from nemo_rl_plugins_weight_syncs.hub import Deadline, Hub, PeerGaveUp, Rendezvous, Wire, connect
 from nemo_rl_plugins_weight_syncs.kept import forget, keep, start_epoch
 from nemo_rl_plugins_weight_syncs.packing import Chunk, chunks

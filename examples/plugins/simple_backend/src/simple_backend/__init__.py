@@ -23,10 +23,10 @@ from nemo_rl_core.protocols.loss import Metric, ModelOutputs
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult, TrainingBackend
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig, SchedulerConfig
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_core.protocols.training_backend import LossFunction
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.schema import PolicyConfig, SchedulerConfig
 
 __all__ = ["SimpleBackend", "SimpleConfig"]
 

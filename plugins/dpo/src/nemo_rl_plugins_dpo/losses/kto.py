@@ -18,8 +18,8 @@ from nemo_rl_plugins_dpo.config import KTOConfig
 from nemo_rl_plugins_dpo.pairs import logprob_sums
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["KTOLoss"]
 

@@ -15,7 +15,7 @@ from nemo_rl_plugins_grpo.advantages.whitening import require_finite, whiten
 from nemo_rl_plugins_grpo.grouping import group_rollouts
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["GDPOAdvantages"]
 

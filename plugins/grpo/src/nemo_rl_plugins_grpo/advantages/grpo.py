@@ -12,7 +12,7 @@ from nemo_rl_plugins_grpo.advantage_config import GroupRelativeConfig
 from nemo_rl_plugins_grpo.grouping import Grouping, group_rollouts
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["GroupRelativeAdvantages", "group_relative_advantages"]
 

@@ -12,7 +12,7 @@ from nemo_rl_plugins_grpo.advantage_config import RawConfig
 from nemo_rl_plugins_grpo.advantages.whitening import require_finite, returns, whiten
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["RawAdvantages"]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from nemo_rl_core.models.numerics.kl import kl_estimate
 from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric
-from nemo_rl_core.training.kl import kl_estimate
 from nemo_rl_plugins_grpo.losses.correction import correct, importance_weights
 from nemo_rl_plugins_grpo.losses.kl import reference_kl
 from nemo_rl_plugins_grpo.losses.positive import positive_nll, unopposed_direction
@@ -21,8 +21,8 @@ from nemo_rl_plugins_grpo.losses.ratio import log_ratio, ratio_metrics, ratio_of
 from nemo_rl_plugins_grpo.losses.tokens import Tokens, mean_over_tokens, read_tokens, token_scale
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["PolicyGradientLoss", "RatioLoss"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["correct", "importance_weights"]
 

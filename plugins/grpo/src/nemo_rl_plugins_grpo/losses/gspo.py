@@ -13,7 +13,7 @@ from nemo_rl_plugins_grpo.losses.ratio import log_ratio, per_sequence, ratio_of
 from nemo_rl_plugins_grpo.losses.tokens import Tokens
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["GSPOLoss"]
 

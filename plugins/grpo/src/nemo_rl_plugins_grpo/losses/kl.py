@@ -1,7 +1,7 @@
 """KL divergence to a reference policy, from samples: its value, and apart from it its gradient.
 
 x = log(reference / policy) of a sampled token; the estimators k1, k2 and k3 of the value are in
-`nemo_rl_core.training.kl`.
+`nemo_rl_core.models.numerics.kl`.
 
 An estimator that is right in value is not so in gradient once it is differentiated: k1 alone has zero
 expected gradient, k3 alone that of the KL in the other direction. Multiplying by exp(logprob - detached
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nemo_rl_core.training.kl import kl_estimate
+from nemo_rl_core.models.numerics.kl import kl_estimate
 
 __all__ = ["reference_kl"]
 

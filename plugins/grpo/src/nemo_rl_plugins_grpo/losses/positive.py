@@ -10,7 +10,7 @@ from nemo_rl_core.protocols.loss import Metric
 from nemo_rl_plugins_grpo.losses.tokens import Tokens
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["positive_nll", "unopposed_direction"]
 

@@ -11,7 +11,7 @@ from nemo_rl_core.protocols.loss import Metric
 from nemo_rl_plugins_grpo.losses.tokens import Tokens, mean_over_tokens
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_plugins_grpo.loss_config import RatioLossConfig
 
 __all__ = ["log_ratio", "per_sequence", "ratio_metrics", "ratio_of"]

@@ -12,7 +12,7 @@ from nemo_rl_plugins_grpo.losses.base import PolicyGradientLoss
 from nemo_rl_plugins_grpo.losses.tokens import Tokens
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["ReinforceLoss"]
 

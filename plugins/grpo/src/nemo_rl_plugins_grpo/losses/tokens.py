@@ -16,8 +16,8 @@ from torch import Tensor
 from nemo_rl_core.protocols.loss import Metric, per_token
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.loss import ModelOutputs
+    from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["Tokens", "mean_over_tokens", "read_tokens", "token_scale"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from attrs import frozen
 
+from nemo_rl_core.records.run_state import RunResult, Sample
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.training.state import RunResult, Sample
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymData, ReasoningGymSource
 from nemo_rl_plugins_grpo.trainer import GRPOTrainer

@@ -1,0 +1,30 @@
+"""Rows of the data for each step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_rl_core.data.module import DataModule
+
+__all__ = ["ExampleFeed"]
+
+
+class ExampleFeed:
+    """Rows, in the data module's order."""
+
+    def __init__(self, data: DataModule, num_items: int) -> None:
+        self.data = data
+        self.num_items = num_items
+
+    def next(self, version: int) -> list[Any]:
+        """The next step's rows. Raises StopIteration at the end of the data."""
+        return [item.task for item in self.data.next(self.num_items)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next step begins."""
+        return {"data": self.data.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:
+        """Continue from `state_dict`."""
+        self.data.load_state_dict(state["data"])
