@@ -20,7 +20,7 @@ PACKAGES = [
     ".",
     *sorted(
         str(p.parent.relative_to(ROOT))
-        for pattern in ("plugins/*", "nemo_rl_plugins_*")
+        for pattern in ("plugins/*", "plugins/*/*", "nemo_rl_plugins_*")
         for p in ROOT.glob(f"{pattern}/pyproject.toml")
     ),
 ]

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "nemo_rl_core"
-PLUGIN_SOURCES = sorted([*ROOT.glob("plugins/*/src"), *ROOT.glob("nemo_rl_plugins_*/src")])
+PLUGIN_SOURCES = sorted([*ROOT.glob("plugins/*/src"), *ROOT.glob("plugins/*/*/src"), *ROOT.glob("nemo_rl_plugins_*/src")])
 SOURCE_FOLDERS = [CORE, *PLUGIN_SOURCES]
 ENGINES = {"deepspeed", "flash_attn", "megatron", "ray", "sglang", "trl", "verl", "vllm"}
 """Libraries of which each belongs to one plugin, never to the core."""

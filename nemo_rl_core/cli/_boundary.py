@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.registry.discovery._index import DEBUG_VARIABLE, DENY_VARIABLE
@@ -15,13 +16,16 @@ __all__ = ["run", "switch_on_debug"]
 UNEXPECTED, INTERRUPTED = 70, 130
 
 
-def run(argv: Sequence[str] | None) -> int:
-    """Run a command; see `nemo_rl_core.cli.main`."""
+def run(argv: Sequence[str] | None, command: Callable[[], Any]) -> int:
+    """Run a command; see `nemo_rl_core.cli.main`.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+        command: Makes the root command.
+    """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `module:attr` of the user's folder; last, so that it shadows nothing
     try:
-        from nemo_rl_core.cli._app import command
-
         result = command().main(args=None if argv is None else list(argv), prog_name="nemo-rl", standalone_mode=False)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)

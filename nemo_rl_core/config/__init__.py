@@ -1,6 +1,6 @@
-"""Typed configuration: classes, loading, errors, difference, reference.
+"""Configuration: files and overrides to the classes of `schema`, differences, descriptions.
 
-The classes are imported at once; the functions, with YAML and cattrs behind them, when first used.
+The functions, with YAML and cattrs behind them, are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -8,25 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_rl_core.exports import lazy_exports
-from nemo_rl_core.schema import (
-    CheckpointConfig,
-    ClusterConfig,
-    ComponentChoice,
-    DataConfig,
-    DatasetConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    InvariantsConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    RolloutConfig,
-    RolloutRunConfig,
-    RunConfig,
-    SchedulerConfig,
-    ValidationConfig,
-    component,
-)
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.components import Resolver, resolve_choice
@@ -34,40 +15,18 @@ if TYPE_CHECKING:
     from nemo_rl_core.config.describing.dump import Difference, diff, to_dict, to_yaml
     from nemo_rl_core.config.describing.reference import FieldRow, describe, json_schema
     from nemo_rl_core.config.load import finalize, load_config
-    from nemo_rl_core.schema.mistakes import InvalidConfig, Mistake, Position, mistake
 
 __all__ = [
     "ArithmeticRow",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "ComponentChoice",
-    "DataConfig",
-    "DatasetConfig",
     "Difference",
-    "EvaluationConfig",
     "FieldRow",
-    "GenerationConfig",
-    "InvalidConfig",
-    "InvariantsConfig",
-    "LoggingConfig",
-    "Mistake",
-    "OptimizerConfig",
-    "PolicyConfig",
-    "Position",
     "Resolver",
-    "RolloutConfig",
-    "RolloutRunConfig",
-    "RunConfig",
-    "SchedulerConfig",
-    "ValidationConfig",
     "arithmetic",
-    "component",
     "describe",
     "diff",
     "finalize",
     "json_schema",
     "load_config",
-    "mistake",
     "resolve_choice",
     "to_dict",
     "to_yaml",
@@ -75,22 +34,18 @@ __all__ = [
 
 _HOMES = {
     "ArithmeticRow": ".derived",
-    "Difference": ".dump",
-    "FieldRow": ".reference",
-    "InvalidConfig": ".mistakes",
-    "Mistake": ".mistakes",
-    "Position": ".mistakes",
+    "Difference": ".describing.dump",
+    "FieldRow": ".describing.reference",
     "Resolver": ".components",
     "arithmetic": ".derived",
-    "describe": ".reference",
-    "diff": ".dump",
+    "describe": ".describing.reference",
+    "diff": ".describing.dump",
     "finalize": ".load",
-    "json_schema": ".reference",
+    "json_schema": ".describing.reference",
     "load_config": ".load",
-    "mistake": ".mistakes",
     "resolve_choice": ".components",
-    "to_dict": ".dump",
-    "to_yaml": ".dump",
+    "to_dict": ".describing.dump",
+    "to_yaml": ".describing.dump",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -5,12 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from nemo_rl_core.errors import ResourceError
-
-if TYPE_CHECKING:
-    from nemo_rl_core.schema import ClusterConfig
+from typing import Literal
 
 __all__ = ["detect_devices"]
 
@@ -33,12 +28,3 @@ def _has_cuda_driver() -> bool:
     if Path("/dev/dxg").exists():  # Windows subsystem for Linux
         return True
     return os.name == "nt" and ctypes.util.find_library("nvcuda") is not None
-
-
-def _count_gpus(cluster: ClusterConfig, found: int) -> int:
-    if cluster.gpus_per_node is not None and cluster.gpus_per_node > found:
-        raise ResourceError(
-            f"cluster.gpus_per_node is {cluster.gpus_per_node}; {found} CUDA device(s) are visible to this process. "
-            "Lower it, or leave it out to take what is found."
-        )
-    return found if cluster.gpus_per_node is None else cluster.gpus_per_node

@@ -11,7 +11,7 @@ from nemo_rl_core.errors import EnvironmentFailure
 from nemo_rl_core.records.message import Message, Task
 
 if TYPE_CHECKING:
-    from nemo_rl_core.rollouts.agents.session import PolicySession
+    from nemo_rl_core.protocols.policy import PolicySession
 
 __all__ = ["DrivingEnvironment", "Environment", "EnvironmentContext", "EnvironmentStep", "SingleTurnEnvironment"]
 

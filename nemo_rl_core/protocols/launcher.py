@@ -117,8 +117,8 @@ class WorkerGroup(Protocol):
         """Call `method` on every worker, sharded over some axes and replicated over the others.
 
         With `axes={"dp": 4, "tp": 2}` and `over="dp"` ranks 0 and 1 get `shards[0]`, 2 and 3 `shards[1]`, and so on
-        (`nemo_rl_core.infra.workers.axes.dispatch`). An argument that is the same object in every shard should be sent to
-        where several workers read it only once.
+        (`nemo_rl_core.infra.workers.axes.dispatch`). An argument that is the same object in every shard should be sent
+        only once to where several workers read it.
 
         Returns:
             One result for each shard, of the lowest rank that has it. Those of its peers are not sent: these are

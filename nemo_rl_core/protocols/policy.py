@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import frozen
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.records.rollout import Turn
 
-__all__ = ["CallRefused", "PolicyCall", "PolicyChoice"]
+__all__ = ["CallRefused", "PolicyAnswer", "PolicyCall", "PolicyChoice", "PolicySession"]
 
 
 class CallRefused(NemoRLError, RuntimeError):
@@ -64,3 +65,56 @@ class PolicyChoice:
         if self.completion.finish_reason == "length":
             return "length"
         return "tool_calls" if self.message.get("tool_calls") else "stop"
+
+
+class PolicyAnswer(Protocol):
+    """The answer to one call. Nothing of it is trained on before `record`."""
+
+    number: int
+    """Of the call in its session, from 0."""
+    prompt_ids: list[int]
+    choices: list[PolicyChoice]
+
+    def record(self) -> PolicyAnswer:
+        """Keep it as sampled by this episode: whoever asked has got it, or is about to."""
+        ...
+
+    def discard(self) -> None:
+        """Nobody got it: it is not trained on, and whoever asks the same again gets the same."""
+        ...
+
+
+class PolicySession(Protocol):
+    """The calls of one episode, which the rollout engine lends to an environment that asks the policy itself.
+
+    Attributes:
+        failure: The engine failed the last call with this, and none has succeeded since.
+        refused: The last `CallRefused` that the session raised while it was open.
+    """
+
+    failure: Exception | None
+    refused: CallRefused | None
+
+    @property
+    def segments(self) -> list[list[Turn]]:
+        """What is recorded: a list of turns for each training sequence, as in `Rollout.segments`."""
+        ...
+
+    async def ask(self, call: PolicyCall) -> PolicyAnswer:
+        """Sample the answer to a call; `record` it once it is used.
+
+        Raises:
+            DataError: The call cannot be understood.
+            CallRefused: The context is full, the session has had its turns, or it is closed.
+            DeadlineExceeded: There was no answer in time.
+            GenerationError: The engine cut the answer off, or gave one that cannot be trained on.
+        """
+        ...
+
+    def decode(self, token_id: int) -> str:
+        """Text of one token."""
+        ...
+
+    def close(self) -> None:
+        """End the calls under way and take no more; may be called twice."""
+        ...

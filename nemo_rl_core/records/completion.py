@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from attrs import frozen
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Completion", "FinishReason"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_rl_core.exports import lazy_exports
+from nemo_rl_core.registry._current import Lookup, make_with
 from nemo_rl_core.registry.discovery._kinds import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ if TYPE_CHECKING:
         manifest,
         report_changes,
     )
+    from nemo_rl_core.registry._provider import Provider
     from nemo_rl_core.registry._reference import ComponentRef
     from nemo_rl_core.registry._registry import Registry, get_registry
-    from nemo_rl_core.registry._trace import PluginCall, Provider, Trace, origin_of, provider_of
+    from nemo_rl_core.registry._trace import PluginCall, Trace, origin_of, provider_of
     from nemo_rl_core.registry._verification import (
         NodeDifference,
         check_nodes,
@@ -95,11 +97,11 @@ __all__ = [
 
 _HOMES = {
     "ComponentRef": "._reference",
-    "HookFailure": "._hooks",
+    "HookFailure": "._hook_plugin",
     "HookPlugins": "._hooks",
     "ManifestDifference": "._manifest",
     "PluginCall": "._trace",
-    "Provider": "._trace",
+    "Provider": "._provider",
     "Registry": "._registry",
     "RunHooks": "._hooks",
     "Trace": "._trace",
@@ -119,6 +121,15 @@ _HOMES = {
     "worker_rows": "._verification",
     **{name: "._decorators" for name in __all__ if name.startswith("register_")},
 }
+
+
+def _registry_of_process() -> Lookup:
+    from nemo_rl_core.registry._registry import get_registry
+
+    return get_registry()
+
+
+make_with(_registry_of_process)
 
 # `nemo-rl --help` needs the index alone.
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemo_rl_core.registry._trace import Provider
+from nemo_rl_core.registry._provider import Provider
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry.discovery._distributions import Distribution

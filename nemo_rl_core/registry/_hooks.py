@@ -8,21 +8,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
 from nemo_rl_core import hookspecs
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
+from nemo_rl_core.registry._current import Lookup, current
 from nemo_rl_core.registry._hook_plugin import HookFailure, HookPlugin
 from nemo_rl_core.registry._reference import ComponentRef, import_path
 from nemo_rl_core.registry._trace import mark, trace_event
 from nemo_rl_core.registry.discovery._compatibility import incompatibility
 from nemo_rl_core.registry.discovery._importing import importing
 from nemo_rl_core.registry.discovery._index import DENY_VARIABLE, Entry
-
-if TYPE_CHECKING:
-    from nemo_rl_core.registry._registry import Registry
 
 __all__ = ["HookPlugins", "RunHooks"]
 
@@ -85,7 +83,7 @@ class HookPlugins:
             self._register(name, plugin)
 
     @classmethod
-    def installed(cls, registry: Registry) -> HookPlugins:
+    def installed(cls, registry: Lookup) -> HookPlugins:
         """The hook plugins of every admitted distribution.
 
         One that cannot be imported or is malformed is named in one warning and left out.
@@ -107,7 +105,7 @@ class HookPlugins:
         return cls(sound)
 
     @classmethod
-    def of(cls, registry: Registry, entry: Entry) -> HookPlugins:
+    def of(cls, registry: Lookup, entry: Entry) -> HookPlugins:
         """One installed hook plugin alone.
 
         Raises:
@@ -185,12 +183,10 @@ class RunHooks(HookPlugins):
     """
 
     def __init__(
-        self, callbacks: Iterable[Any] = (), *, registry: Registry | None = None, installed: bool = True
+        self, callbacks: Iterable[Any] = (), *, registry: Lookup | None = None, installed: bool = True
     ) -> None:
         if registry is None:
-            from nemo_rl_core.registry._registry import get_registry
-
-            registry = get_registry()
+            registry = current()
         own = registry.hooks.plugins if installed else ()
         super().__init__([*own, *(_callback(registry, each) for each in callbacks)])
 
@@ -203,7 +199,7 @@ class RunHooks(HookPlugins):
         return [result for _, result in self.call_each(hook, **arguments)]
 
 
-def _callback(registry: Registry, choice: Any) -> HookPlugin:
+def _callback(registry: Lookup, choice: Any) -> HookPlugin:
     name, dist = "", None
     if isinstance(choice, str | ComponentRef):
         ref = registry.resolve("callbacks", choice)
@@ -224,7 +220,7 @@ def _made(cls: type) -> Any:
         ) from error
 
 
-def _load(registry: Registry, entry: Entry) -> HookPlugin:
+def _load(registry: Lookup, entry: Entry) -> HookPlugin:
     dist = entry.distribution
     label = f"plugin {entry.name} {dist.version} (dist {dist.name})"
     remedy = f"To disable it: {DENY_VARIABLE}={dist.name}"

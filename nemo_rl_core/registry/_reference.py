@@ -13,12 +13,13 @@ from typing import Any, Literal
 from attrs import define, field, frozen
 
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
+from nemo_rl_core.registry._current import current
 from nemo_rl_core.registry._trace import PluginCall
 from nemo_rl_core.registry._verify import shortcoming
 from nemo_rl_core.registry.discovery._importing import importing
 from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE
 from nemo_rl_core.registry.discovery._kinds import KINDS
-from nemo_rl_core.registry.discovery._source import source_hash
+from nemo_rl_core.registry.discovery._source import source_file, source_hash
 
 __all__ = ["ComponentRef", "LoadStatus", "Origin", "State", "import_path", "is_importable"]
 
@@ -116,6 +117,21 @@ class ComponentRef:
             return None
         return source_hash(self.value, whole_package=self.distribution is not None, component=self._status.component)
 
+    @property
+    def manifest_row(self) -> dict[str, Any]:
+        """Its row of a manifest: plain strings and numbers, fit for JSON."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "distribution": self.distribution,
+            "version": self.version,
+            "value": self.value,
+            "api_version": self.api_version,
+            "source_hash": self.source_hash,
+            "origin": self.origin,
+            "defined_in": None if self.distribution else source_file(self._status.component),
+        }
+
     def check(self) -> None:
         """Compare the metadata with this core, without importing anything.
 
@@ -192,9 +208,7 @@ class ComponentRef:
     def _compare_with_sender(self) -> None:
         """In a process that got this reference by pickle: is the code the same as where it came from?"""
         if self._received and self._payload is None:
-            from nemo_rl_core.registry._verification import compare_with_installed
-
-            compare_with_installed(self, self._expected_hash)
+            current().check_manifest([{**self.manifest_row, "source_hash": self._expected_hash}])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By import path where that leads to the same object, else by value."""

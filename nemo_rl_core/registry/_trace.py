@@ -18,19 +18,20 @@ from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_rl_core.errors import PluginError, RunInterrupted
+from nemo_rl_core.registry._current import current
+from nemo_rl_core.registry._provider import Provider
 from nemo_rl_core.registry.discovery._index import CORE
 from nemo_rl_core.registry.discovery._kinds import KINDS
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._registry import Registry
+    from nemo_rl_core.registry._current import Lookup
     from nemo_rl_core.registry.discovery._index import Entry
 
 __all__ = [
     "PluginCall",
-    "Provider",
     "Trace",
     "blame",
     "blamed",
@@ -54,29 +55,6 @@ _PASSED_ON = (PluginError, RunInterrupted, StopIteration, StopAsyncIteration, Ti
 """Exceptions that name who is meant by themselves, or that are no failure of the code they come through."""
 
 
-class Provider(NamedTuple):
-    """Who provides a component."""
-
-    kind: str
-    name: str
-    distribution: str | None = None
-    """None for user code: a script, a notebook, a module that no distribution with plugins owns."""
-    version: str | None = None
-    value: str | None = None
-
-    @property
-    def label(self) -> str:
-        """`plugin boom 1.2 (dist acme)`, or `user code __main__:Boom`."""
-        if self.distribution is not None:
-            return f"plugin {self.name} {self.version} (dist {self.distribution})"
-        return f"user code {self.value or self.name}"
-
-    def at(self, call: str) -> str:
-        """`plugin boom 1.2 (dist acme), loss __call__`."""
-        kind = KINDS[self.kind].label if self.kind in KINDS else self.kind
-        return f"{self.label}, {kind} {call}"
-
-
 # -- who provides an object ---------------------------------------------------------------------------------
 
 
@@ -87,16 +65,14 @@ def provider_of(kind: str, component: Any) -> Provider:
     target = component.func if isinstance(component, functools.partial) else component
     if not isinstance(target, type) and not inspect.isroutine(target):
         target = type(target)
-    from nemo_rl_core.registry._registry import get_registry
-
-    registry, key = get_registry(), (kind, target)
+    registry, key = current(), (kind, target)
     found: Provider | None = registry.providers.get(key)
     if found is None:
         found = registry.providers[key] = _looked_up(registry, kind, target)
     return found
 
 
-def _looked_up(registry: Registry, kind: str, target: Any) -> Provider:
+def _looked_up(registry: Lookup, kind: str, target: Any) -> Provider:
     module, qualname = str(target.__module__), str(getattr(target, "__qualname__", target.__name__))
     value = f"{module}:{qualname}"
     entry = next((e for e in registry.index.of(kind) if e.value == value), None)
@@ -113,13 +89,11 @@ def _looked_up(registry: Registry, kind: str, target: Any) -> Provider:
 
 def _owner(module: str) -> Entry | None:
     """An entry point of the distribution that a module seems to belong to."""
-    from nemo_rl_core.registry._registry import get_registry
-
     parts = module.split(".")
     if parts[0] in ("nemo_rl_core", "__main__", "__mp_main__"):  # the core's own helpers are nobody's plugin
         return None
     best, longest = None, 0
-    for entries in get_registry().index.entries.values():
+    for entries in current().index.entries.values():
         for entry in entries:
             own = entry.value.partition(":")[0].split(".")
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, parts, strict=False)))
@@ -146,10 +120,8 @@ def provider_at_fault(error: BaseException) -> tuple[Provider, str] | None:
 
 def _within(owner: Entry, module: str, qualname: str) -> tuple[Provider, str]:
     """The component that a function belongs to, or some component of its distribution."""
-    from nemo_rl_core.registry._registry import get_registry
-
     dist = owner.distribution
-    for entries in get_registry().index.entries.values():
+    for entries in current().index.entries.values():
         for entry in entries:
             own_module, _, own_name = entry.value.partition(":")
             if entry.distribution is dist and own_module == module and _starts(qualname, own_name):

@@ -28,7 +28,7 @@ from nemo_rl_core.records.rewards import finite_rewards
 from nemo_rl_core.records.rollout import Rollout, RolloutError, Turn
 from nemo_rl_core.records.seeds import stable_seed
 from nemo_rl_core.registry import PluginCall, origin_of
-from nemo_rl_core.rollouts.agents.session import PolicySession, check_completion
+from nemo_rl_core.rollouts.agents.session import EngineSession, check_completion
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
 from nemo_rl_core.schema import RolloutConfig
@@ -158,7 +158,7 @@ class Episode:
     async def _be_driven(self, environment: DrivingEnvironment) -> None:
         """Lend the policy to an environment that asks by itself; what it asked becomes the rollout."""
         config, rollout = self.config, self.rollout
-        session = PolicySession(
+        session = EngineSession(
             self._sample_for_session,
             self.chat,
             sampling=self.sampling,

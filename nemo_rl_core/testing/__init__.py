@@ -70,19 +70,19 @@ __all__ = [
 
 _HOMES = {
     "AdvantageContract": ".conformance.advantage",
-    "AlgorithmCase": ".conformance.algorithm_case",
+    "AlgorithmCase": ".conformance.cases.algorithm_case",
     "AlgorithmContract": ".conformance.algorithm",
     "BrokenSource": ".conformance.dataset",
     "CallbackContract": ".conformance.callback",
-    "ClauseResult": ".conformance.kit",
-    "Configured": ".conformance.subject",
-    "Contract": ".conformance.kit",
+    "ClauseResult": ".conformance.frame.kit",
+    "Configured": ".conformance.frame.subject",
+    "Contract": ".conformance.frame.kit",
     "DatasetContract": ".conformance.dataset",
     "EnvironmentCase": ".conformance.environment",
     "EnvironmentContract": ".conformance.environment",
     "ExporterContract": ".conformance.exporter",
     "GenerationBackendContract": ".conformance.generation_backend",
-    "KitReport": ".conformance.kit",
+    "KitReport": ".conformance.frame.kit",
     "LauncherContract": ".conformance.launcher",
     "LoggerContract": ".conformance.logger",
     "LossContract": ".conformance.loss",
@@ -93,9 +93,9 @@ _HOMES = {
     "ScriptedReply": ".scripted_generation",
     "TrainingBackendContract": ".conformance.training_backend",
     "WeightSyncContract": ".conformance.weight_sync",
-    "check_component": ".conformance.kit",
-    "contract_for": ".conformance.kit",
-    "run_kit": ".conformance.kit",
+    "check_component": ".conformance.frame.kit",
+    "contract_for": ".conformance.frame.kit",
+    "run_kit": ".conformance.frame.kit",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

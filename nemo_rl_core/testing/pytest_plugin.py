@@ -89,7 +89,7 @@ def process_pool() -> Iterator[ProcessPool]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
     """Refuse a sub-class of a contract that pytest would pass over, or whose clauses could not run."""
-    kit = sys.modules.get(f"{_KITS}.kit")  # nobody can have sub-classed a contract that is not imported
+    kit = sys.modules.get(f"{_KITS}.frame.kit")  # nobody can have sub-classed a contract that is not imported
     if kit is None or not (isinstance(obj, type) and issubclass(obj, kit.Contract) and collector.classnamefilter(name)):
         return
     mistake = _mistake(obj, kit.Contract)

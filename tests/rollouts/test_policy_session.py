@@ -13,7 +13,7 @@ from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentStep
 from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.protocols.policy import CallRefused, PolicyCall
-from nemo_rl_core.rollouts.agents.session import PolicySession
+from nemo_rl_core.rollouts.agents.session import EngineSession
 from nemo_rl_core.rollouts.engine import RolloutEngine
 from nemo_rl_core.schema import RolloutConfig
 from nemo_rl_core.testing import EnvironmentContract, ScriptedGeneration
@@ -27,7 +27,7 @@ def tokenizer():
 
 def session_of(generation, tokenizer, **changes):
     settings = {"sampling": SamplingParams(max_new_tokens=8), "max_sequence_length": 64, "seed": 1, **changes}
-    return PolicySession(generation.generate, ChatFormatter(tokenizer), **settings)
+    return EngineSession(generation.generate, ChatFormatter(tokenizer), **settings)
 
 
 class Driver(DrivingEnvironment):

@@ -30,7 +30,7 @@ TESTED = [*contracts(), "commands"]
 """Kinds whose kit is there; the generated tests of the others could not be collected."""
 NOT_THERE = [
     tomllib.loads((path / "pyproject.toml").read_text())["project"]["name"]
-    for pattern in ("plugins/*", "nemo_rl_plugins_*")
+    for pattern in ("plugins/*", "plugins/*/*", "nemo_rl_plugins_*")
     for path in (p.parent for p in ROOT.glob(f"{pattern}/pyproject.toml"))
     if path not in OURS
 ]

@@ -1,1 +1,1 @@
-"""."""
+"""A configuration as text: written out, compared, and its fields described."""

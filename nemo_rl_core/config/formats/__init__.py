@@ -1,1 +1,1 @@
-"""."""
+"""Files to plain values, with the line of each: YAML, JSON, TOML."""

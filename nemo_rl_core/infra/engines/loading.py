@@ -5,24 +5,32 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_rl_core.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.infra.engines.workers import EngineWorkers
-
-__all__ = ["load_through_driver"]
+__all__ = ["Engines", "load_through_driver"]
 
 _CHUNK_BYTES = 32 << 20
 _numbers = itertools.count()
 _loading: dict[int, _Loading] = {}
 
 
-def load_through_driver(engines: EngineWorkers, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+class Engines(Protocol):
+    """What this needs of the engines."""
+
+    timeout_s: float
+
+    def apply(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run `function(engine, *args)` in every engine's process."""
+        ...
+
+
+def load_through_driver(engines: Engines, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Load `tensors` into every engine; returns when all have them.
 
     Raises:

@@ -21,6 +21,7 @@ from attrs import evolve
 
 from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation, NemoRLError, WorkerDied
 from nemo_rl_core.infra.engines.link import EngineLink, PendingRequest
+from nemo_rl_core.infra.engines.loading import load_through_driver
 from nemo_rl_core.infra.engines.metrics import merge_engine_metrics
 from nemo_rl_core.infra.engines.restarts import EngineRestarts
 from nemo_rl_core.infra.engines.routes import EngineRoutes
@@ -273,8 +274,6 @@ class EngineWorkers(GenerationBackend):
 
         A run uses a weight sync instead, which moves them from worker to worker. `share` is ignored.
         """
-        from nemo_rl_core.infra.engines.loading import load_through_driver
-
         load_through_driver(self, version, tensors)
         self.refitted(version)
 

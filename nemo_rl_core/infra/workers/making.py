@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_rl_core.registry import PluginCall
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["kind_of", "make_worker"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import frozen
 
 from nemo_rl_core.errors import ConfigError, ResourceError
-from nemo_rl_core.machine.devices import _count_gpus, detect_devices
+from nemo_rl_core.machine.devices import detect_devices
 
 if TYPE_CHECKING:
     from nemo_rl_core.schema import ClusterConfig
@@ -156,3 +156,12 @@ def _choose_device(cluster: ClusterConfig, found: Literal["cpu", "cuda"]) -> Lit
             "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that torch is a CUDA build."
         )
     return found
+
+
+def _count_gpus(cluster: ClusterConfig, found: int) -> int:
+    if cluster.gpus_per_node is not None and cluster.gpus_per_node > found:
+        raise ResourceError(
+            f"cluster.gpus_per_node is {cluster.gpus_per_node}; {found} CUDA device(s) are visible to this process. "
+            "Lower it, or leave it out to take what is found."
+        )
+    return found if cluster.gpus_per_node is None else cluster.gpus_per_node

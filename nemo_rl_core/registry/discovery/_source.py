@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["source_hash"]
+__all__ = ["source_file", "source_hash"]
 
 
 def source_hash(value: str | None, *, whole_package: bool, component: Any = None) -> str | None:
@@ -54,3 +54,12 @@ def _files(module: str, whole_package: bool) -> list[Path]:
     if whole_package and path.name == "__init__.py":
         return sorted(path.parent.rglob("*.py"))
     return [path] if path.is_file() else []
+
+
+def source_file(component: Any) -> str | None:
+    """The file of user code, so that a later run can say which one to run again."""
+    code = component if inspect.isroutine(component) or isinstance(component, type) else type(component)
+    try:
+        return None if component is None else inspect.getsourcefile(code)
+    except (OSError, TypeError):  # made in a notebook or an interpreter
+        return None

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import ConfigError, DataError, DeadlineExceeded, GenerationError, MissingExtra
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
-from nemo_rl_core.protocols.policy import CallRefused
+from nemo_rl_core.protocols.policy import CallRefused, PolicyAnswer, PolicySession
 from nemo_rl_core.records.seeds import stable_seed
 from nemo_rl_core.rollouts.agents.endpoint_format import answer_body, call_of, error_body, events_of
-from nemo_rl_core.rollouts.agents.session import PolicyAnswer, PolicySession
+from nemo_rl_core.rollouts.agents.session import EngineSession
 
 if TYPE_CHECKING:
     from nemo_rl_core.models.tokenizer import Tokenizer
@@ -252,7 +252,7 @@ class RecordingEndpoint(PolicyEndpoint):
     def _session(self, name: str | None, key: str | None) -> PolicySession:
         name = name or _DEFAULT_SESSION
         if name not in self._sessions:
-            self._sessions[name] = PolicySession(
+            self._sessions[name] = EngineSession(
                 self._generation.generate,
                 self._chat,
                 sampling=self._sampling,

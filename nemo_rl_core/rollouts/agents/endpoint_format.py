@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.policy import PolicyCall, PolicyChoice
-from nemo_rl_core.rollouts.agents.session import PolicyAnswer
+from nemo_rl_core.protocols.policy import PolicyAnswer, PolicyCall, PolicyChoice
 
 __all__ = ["answer_body", "call_of", "error_body", "events_of"]
 

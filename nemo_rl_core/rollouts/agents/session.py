@@ -22,25 +22,25 @@ from nemo_rl_core.records.seeds import stable_seed
 from nemo_rl_core.records.tool_calls import parse_tool_calls
 from nemo_rl_core.rollouts.agents.recording import Asked, RecordedAnswer, RecordedSession
 
-__all__ = ["PolicyAnswer", "PolicySession", "check_completion"]
+__all__ = ["EngineAnswer", "EngineSession", "check_completion"]
 
 _MOST_CHOICES = 128
 
 
 @define(eq=False)
-class PolicyAnswer:
+class EngineAnswer:
     """The answer to a call. Nothing is trained on before `record`."""
 
     number: int
     """Of the call in its session, from 0."""
     prompt_ids: list[int]
     choices: list[PolicyChoice]
-    _session: PolicySession
+    _session: EngineSession
     _asked: Asked
     _place: tuple[bytes, int] | None
     _recorded: list[RecordedAnswer] = field(factory=list)
 
-    def record(self) -> PolicyAnswer:
+    def record(self) -> EngineAnswer:
         """Keep it as sampled by this episode: whoever asked has got it, or is about to."""
         if not self._recorded:
             for choice in self.choices:
@@ -57,7 +57,7 @@ class PolicyAnswer:
         self._place = None
 
 
-class PolicySession:
+class EngineSession:
     """The calls of one episode.
 
     What is sampled depends on the session's seed, the prompt, and how often the session has asked it before; not on
@@ -129,7 +129,7 @@ class PolicySession:
         """Text of one token."""
         return str(self._chat.tokenizer.decode([token_id]))
 
-    async def ask(self, call: PolicyCall) -> PolicyAnswer:
+    async def ask(self, call: PolicyCall) -> EngineAnswer:
         """Sample the answer to a call; `record` it once it is used.
 
         Raises:
@@ -159,7 +159,7 @@ class PolicySession:
         finally:
             self._end(task)
         self.failure = None
-        return PolicyAnswer(number, asked.prompt_ids, choices, self, asked, place)
+        return EngineAnswer(number, asked.prompt_ids, choices, self, asked, place)
 
     # -- before and after the engine ---------------------------------------------------------------------
 

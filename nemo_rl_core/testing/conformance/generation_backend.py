@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import pytest
@@ -33,9 +33,6 @@ from nemo_rl_core.testing.conformance.cases.generation_bench import (
 )
 from nemo_rl_core.testing.conformance.cases.reference import forward_logits, sampling_distribution
 from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["GenerationBackendContract"]
 

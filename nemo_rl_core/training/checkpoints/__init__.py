@@ -1,1 +1,1 @@
-"""."""
+"""What a run keeps: checkpoints, the exported model, the run folder."""

@@ -1,1 +1,1 @@
-"""."""
+"""One model in its workers: batches cut and packed, steps, metrics, turns on the devices, invariants."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import evolve
 
@@ -30,9 +30,9 @@ from nemo_rl_core.training.setup.engine import (
     start_engine,
     takes_updates_in_flight,
 )
-from nemo_rl_core.training.setup.models import _add_policy
+from nemo_rl_core.training.setup.models import add_models
 from nemo_rl_core.training.setup.parts import SHUTDOWN_TIMEOUT_S, RunInputs, RunParts, sampling_params
-from nemo_rl_core.training.setup.scoring import _environment
+from nemo_rl_core.training.setup.scoring import make_environment
 
 if TYPE_CHECKING:
     from nemo_rl_core.models.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
         if recorded is not None and feed != "rollouts":
             raise ConfigError(f"{config.algorithm} is trained on rows, not on rollouts; it cannot be replayed.")
         samples = feed == "rollouts" and recorded is None
-        environment = _environment(config, inputs, resolver) if samples else None
+        environment = make_environment(config, inputs, resolver) if samples else None
         parts = RunParts(
             config=config,
             tokenizer=load_tokenizer(
@@ -92,7 +92,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
         if training and environment is not None:
             _check_engine(config, launcher, resolver)
         if training:
-            _add_policy(parts, algorithm_class, launcher, resolver, stack, run_dir)
+            add_models(parts, algorithm_class, launcher, resolver, stack, run_dir)
         if environment is not None:
             _add_engine(parts, environment, launcher, resolver, stack, run_dir)
         get_registry().check()
@@ -179,20 +179,3 @@ def _runner(
     runner = RolloutRunner(engine)
     stack.callback(runner.shutdown, SHUTDOWN_TIMEOUT_S)
     return runner
-
-
-def _check_staleness(config: RunConfig, algorithm: Any) -> None:
-    """Rollouts from older weights need an algorithm that says it corrects for them.
-
-    Raises:
-        ConfigError: It does not say so.
-    """
-    if config.rollouts.staleness == 0 or feed_of(algorithm, config) != "rollouts":
-        return
-    if not getattr(algorithm, "takes_stale_rollouts", False):
-        raise ConfigError(
-            f"rollouts.staleness={config.rollouts.staleness} trains on rollouts that older weights sampled, and "
-            f"{type(algorithm).__name__} as configured does not correct their importance (its `takes_stale_rollouts` "
-            "is not True). Choose a loss with a correction, such as one with truncated (tis) or masked (icepop, "
-            "seq_mask_tis) importance weights, or set rollouts.staleness=0."
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import evolve
 
@@ -12,24 +12,25 @@ from nemo_rl_core.config.run_components import Resolver, options_of
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.workers.resources import check_role_names
 from nemo_rl_core.models import located
-from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole
+from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole, feed_of
 from nemo_rl_core.protocols.launcher import Launcher, WorkerSpec
 from nemo_rl_core.registry import ComponentRef, PluginCall, get_registry, worker_rows
 from nemo_rl_core.schema import PolicyConfig, RunConfig
 from nemo_rl_core.training.model.policy import InitialModel, Policy
 from nemo_rl_core.training.setup.model_checks import check_models
-
-if TYPE_CHECKING:
-    pass
-from nemo_rl_core.training.setup.assemble import _check_staleness
 from nemo_rl_core.training.setup.parts import RunParts
 
-__all__ = []
+__all__ = ["add_models"]
 
 
-def _add_policy(
+def add_models(
     parts: RunParts, algorithm_class: Any, launcher: Launcher, resolver: Resolver, stack: ExitStack, run_dir: str
 ) -> None:
+    """Make the algorithm, and start the workers of every model that it asks for.
+
+    Raises:
+        ConfigError: A role, a backend or a staleness that does not fit the algorithm.
+    """
     config = parts.config
     context = AlgorithmContext(
         tokenizer=parts.tokenizer,
@@ -138,3 +139,20 @@ def _model(
     budget = made.token_budget(config.cluster.device_type())
     can_offload = "offload" in backend.load().capabilities
     return Policy(group, token_budget=budget, temperature=config.generation.temperature, can_offload=can_offload)
+
+
+def _check_staleness(config: RunConfig, algorithm: Any) -> None:
+    """Rollouts from older weights need an algorithm that says it corrects for them.
+
+    Raises:
+        ConfigError: It does not say so.
+    """
+    if config.rollouts.staleness == 0 or feed_of(algorithm, config) != "rollouts":
+        return
+    if not getattr(algorithm, "takes_stale_rollouts", False):
+        raise ConfigError(
+            f"rollouts.staleness={config.rollouts.staleness} trains on rollouts that older weights sampled, and "
+            f"{type(algorithm).__name__} as configured does not correct their importance (its `takes_stale_rollouts` "
+            "is not True). Choose a loss with a correction, such as one with truncated (tis) or masked (icepop, "
+            "seq_mask_tis) importance weights, or set rollouts.staleness=0."
+        )

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_rl_core.config.run_components import Resolver, options_of
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.rollouts.engine import EnvironmentFactory
 from nemo_rl_core.rollouts.scoring.reward_env import reward_environment
 from nemo_rl_core.schema import RunConfig
-
-if TYPE_CHECKING:
-    pass
 from nemo_rl_core.training.setup.parts import RunInputs
 
-__all__ = []
+__all__ = ["make_environment"]
 
 
-def _environment(config: RunConfig, inputs: RunInputs, resolver: Resolver) -> EnvironmentFactory:
+def make_environment(config: RunConfig, inputs: RunInputs, resolver: Resolver) -> EnvironmentFactory:
     """The episode factory: an environment, or a reward function wrapped as one."""
     given = [
         name

@@ -26,7 +26,7 @@ from nemo_rl_core.testing.pytest_plugin import is_fixture
 
 __all__ = ["declarable", "example_of", "overlaid", "take_declarations"]
 
-_KITS = __package__
+_KITS = "nemo_rl_core.testing.conformance"
 _OF_THE_KIT = frozenset({"declared_by", "from_component", "kind", "mistake_in", "subject"})
 
 

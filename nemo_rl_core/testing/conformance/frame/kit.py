@@ -203,7 +203,7 @@ def contract_for(kind: str) -> type[Contract]:
     if kind not in _CONTRACTS:
         raise NemoRLError(f"There is no conformance kit for {kind!r}. There is one for: {', '.join(_CONTRACTS)}.")
     module, _, name = _CONTRACTS[kind].partition(":")
-    found: type[Contract] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    found: type[Contract] = getattr(importlib.import_module(f"nemo_rl_core.testing.conformance.{module}"), name)
     return found
 
 

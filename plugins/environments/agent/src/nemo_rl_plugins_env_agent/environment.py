@@ -12,9 +12,9 @@ from attrs import field, frozen, validators
 from nemo_rl_core.config.run_components import Resolver
 from nemo_rl_core.errors import ConfigError, RewardError
 from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentContext, EnvironmentStep
+from nemo_rl_core.protocols.policy import PolicySession
 from nemo_rl_core.records.message import Message, Task
 from nemo_rl_core.registry import register_environment
-from nemo_rl_core.rollouts.agents.session import PolicySession
 from nemo_rl_core.rollouts.scoring.reward_env import RewardEnvironmentFactory, reward_environment
 from nemo_rl_core.schema import ComponentChoice, component
 from nemo_rl_plugins_env_agent.calls import AgentCall, AgentFailed
