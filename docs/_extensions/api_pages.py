@@ -13,7 +13,9 @@ __all__ = ["class_markdown", "write_api_pages"]
 def _packages(root: Path) -> list[Path]:
     plugins = (
         p
-        for source in sorted([*root.glob("plugins/*/src"), *root.glob("plugins/*/*/src"), *root.glob("nemo_rl_plugins_*/src")])
+        for source in sorted(
+            [*root.glob("plugins/*/src"), *root.glob("plugins/*/*/src"), *root.glob("nemo_rl_plugins_*/src")]
+        )
         for p in source.iterdir()
     )
     return [root / "nemo_rl_core", *(p for p in plugins if (p / "__init__.py").is_file())]

@@ -61,7 +61,9 @@ def configuration_markdown(root: Path) -> str:
     out = ["## The run", ""]
     for item in run:
         out += _table(item, known)
-    for source in sorted([*root.glob("plugins/*/src"), *root.glob("plugins/*/*/src"), *root.glob("nemo_rl_plugins_*/src")]):
+    for source in sorted(
+        [*root.glob("plugins/*/src"), *root.glob("plugins/*/*/src"), *root.glob("nemo_rl_plugins_*/src")]
+    ):
         (package,) = (p for p in source.iterdir() if (p / "__init__.py").is_file())
         classes = [c for module in read_package(package) for c in module.classes if _is_config(c)]
         own = known | _labels(package.name, classes)

@@ -45,7 +45,8 @@ def shipped(kinds):
     """(kind, name, import path, package) of each component in a pyproject of ours."""
     for file in [
         ROOT / "pyproject.toml",
-        *sorted(ROOT.glob("plugins/*/pyproject.toml")), *sorted(ROOT.glob("plugins/*/*/pyproject.toml")),
+        *sorted(ROOT.glob("plugins/*/pyproject.toml")),
+        *sorted(ROOT.glob("plugins/*/*/pyproject.toml")),
         *sorted(ROOT.glob("nemo_rl_plugins_*/pyproject.toml")),
     ]:
         groups = tomllib.loads(file.read_text())["project"].get("entry-points", {})

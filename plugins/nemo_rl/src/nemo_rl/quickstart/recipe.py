@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
-
+from nemo_rl.quickstart.report import write_report
+from nemo_rl.quickstart.result import QuickstartResult
 from nemo_rl_core.records.run_state import RunResult, Sample
 from nemo_rl_core.registry import get_registry
 from nemo_rl_core.training.trainer import Trainer
@@ -22,7 +22,7 @@ from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymData, Reasonin
 from nemo_rl_plugins_grpo.trainer import GRPOTrainer
 from nemo_rl_plugins_sft.trainer import SFTTrainer
 
-__all__ = ["QuickstartResult", "arithmetic_data", "demonstrations", "run_quickstart"]
+__all__ = ["arithmetic_data", "demonstrations", "run_quickstart"]
 
 MODEL = "scratch:qwen2-500k"
 NUM_ROWS = 64_000
@@ -31,25 +31,6 @@ HELD_OUT_SEED = 77
 NUM_HELD_OUT = 256
 EXACT_SHARE = 0.25
 """Of the demonstrations."""
-
-
-@frozen(kw_only=True)
-class QuickstartResult:
-    """What the quickstart shows."""
-
-    seed: int
-    generation_backend: str
-    sft: RunResult
-    grpo: RunResult
-    accuracy_before: float
-    """Share of held-out tasks solved after the warm start, sampled as in training; no partial credit."""
-    accuracy_after: float
-    greedy_before: float
-    greedy_after: float
-    samples_before: list[Sample]
-    samples_after: list[Sample]
-    seconds: float
-    report: Path
 
 
 def arithmetic_data(*, seed: int, size: int) -> dict[str, Any]:
@@ -121,8 +102,6 @@ def run_quickstart(
         seconds=time.perf_counter() - started,
         report=run_dir / "report.html",
     )
-    from nemo_rl.quickstart.report import write_report
-
     write_report(result)
     return result
 

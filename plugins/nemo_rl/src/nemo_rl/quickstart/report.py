@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_rl.quickstart.recipe import QuickstartResult
+    from nemo_rl.quickstart.result import QuickstartResult
     from nemo_rl_core.records.run_state import Sample
 
 __all__ = ["curve", "write_report"]
