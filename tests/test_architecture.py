@@ -299,6 +299,14 @@ def test_every_package_lives_in_a_family() -> None:
     assert [str(p) for p in packages if str(p) != "nemo_rl" and (len(p.parts) != 2 or p.parts[0] not in FAMILIES)] == []
 
 
+def test_the_readme_lists_every_package() -> None:
+    rows = (ROOT / "README.md").read_text()
+    files = [ROOT / "pyproject.toml", *(source.with_name("pyproject.toml") for source in PLUGIN_SOURCES)]
+    places = {tomllib.loads(f.read_text())["project"]["name"]: shown(f.parent) for f in files}
+    places["nemo-rl-core"] = "nemo_rl_core"
+    assert [name for name, place in places.items() if f"| `{name}` | [`{place}" not in rows] == []
+
+
 # -- public names ------------------------------------------------------------------------------------------
 
 

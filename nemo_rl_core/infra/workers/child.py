@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from nemo_rl_core.infra.workers.remote import adopt_environment, redirect_output, report_error, trace_calls
 
-__all__ = ["run"]
+__all__ = ["run", "verify"]
 
 
 def run(connection: Connection, payload: bytes, environment: dict[str, str], log_path: str, manifest: str) -> None:
