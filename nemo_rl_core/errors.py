@@ -26,9 +26,7 @@ __all__ = [
     "RunInterrupted",
     "ShapeMismatch",
     "WorkerDied",
-    "describe",
     "extend_message",
-    "text_of",
 ]
 
 
@@ -131,23 +129,9 @@ class RunInterrupted(NemoRLError, RuntimeError):
     exit_code = 130
 
 
-def text_of(error: BaseException) -> str:
-    """What `error` says, also when making its text raises."""
-    try:
-        return str(error)
-    except BaseException as second:
-        return f"(making its text raised {type(second).__name__})"
-
-
-def describe(error: BaseException) -> str:
-    """`ValueError: the text`; the class alone where there is no text."""
-    text = text_of(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def extend_message(error: Exception, text: str) -> None:
     """Add a line to what `error` says; a note where the message is not a text of its own."""
-    if text and len(error.args) == 1 and text_of(error) == error.args[0]:
+    if text and len(error.args) == 1 and str(error) == error.args[0]:
         error.args = (f"{error.args[0]}\n{text}",)
     elif text:
         error.add_note(text)

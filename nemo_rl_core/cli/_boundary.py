@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemo_rl_core.errors import NemoRLError, text_of
+from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.registry.discovery._index import DEBUG_VARIABLE, DENY_VARIABLE
 
 __all__ = ["run", "switch_on_debug"]
@@ -34,7 +34,7 @@ def run(argv: Sequence[str] | None, command: Callable[[], Any]) -> int:
         return 1
     except NemoRLError as error:
         return _known(error)
-    except BaseException as error:  # SystemExit too: no plugin may end a command as if it had done its work
+    except Exception as error:
         return _from_parser(error)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
@@ -57,7 +57,7 @@ def _say(message: str, status: int) -> int:
     return status
 
 
-def _trace(error: BaseException, status: int) -> int:
+def _trace(error: Exception, status: int) -> int:
     import traceback
 
     traceback.print_exception(error)
@@ -71,10 +71,8 @@ def _known(error: NemoRLError) -> int:
     return _say(f"error: {error}{more}", error.exit_code)
 
 
-def _from_parser(error: BaseException) -> int:
+def _from_parser(error: Exception) -> int:
     """Exceptions of the command-line library, told by what they have: it comes in two packages."""
-    if type(error).__module__.partition(".")[0] not in ("click", "typer"):
-        return _unexpected(error)
     name, status, show = type(error).__name__, getattr(error, "exit_code", None), getattr(error, "show", None)
     if name == "Abort":
         return _say("interrupted", INTERRUPTED)
@@ -86,7 +84,7 @@ def _from_parser(error: BaseException) -> int:
     return _unexpected(error)
 
 
-def _unexpected(error: BaseException) -> int:
+def _unexpected(error: Exception) -> int:
     if _debug():
         return _trace(error, UNEXPECTED)
     import tempfile
@@ -94,7 +92,7 @@ def _unexpected(error: BaseException) -> int:
 
     text = "".join(traceback.format_exception(error))
     origin, plugin = _who(error)
-    message = text_of(error).removeprefix(f"{origin}: ")
+    message = str(error).removeprefix(f"{origin}: ")
     if origin is None:
         lines = [f"error: unexpected {type(error).__name__}: {message}", "This is a bug of nemo-rl."]
     else:
@@ -114,7 +112,7 @@ def _unexpected(error: BaseException) -> int:
     return _say("\n".join(lines), UNEXPECTED)
 
 
-def _who(error: BaseException) -> tuple[str | None, str | None]:
+def _who(error: Exception) -> tuple[str | None, str | None]:
     """Who raised it, and the distribution of that plugin; None of the framework's own."""
     from nemo_rl_core.registry._trace import blamed, provider_at_fault
 

@@ -18,7 +18,7 @@ class ExampleFeed:
         self.num_items = num_items
 
     def next(self, version: int) -> list[Any]:
-        """The next step's rows; none at the end of the data."""
+        """The next step's rows. Raises StopIteration at the end of the data."""
         return [item.task for item in self.data.next(self.num_items)]
 
     def state_dict(self) -> dict[str, Any]:

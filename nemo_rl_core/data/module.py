@@ -80,9 +80,10 @@ class DataModule:
     # -- training ---------------------------------------------------------------------------------
 
     def next(self, num: int) -> list[TaskItem]:
-        """The next `num` rows of the run; none where fewer are left before the end of the last epoch.
+        """The next `num` rows of the run.
 
         Raises:
+            StopIteration: Fewer than `num` are left before the end of the last epoch; they are dropped.
             DataError: All epochs together are smaller than one batch, or a row cannot be used.
         """
         total = self.total_items
@@ -94,7 +95,7 @@ class DataModule:
         if total is not None and total - self._delivered < num:
             if total > self._delivered:
                 _log.info("%d rows at the end of the data do not fill a batch of %d", total - self._delivered, num)
-            return []
+            raise StopIteration
         iterator = self._started()
         if total is None:
             self._before_end = self._loader.state_dict()
@@ -102,7 +103,7 @@ class DataModule:
         if len(items) < num:
             if self._delivered == 0:
                 raise DataError(f"One step takes {num} rows, but {self._train.name} has {len(items)} in all.")
-            return []
+            raise StopIteration
         self._before_end = None
         self._delivered += num
         return items
@@ -125,7 +126,7 @@ class DataModule:
         return None if size is None else size // num
 
     def total_steps(self, num: int) -> int | None:
-        """Batches of `num` before the data end; None if unknown or without end."""
+        """Batches of `num` before `next` raises StopIteration; None if unknown or without end."""
         return None if self.total_items is None else self.total_items // num
 
     # -- validation -------------------------------------------------------------------------------

@@ -15,22 +15,9 @@ from typing import Any
 
 from nemo_rl_core.errors import RunInterrupted
 
-__all__ = ["InterruptGuard", "was_interrupted"]
+__all__ = ["InterruptGuard"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_guards: list[InterruptGuard] = []
-"""Those that have their handlers installed, the innermost last."""
-
-
-def was_interrupted() -> bool:
-    """Whether a `KeyboardInterrupt` seen here can come from a user.
-
-    Signals are handled in the main thread, and under a guard their first one asks for an orderly end. Any other
-    `KeyboardInterrupt` was raised by code.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    return _guards[-1].requested if _guards else True
 
 
 class InterruptGuard:
@@ -46,15 +33,12 @@ class InterruptGuard:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._on_signal)
-            _guards.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put the former handlers back."""
-        if self in _guards:
-            _guards.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

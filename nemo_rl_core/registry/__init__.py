@@ -12,7 +12,6 @@ from nemo_rl_core.registry._current import Lookup, make_with
 from nemo_rl_core.registry.discovery._kinds import KINDS, Kind
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._boundary import escape
     from nemo_rl_core.registry._decorators import (
         register_advantage,
         register_algorithm,
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.registry._provider import Provider
     from nemo_rl_core.registry._reference import ComponentRef
     from nemo_rl_core.registry._registry import Registry, get_registry
-    from nemo_rl_core.registry._trace import PluginCall, Trace, origin_of, provider_at_fault, provider_of
+    from nemo_rl_core.registry._trace import PluginCall, Trace, origin_of, provider_of
     from nemo_rl_core.registry._verification import (
         NodeDifference,
         check_nodes,
@@ -70,14 +69,12 @@ __all__ = [
     "check_nodes",
     "compare_manifests",
     "difference_table",
-    "escape",
     "get_registry",
     "is_first_party",
     "manifest",
     "node_differences",
     "node_table",
     "origin_of",
-    "provider_at_fault",
     "provider_of",
     "register_advantage",
     "register_algorithm",
@@ -113,12 +110,10 @@ _HOMES = {
     "check_nodes": "._verification",
     "compare_manifests": "._manifest",
     "difference_table": "._manifest",
-    "escape": "._boundary",
     "get_registry": "._registry",
     "is_first_party": "._manifest",
     "manifest": "._manifest",
     "origin_of": "._trace",
-    "provider_at_fault": "._trace",
     "provider_of": "._trace",
     "node_differences": "._verification",
     "node_table": "._verification",

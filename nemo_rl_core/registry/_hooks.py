@@ -13,17 +13,7 @@ from typing import Any
 import pluggy
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core.errors import (
-    NemoRLError,
-    PluginBroken,
-    PluginError,
-    PluginIncompatible,
-    RunInterrupted,
-    describe,
-    text_of,
-)
-from nemo_rl_core.machine.interrupts import was_interrupted
-from nemo_rl_core.registry._boundary import escape
+from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
 from nemo_rl_core.registry._current import Lookup, current
 from nemo_rl_core.registry._hook_plugin import HookFailure, HookPlugin
 from nemo_rl_core.registry._reference import ComponentRef, import_path
@@ -141,8 +131,8 @@ class HookPlugins:
                 result = impl.function(**_subset(impl.function, arguments))
             except RunInterrupted:  # a signal that happened to arrive in a listener
                 raise
-            except BaseException as error:
-                failure = _failure(plugin, hook, error)
+            except Exception as error:
+                failure = error
             trace_event("hook", plugin.provider, hook, time.perf_counter() - started, failure)
             if failure is not None:
                 self._failed(plugin, hook, failure)
@@ -161,9 +151,10 @@ class HookPlugins:
         self._warned.add((plugin.label, hook))
         logger.log(
             level,
-            "%s: %s (The run goes on; later failures of this listener are not shown.)",
+            "%s: %s: %s (The run goes on; later failures of this listener are not shown.)",
             where,
-            describe(error),
+            type(error).__name__,
+            error,
             exc_info=error if logger.isEnabledFor(logging.DEBUG) else None,
         )
 
@@ -176,16 +167,6 @@ class HookPlugins:
             raise PluginError(f"{plugin.label}: {error}") from error
         except ValueError as error:
             raise PluginError(f"{plugin.label} is given twice.") from error
-
-
-def _failure(plugin: HookPlugin, hook: str, error: BaseException) -> Exception:
-    """What a listener raised, as an exception that ends nothing but the listener's call. Raises what is not its own."""
-    escaped = escape(error)
-    if escaped is not None:
-        return PluginError(f"{plugin.label}, hook {hook}: it {escaped}. It should raise an ordinary exception.")
-    if isinstance(error, Exception):
-        return error
-    raise error
 
 
 class RunHooks(HookPlugins):
@@ -232,11 +213,9 @@ def _callback(registry: Lookup, choice: Any) -> HookPlugin:
 def _made(cls: type) -> Any:
     try:
         return cls()
-    except BaseException as error:
-        if escape(error) is None and not isinstance(error, Exception):
-            raise
+    except Exception as error:
         raise PluginError(
-            f"Making {cls.__module__}.{cls.__qualname__} without arguments raised {describe(error)}. "
+            f"Making {cls.__module__}.{cls.__qualname__} without arguments raised {type(error).__name__}: {error}. "
             "Pass an object instead of the class."
         ) from error
 
@@ -252,10 +231,8 @@ def _load(registry: Lookup, entry: Entry) -> HookPlugin:
         with importing(label):
             listener = import_path(entry.value)
             listener = listener() if isinstance(listener, type) else listener
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and was_interrupted():
-            raise
-        found = text_of(error) if isinstance(error, NemoRLError) else describe(error)
+    except (Exception, SystemExit) as error:
+        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
         raise PluginBroken(f"{label}: importing {entry.value} raised {found}. {remedy}") from error
     return HookPlugin(label, listener, dist, entry.name)
 

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from attrs import define, field, frozen
 
-from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, describe, text_of
-from nemo_rl_core.machine.interrupts import was_interrupted
+from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
 from nemo_rl_core.registry._current import current
 from nemo_rl_core.registry._trace import PluginCall
 from nemo_rl_core.registry._verify import shortcoming
@@ -189,13 +188,11 @@ class ComponentRef:
                 return import_path(self.value)
         except PluginError:
             raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and was_interrupted():
-                raise
+        except (Exception, SystemExit) as error:
             raise self._broken(error) from error
 
     def _broken(self, error: BaseException) -> PluginBroken:
-        found = text_of(error) if isinstance(error, NemoRLError) else describe(error)
+        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
         return PluginBroken(f"The {self.description} is broken: importing it raised {found}. {self._remedy()}")
 
     def _remedy(self) -> str:

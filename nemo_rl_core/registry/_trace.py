@@ -20,8 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_rl_core.errors import PluginError, RunInterrupted, describe, text_of
-from nemo_rl_core.registry._boundary import escape
+from nemo_rl_core.errors import PluginError, RunInterrupted
 from nemo_rl_core.registry._current import current
 from nemo_rl_core.registry._provider import Provider
 from nemo_rl_core.registry.discovery._index import CORE
@@ -52,7 +51,7 @@ _PER_ROLLOUT = ("environments", "rewards", "generate")
 
 _ORIGIN = "_nemo_rl_origin"
 _DISTRIBUTION = "_nemo_rl_distribution"
-_PASSED_ON = (PluginError, RunInterrupted, TimeoutError)
+_PASSED_ON = (PluginError, RunInterrupted, StopIteration, StopAsyncIteration, TimeoutError)
 """Exceptions that name who is meant by themselves, or that are no failure of the code they come through."""
 
 
@@ -177,11 +176,11 @@ def mark(error: BaseException, origin: str, distribution: str | None = None) -> 
     with suppress(AttributeError, TypeError):  # a class with slots takes no mark
         setattr(error, _ORIGIN, origin)
         setattr(error, _DISTRIBUTION, distribution)
-    text = text_of(error)
+    text = str(error)
     before = error.args
     if not before or text == before[0]:
         error.args = (f"{origin}: {text or type(error).__name__}", *before[1:])
-    if not text_of(error).startswith(origin):  # it makes its text in another way
+    if not str(error).startswith(origin):  # it makes its text in another way
         error.args = before
         error.add_note(f"Raised by {origin}.")
 
@@ -250,7 +249,7 @@ class Trace:
                 "distribution": provider.distribution,
                 "version": provider.version,
                 "value": provider.value,
-                "error": None if error is None else describe(error),
+                "error": None if error is None else f"{type(error).__name__}: {error}",
             }
             if self._file >= 0:
                 os.write(self._file, (json.dumps(row) + "\n").encode())
@@ -295,33 +294,10 @@ class PluginCall:
         self.started = time.perf_counter() if _trace is not None or self.event == "import" else 0.0
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        try:
-            if error is not None and self.event != "import":  # that is told by `ComponentRef.load`
-                self._contain(error)
-        finally:
-            if _trace is not None or self.event == "import":
-                self._tell(error)
-
-    def _contain(self, error: BaseException) -> None:
-        """Say who raised it; what may not leave a plugin becomes a `PluginError`."""
-        provider = provider_of(self.kind, self.component)
-        escaped = escape(error)
-        if escaped is None:
-            blame(error, provider, self.call)
+        if error is not None and self.event != "import":  # that is told by `ComponentRef.load`
+            blame(error, provider_of(self.kind, self.component), self.call)
+        if _trace is None and self.event != "import":
             return
-        at_fault, call = provider, self.call
-        inner = provider_at_fault(error)
-        if inner is not None and inner[0].distribution != provider.distribution:
-            at_fault, call = inner
-        if at_fault.distribution == CORE:  # what the core raises, it means
-            return
-        label = at_fault.at(call)
-        found = PluginError(f"{label}: it {escaped}. It should raise an ordinary exception.")
-        setattr(found, _ORIGIN, label)
-        setattr(found, _DISTRIBUTION, at_fault.distribution)
-        raise found from error
-
-    def _tell(self, error: BaseException | None) -> None:
         seconds = time.perf_counter() - self.started if self.started else 0.0
         provider = provider_of(self.kind, self.component)
         if self.event == "import":

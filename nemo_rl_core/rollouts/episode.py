@@ -18,8 +18,6 @@ from nemo_rl_core.errors import (
     GenerationError,
     NemoRLError,
     RewardError,
-    describe,
-    text_of,
 )
 from nemo_rl_core.machine.task_deadlines import Deadline, DeadlineWatch
 from nemo_rl_core.protocols.environment import DrivingEnvironment, Environment, EnvironmentStep
@@ -29,7 +27,7 @@ from nemo_rl_core.records.message import Message
 from nemo_rl_core.records.rewards import finite_rewards
 from nemo_rl_core.records.rollout import Rollout, RolloutError, Turn
 from nemo_rl_core.records.seeds import stable_seed
-from nemo_rl_core.registry import PluginCall, escape, origin_of
+from nemo_rl_core.registry import PluginCall, origin_of
 from nemo_rl_core.rollouts.agents.session import EngineSession, check_completion
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
@@ -127,8 +125,6 @@ class Episode:
             self._fail(EnvironmentFailure(f"A task inside the episode was cancelled: {error}"))
         except Exception as error:
             self._fail(error)
-        except BaseException as error:  # of code that ran outside a call, such as a property of an answer
-            self._fail(EnvironmentFailure(f"The environment {escape(error) or describe(error)}."))
         finally:
             if environment is not None:
                 await self._close(environment)
@@ -328,6 +324,8 @@ class Episode:
                 if hasattr(result, "__await__"):
                     result = await self._in_time(stage, result, limit_s)
                 return result
+        except SystemExit as error:
+            raise EnvironmentFailure(f"The environment called sys.exit({error.code!r}) in {stage}.") from error
         finally:
             self._environment_s += self._now() - started
 
@@ -358,7 +356,7 @@ class Episode:
     def _fail(self, error: Exception) -> None:
         stage: _Stage = "score" if isinstance(error, RewardError) else self._stage
         origin = origin_of(error)
-        message = text_of(error).removeprefix(f"{origin}: ") or type(error).__name__
+        message = str(error).removeprefix(f"{origin}: ") or type(error).__name__
         if not isinstance(error, NemoRLError):
             message += _where(error)
         self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message, origin=origin)

@@ -72,7 +72,7 @@ class RolloutFeed:
         self._measured = self._clock.now()
 
     def next(self, version: int) -> list[RolloutGroup]:
-        """The groups of one step; none when the data has ended.
+        """The groups of one step. Raises StopIteration when the data has ended.
 
         Args:
             version: Of the trainer's weights: the number of steps done.
@@ -89,7 +89,7 @@ class RolloutFeed:
         while (left := self.max_batches * self.num_prompts - num_sampled) > 0:
             groups = self._take(min(self._to_ask_for(len(kept)), left), version)
             if not groups:
-                return []
+                raise StopIteration
             num_sampled += len(groups)
             check_failures([*self.all_groups, *groups], limit, warn=False)
             with PluginCall("algorithms", self.algorithm, "keep_group"):
@@ -113,7 +113,7 @@ class RolloutFeed:
         )
 
     def rows(self) -> list[Any]:
-        """The rows of one step, in place of groups; none when the data has ended."""
+        """The rows of one step, in place of groups. Raises StopIteration when the data has ended."""
         self.discarded = 0
         self.all_groups = []
         return [item.task for item in self._pump.rows(self.num_prompts)]

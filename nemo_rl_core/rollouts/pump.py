@@ -75,9 +75,10 @@ class RolloutPump:
         waiting = sorted(self._returned, key=lambda item: item.index)
         items, self._returned = waiting[:room], waiting[room:]
         while (missing := num - len(self._attempts) - len(items)) > 0 and not self._exhausted:
-            new = self.data.next(min(missing, self._chunk))
-            self._exhausted = not new
-            items += new
+            try:
+                items += self.data.next(min(missing, self._chunk))
+            except StopIteration:
+                self._exhausted = True
         if not items:
             return
         with self.runner.gathering():
@@ -85,12 +86,9 @@ class RolloutPump:
                 self._start(item, version)
 
     def rows(self, num: int) -> list[TaskItem]:
-        """The next rows of the data themselves, of which nothing is sampled; none at their end."""
+        """The next rows of the data themselves, of which nothing is sampled. Raises StopIteration at their end."""
         items, self._returned = self._returned[:num], self._returned[num:]
-        if len(items) == num:
-            return items
-        new = self.data.next(num - len(items))
-        return items + new if new else []
+        return items + self.data.next(num - len(items)) if len(items) < num else items
 
     def restart(self, group_id: int) -> None:
         """Have a group sampled again by a later `fill`; what became of it so far is forgotten."""

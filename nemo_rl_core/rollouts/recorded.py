@@ -165,7 +165,7 @@ class RecordedFeed:
         self._position = 0
 
     def next(self, version: int) -> list[RolloutGroup]:
-        """The groups of one step; none when fewer than a step's are left.
+        """The groups of one step. Raises StopIteration when fewer than a step's are left.
 
         Raises:
             DataError: There are not enough for one step.
@@ -187,7 +187,7 @@ class RecordedFeed:
                     f"One step takes {self.num_groups} groups, and {self.recorded.source} has {len(kept)} that can be "
                     f"trained on ({len(seen)} in all). Record more, or lower the prompts per step."
                 )
-            return []
+            raise StopIteration
         self._position = position
         self.all_groups, self.discarded = seen, len(seen) - len(kept)
         return kept

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core.errors import PluginError
 from nemo_rl_core.records.run_state import RunResult, RunState
-from nemo_rl_core.registry import provider_at_fault
 from nemo_rl_core.schema import RunConfig
 from nemo_rl_core.training.reporting.tracing import traced
 
@@ -34,12 +32,7 @@ def run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any] = (), *, 
         debug: Trace which plugin's code runs when; None is what NEMO_RL_DEBUG says.
     """
     with traced(default_run_dir(config), debug):
-        try:
-            return _run(config, inputs, callbacks)
-        except SystemExit as error:  # no part of a run may end its process
-            where, call = provider_at_fault(error) or (None, "")
-            who = where.at(call) if where is not None else "Something in the run"
-            raise PluginError(f"{who} called sys.exit({error.code!r}), which would have ended the run.") from error
+        return _run(config, inputs, callbacks)
 
 
 def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any]) -> RunResult:

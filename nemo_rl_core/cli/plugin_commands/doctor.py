@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry import NodeDifference, Registry
-    from nemo_rl_core.registry.explaining._finding import Finding
+    from nemo_rl_core.registry import NodeDifference
+    from nemo_rl_core.registry.explaining._diagnosis import Finding
 
 __all__ = ["doctor"]
 
@@ -27,7 +26,6 @@ def doctor(
     load: Annotated[
         bool, typer.Option("--load/--no-load", help="Import every component and hook plugin, to see that it can be.")
     ] = True,
-    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds for the imports of one package.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look for conflicts, broken, incompatible and misplaced plugins, missing requirements and nodes that differ.
@@ -38,8 +36,8 @@ def doctor(
     from nemo_rl_core.registry.explaining._diagnosis import compare_nodes, diagnose, read_nodes, reported_nodes
 
     registry = get_registry()
-    findings = diagnose(registry, load=load, timeout_s=timeout_s)
-    nodes = {**(reported_nodes(_sound(findings)) if load else {}), **read_nodes(against or [])}
+    findings = diagnose(registry, load=load)
+    nodes = {**(reported_nodes(registry) if load else {}), **read_nodes(against or [])}
     differences = compare_nodes(registry, nodes)
     if as_json:
         typer.echo(json.dumps(_as_dict(findings, differences), indent=2))
@@ -47,15 +45,6 @@ def doctor(
         _print(findings, differences, len(registry.index.distributions), len(nodes))
     if differences or any(finding.severity == "error" for finding in findings):
         raise typer.Exit(3)
-
-
-def _sound(findings: list[Finding]) -> Registry:
-    """A registry without what was found to be faulty, which is not imported here."""
-    from nemo_rl_core.registry import Registry
-    from nemo_rl_core.registry.discovery._index import Selection
-
-    faulty = {re.split("[: ]", finding.subject)[0] for finding in findings}
-    return Registry(deny={*Selection.from_environment().deny, *faulty})
 
 
 def _as_dict(findings: list[Finding], differences: list[NodeDifference]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Importing a plugin's code: what it prints and what it changes for others is told, and one that is slow is named."""
+"""Importing a plugin's code: what it prints is kept off standard output, and one that is slow is named."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from nemo_rl_core.registry.discovery._side_effects import SharedState
-
-__all__ = ["SLOW_VARIABLE", "importing", "side_effects"]
+__all__ = ["SLOW_VARIABLE", "importing"]
 
 SLOW_VARIABLE = "NEMO_RL_SLOW_IMPORT_S"
 
@@ -34,49 +32,16 @@ def importing(what: str) -> Iterator[None]:
     watch = threading.Timer(limit, logger.warning, (_SLOW, what, limit, SLOW_VARIABLE))
     watch.daemon = True
     printed = _Printed()
-    before = SharedState()
     watch.start()
     try:
         with contextlib.redirect_stdout(printed):
             yield
     finally:
         watch.cancel()
-        watch.join()
-        _put_back(what, before)
         if printed.first:
             logger.warning(_PRINTED, what, printed.first.strip()[:80])
 
 
-def side_effects() -> list[str]:
-    """What imports have changed for the whole process since this was asked last."""
-    told, _told[:] = list(_told), []
-    return told
-
-
-_told: list[str] = []
-
-
-def _put_back(what: str, before: SharedState) -> None:
-    effects = before.side_effects()
-    if not effects:
-        return
-    undone: list[str] = []
-    for effect in effects:
-        with contextlib.suppress(Exception):  # what cannot be put back is named all the same
-            if effect.undo is not None:
-                effect.undo()
-                undone.append(effect.text)
-    left = [effect.text for effect in effects if effect.text not in undone]
-    _told.extend(effect.text for effect in effects)
-    put_back = f" Put back: {'; '.join(undone)}." if undone else ""
-    stays = f" Left as it is: {'; '.join(left)}." if left else ""
-    logger.warning(_CHANGED, what, put_back, stays)
-
-
-_CHANGED = (
-    "Importing the %s changed what all code of this process shares.%s%s Its author should do that when a run begins, "
-    "not while the code is imported."
-)
 _SLOW = (
     "The %s is still being imported after %g s. Its author can make imports of heavy libraries lazy; what loads "
     "large libraries for good reason can be given more time (%s)."

@@ -92,14 +92,13 @@ class Index:
         self._api: dict[tuple[str, str], str] = {}
         for dist in distributions():
             text = dist.read("entry_points.txt")
-            if text and _PREFIX in text:  # nobody else's metadata is looked at
+            if text and _PREFIX in text:
                 self._add(dist, text, selection)
         for entries in self.entries.values():
             entries.sort(key=lambda e: (e.name, e.distribution.name))
 
     def _add(self, dist: Distribution, text: str, selection: Selection) -> None:
-        damage = dist.damage
-        found = [entry if damage is None else entry._replace(problem=damage) for entry in _parse(dist, text)]
+        found = list(_parse(dist, text))
         if not found:
             return
         if selection.refusal(dist.name):

@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_rl_core.errors import PluginBroken
+from attrs import frozen
+
+from nemo_rl_core.errors import PluginBroken, PluginError, PluginIncompatible
 from nemo_rl_core.registry._manifest import manifest
 from nemo_rl_core.registry._verification import NodeDifference
 from nemo_rl_core.registry.discovery._distributions import Distribution, distributions, normalize
 from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE
 from nemo_rl_core.registry.discovery._kinds import KINDS
-from nemo_rl_core.registry.explaining._finding import Finding
-from nemo_rl_core.registry.explaining._loading import faults_of_components
-from nemo_rl_core.registry.explaining._probing import probe
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._reference import ComponentRef
     from nemo_rl_core.registry._registry import Registry
 
-__all__ = ["compare_nodes", "diagnose", "read_nodes", "reported_nodes"]
+__all__ = ["Finding", "compare_nodes", "diagnose", "read_nodes", "reported_nodes"]
+
+Problem = Literal[
+    "broken", "conflict", "incompatible", "misplaced", "missing requirement", "missing extra", "hook plugin", "node"
+]
 
 
-def diagnose(registry: Registry, *, load: bool = True, timeout_s: float = 60.0) -> list[Finding]:
+@frozen
+class Finding:
+    """One thing that is wrong, or worth knowing."""
+
+    problem: Problem
+    subject: str
+    """The distribution or component in question."""
+    message: str
+    fix: str
+    severity: Literal["error", "note"] = "error"
+    """A note is no fault: something optional is not installed."""
+
+
+def diagnose(registry: Registry, *, load: bool = True) -> list[Finding]:
     """Every fault of the installed plugins.
 
     Args:
         registry: Of this process.
-        load: Also import every component and every hook plugin, each distribution in a process that may die of it;
-            without it only metadata is read.
-        timeout_s: How long the imports of one distribution may take.
+        load: Also import every component and every hook plugin; without it only metadata is read.
     """
     found = [*_misplaced(registry), *_conflicts(registry), *_requirements(registry)]
+    found += _components(registry, load=load)
     if load:
-        return [*found, *probe([*registry.index.distributions.values()], timeout_s=timeout_s)]
-    return [*found, *faults_of_components(registry, load=False)]
+        found += _hooks(registry)
+    return found
 
 
 def _misplaced(registry: Registry) -> Iterator[Finding]:
@@ -54,7 +67,7 @@ def _conflicts(registry: Registry) -> Iterator[Finding]:
     from nemo_rl_core.registry._messages import conflict
 
     for kind in KINDS.values():
-        by_name: dict[str, list[ComponentRef]] = {}
+        by_name: dict[str, list[Any]] = {}
         for ref in registry.entries(kind.name):
             by_name.setdefault(ref.name, []).append(ref)
         for name, refs in by_name.items():
@@ -64,21 +77,44 @@ def _conflicts(registry: Registry) -> Iterator[Finding]:
                     "conflict",
                     f"{kind.label} {name}",
                     " ".join(line.strip() for line in lines[: len(refs) + 1]),
-                    _settled(name, refs),
+                    f"use a full name, put `plugins: {{{name}: {refs[0].qualified_name!r}}}` into the configuration, "
+                    f"or disable one: {DENY_VARIABLE}={refs[-1].distribution or '<distribution>'}",
                 )
 
 
-def _settled(name: str, refs: Sequence[ComponentRef]) -> str:
-    """How a name that several provide can be made to mean one of them."""
-    full = Counter(ref.qualified_name for ref in refs)
-    chosen = next((n for n, count in full.items() if count == 1 and n != name), None)
-    disabled = next((ref.distribution for ref in refs if ref.distribution not in (None, CORE)), None)
-    ways = []
-    if chosen is not None:
-        ways += [f"use a full name, put `plugins: {{{name}: {chosen!r}}}` into the configuration"]
-    if disabled is not None:
-        ways += [f"disable one: {DENY_VARIABLE}={disabled}"]
-    return ", or ".join(ways) or "give one of them another name"
+def _components(registry: Registry, *, load: bool) -> Iterator[Finding]:
+    for ref in registry.entries():
+        try:
+            ref.load() if load else ref.check()
+        except PluginIncompatible as error:
+            yield Finding("incompatible", ref.qualified_name, str(error), f"pip install -U {CORE} {ref.distribution}")
+        except PluginError as error:
+            yield Finding(
+                "broken",
+                ref.qualified_name,
+                str(error),
+                f"pip install -U {ref.distribution}, or disable it: {DENY_VARIABLE}={ref.distribution}",
+            )
+
+
+def _hooks(registry: Registry) -> Iterator[Finding]:
+    """Hook plugins that cannot be imported or are malformed, and provision hooks that raise."""
+    from nemo_rl_core.registry._hooks import HookPlugins
+
+    for entry in registry.index.hooks():
+        dist = entry.distribution
+        disable = f"repair it (pip install -U {dist.name}), or disable it: {DENY_VARIABLE}={dist.name}"
+        try:
+            plugins = HookPlugins.of(registry, entry)
+        except PluginError as error:
+            kind: Problem = "incompatible" if isinstance(error, PluginIncompatible) else "hook plugin"
+            yield Finding(kind, f"{dist.name}:{entry.name}", str(error), disable)
+            continue
+        for each in KINDS:
+            list(plugins.call_each(f"nemo_rl_{each}"))
+        for failure in plugins.failures:
+            error_text = f"{failure.hook} raised {type(failure.error).__name__}: {failure.error}"
+            yield Finding("hook plugin", f"{dist.name}:{entry.name}", error_text, disable)
 
 
 # -- what distributions require ------------------------------------------------------------------------------

@@ -120,8 +120,9 @@ class RunLoop:
             self._validate_last_step(guard)  # it failed after the step that the run went on from
         while not self._finished():
             guard.check()
-            metrics = self._step(guard)
-            if metrics is None:
+            try:
+                metrics = self._step(guard)
+            except StopIteration:
                 break
             self._after_step(metrics, guard)
         if validation.at_end and not self._validates_now():
@@ -134,19 +135,17 @@ class RunLoop:
         run = self.run_state
         return run.stop_requested or (run.max_steps is not None and run.step >= run.max_steps)
 
-    def _step(self, guard: InterruptGuard) -> dict[str, float] | None:
-        """One step: take items, build the batch, fill in logprobs, update, measure; None if the data have ended."""
+    def _step(self, guard: InterruptGuard) -> dict[str, float]:
+        """One step: take items, build the batch, fill in logprobs, update, measure."""
         run, algorithm = self.run_state, self.parts.algorithm
         started = self.parts.clock.now()
         self.hooks.call("on_step_start", run=run)
         metrics: dict[str, float] = {}
         with guard.abandonable():
             items = self._take_items(metrics)
-        if not items:
-            return None
         with self.timers("build_batch"), PluginCall("algorithms", algorithm, "build_batch"):
             batch = algorithm.build_batch(items)
-        with self.timers("logprobs"), PluginCall("algorithms", algorithm, "fill_batch"):
+        with self.timers("logprobs"):
             algorithm.fill_batch(batch, self.parts.models)
         with self.timers("advantages"), PluginCall("algorithms", algorithm, "finish_batch"):
             metrics.update({f"train/{n}": v for n, v in algorithm.finish_batch(batch).items()})
@@ -165,7 +164,6 @@ class RunLoop:
         return metrics
 
     def _take_items(self, metrics: dict[str, float]) -> Sequence[Any]:
-        """What the step is made of; nothing at the end of the data."""
         run = self.run_state
         if isinstance(self.feed, ExampleFeed):
             with self.timers("data"):
@@ -176,8 +174,6 @@ class RunLoop:
         self._refit()
         with self.timers("rollouts"), self.refit.of_restarted():
             groups = self.feed.next(run.weight_version)
-        if not groups:
-            return groups
         metrics.update(rollout_metrics(self.feed.all_groups))
         metrics["rollouts/discarded_groups"] = float(self.feed.discarded)
         if self.parts.generation is not None:
