@@ -24,7 +24,10 @@ from nemo_rl_core.testing.conformance.frame.kit import contracts
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("templates"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = [ROOT, *(ROOT / "plugins" / name for name in ("dtensor", "torch_engine", "grpo", "nemo_rl"))]
+OURS = [
+    ROOT,
+    *(ROOT / "plugins" / name for name in ("backends/dtensor", "backends/torch_engine", "algorithms/grpo", "nemo_rl")),
+]
 """The facade says which backend is the default, where several are installed."""
 TESTED = [*contracts(), "commands"]
 """Kinds whose kit is there; the generated tests of the others could not be collected."""

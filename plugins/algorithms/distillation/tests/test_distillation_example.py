@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[3] / "examples" / "algorithms"
+EXAMPLES = Path(__file__).parents[4] / "examples" / "algorithms"
 pytestmark = pytest.mark.slow
 
 

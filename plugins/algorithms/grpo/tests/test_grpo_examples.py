@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "algorithms" / "policy_gradient.py"
+EXAMPLE = Path(__file__).resolve().parents[4] / "examples" / "algorithms" / "policy_gradient.py"
 
 
 @pytest.mark.slow

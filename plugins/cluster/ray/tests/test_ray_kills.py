@@ -28,7 +28,7 @@ KILLS = [
 
 @pytest.fixture(scope="module")
 def matrix():
-    path = Path(__file__).parents[3] / "benchmarks" / "kill_matrix.py"
+    path = Path(__file__).parents[4] / "benchmarks" / "kill_matrix.py"
     found = importlib.util.spec_from_file_location("kill_matrix", path)
     module = importlib.util.module_from_spec(found)
     sys.modules["kill_matrix"] = module
