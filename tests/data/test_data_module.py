@@ -289,6 +289,12 @@ def test_task_ids_are_the_rows_own_if_unique():
     assert {x.task_id for x in module(same).next(4)} == {"0", "1", "2", "3"}
 
 
+def test_a_limit_of_the_training_rows_is_none_of_the_validation_rows():
+    limited = DataConfig(train=DatasetConfig(limit=2))
+    data = DataModule(limited, seed=0, train_rows=rows(6), validation_rows=rows(5), max_epochs=1)
+    assert (len(data), len(data.validation())) == (2, 5)
+
+
 def test_validation_rows_in_their_order():
     data = module(rows(3), validation_rows=rows(6))
     assert [x.task["prompt"] for x in data.validation(4)] == ["p0", "p1", "p2", "p3"]

@@ -282,6 +282,7 @@ def test_synchronous_steps_add_up():
     assert result.trainer_idle == pytest.approx(8 / 13)
     assert result.engine_busy == pytest.approx(8 / 13)
     assert (result.age_mean, result.age_max) == (0, 0)
+    assert [m["async/trainer_idle_s"] for m in result.history] == pytest.approx([8.0] * 8), "each wait counts once"
 
 
 def test_asynchronous_steps_overlap():

@@ -70,6 +70,18 @@ def test_only_what_is_recorded_is_the_rollout(tokenizer):
     assert rollout.timing_s["generation"] <= rollout.timing_s["total"]
 
 
+def test_a_discarded_call_is_given_back_to_the_turns(tokenizer):
+    async def play(policy):
+        (await policy.ask(PolicyCall(prompt="a"))).record().discard()
+        (await policy.ask(PolicyCall(prompt="a"))).record()
+        with pytest.raises(CallRefused, match="has had its 1 calls"):
+            await policy.ask(PolicyCall(prompt="b"))
+        return EnvironmentStep(rewards={"good": 1.0})
+
+    rollout, _ = rollout_of(ScriptedGeneration("yes", tokenizer), tokenizer, play, max_turns=1)
+    assert rollout.error is None and [len(segment) for segment in rollout.segments] == [2]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
