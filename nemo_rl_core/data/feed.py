@@ -17,9 +17,10 @@ class ExampleFeed:
         self.data = data
         self.num_items = num_items
 
-    def next(self, version: int) -> list[Any]:
-        """The next step's rows. Raises StopIteration at the end of the data."""
-        return [item.task for item in self.data.next(self.num_items)]
+    def next(self, version: int) -> list[Any] | None:
+        """The next step's rows; None at the end of the data."""
+        items = self.data.next(self.num_items)
+        return None if items is None else [item.task for item in items]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next step begins."""

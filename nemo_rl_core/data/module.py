@@ -79,11 +79,10 @@ class DataModule:
 
     # -- training ---------------------------------------------------------------------------------
 
-    def next(self, num: int) -> list[TaskItem]:
-        """The next `num` rows of the run.
+    def next(self, num: int) -> list[TaskItem] | None:
+        """The next `num` rows of the run; None if fewer are left before the end of the last epoch (they are dropped).
 
         Raises:
-            StopIteration: Fewer than `num` are left before the end of the last epoch; they are dropped.
             DataError: All epochs together are smaller than one batch, or a row cannot be used.
         """
         total = self.total_items
@@ -95,7 +94,7 @@ class DataModule:
         if total is not None and total - self._delivered < num:
             if total > self._delivered:
                 _log.info("%d rows at the end of the data do not fill a batch of %d", total - self._delivered, num)
-            raise StopIteration
+            return None
         iterator = self._started()
         if total is None:
             self._before_end = self._loader.state_dict()
@@ -103,7 +102,12 @@ class DataModule:
         if len(items) < num:
             if self._delivered == 0:
                 raise DataError(f"One step takes {num} rows, but {self._train.name} has {len(items)} in all.")
-            raise StopIteration
+            if total is not None:  # a row raised StopIteration, which must not pass for the end
+                raise DataError(
+                    f"{self._train.name} ended after {self._delivered + len(items)} of its {total} rows. Its __len__ "
+                    "says more than it gives, or its __getitem__ raises StopIteration."
+                )
+            return None
         self._before_end = None
         self._delivered += num
         return items
@@ -126,7 +130,7 @@ class DataModule:
         return None if size is None else size // num
 
     def total_steps(self, num: int) -> int | None:
-        """Batches of `num` before `next` raises StopIteration; None if unknown or without end."""
+        """Batches of `num` before `next` returns None; None if unknown or without end."""
         return None if self.total_items is None else self.total_items // num
 
     # -- validation -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from attrs import define, frozen
 
 from nemo_rl_core.config.structure import structure
 from nemo_rl_core.errors import DataError, NemoRLError, PluginError
-from nemo_rl_core.registry import PluginCall
+from nemo_rl_core.registry import PluginCall, comes_from_outside, contained, text_of
 from nemo_rl_core.schema import DatasetConfig
 from nemo_rl_core.schema.mistakes import InvalidConfig, suggest
 
@@ -74,10 +74,11 @@ class RowStream:
                 "function that makes it (without calling it), or set max_epochs to 1."
             )
         self.opened = True
-        rows = self.open()
-        if hasattr(rows, "set_epoch"):
-            rows.set_epoch(epoch)
-        return self._guarded(iter(rows)), rows
+        with contained(_KIND, self.open, "call"):  # a StopIteration here is not the end of the data
+            rows = self.open()
+            if hasattr(rows, "set_epoch"):
+                rows.set_epoch(epoch)
+            return self._guarded(iter(rows)), rows
 
     def _guarded(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         number = 0
@@ -88,8 +89,11 @@ class RowStream:
                 return
             except NemoRLError:
                 raise
-            except Exception as e:
-                raise DataError(f"Row {number} of {self.name} cannot be read: {type(e).__name__}: {e}") from e
+            except BaseException as e:
+                if comes_from_outside(e):
+                    raise
+                text = f"{type(e).__name__}: {text_of(e)}"
+                raise DataError(f"Row {number} of {self.name} cannot be read: {text}") from e
             yield row
             number += 1
 

@@ -64,6 +64,10 @@ class Environment(Protocol):
 
     config_class: ClassVar[type]
 
+    def __init__(self, config: Any, context: EnvironmentContext) -> None:
+        """Keep both as `self.config` and `self.context`, for a class that derives from this one."""
+        vars(self).update(config=config, context=context)
+
     def reset(self, task: Task, seed: int) -> Sequence[Message] | Awaitable[Sequence[Message]]:
         """Start the episode and return the messages that form the prompt.
 

@@ -19,6 +19,8 @@ def finite_rewards(rewards: Mapping[str, Any]) -> dict[str, float]:
     Raises:
         RewardError: One is not a number, or not finite; a failed reward must not pass for 0.
     """
+    if not isinstance(rewards, Mapping):
+        raise RewardError(f"The rewards are {rewards!r:.80}; they must be a mapping, such as {{'reward': 1.0}}.")
     checked: dict[str, float] = {}
     for name, value in rewards.items():
         if isinstance(value, str) or not hasattr(value, "__float__"):

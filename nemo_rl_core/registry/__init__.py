@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         register_training_backend,
         register_weight_sync,
     )
+    from nemo_rl_core.registry._escapes import comes_from_outside, is_escape, text_of
     from nemo_rl_core.registry._hook_plugin import HookFailure
     from nemo_rl_core.registry._hooks import HookPlugins, RunHooks
     from nemo_rl_core.registry._manifest import (
@@ -43,7 +44,15 @@ if TYPE_CHECKING:
     from nemo_rl_core.registry._provider import Provider
     from nemo_rl_core.registry._reference import ComponentRef
     from nemo_rl_core.registry._registry import Registry, get_registry
-    from nemo_rl_core.registry._trace import PluginCall, Trace, origin_of, provider_of
+    from nemo_rl_core.registry._trace import (
+        PluginCall,
+        Trace,
+        blame,
+        contained,
+        failure_of,
+        origin_of,
+        provider_of,
+    )
     from nemo_rl_core.registry._verification import (
         NodeDifference,
         check_nodes,
@@ -66,10 +75,15 @@ __all__ = [
     "RunHooks",
     "Trace",
     "active_table",
+    "blame",
     "check_nodes",
+    "comes_from_outside",
     "compare_manifests",
+    "contained",
     "difference_table",
+    "failure_of",
     "get_registry",
+    "is_escape",
     "is_first_party",
     "manifest",
     "node_differences",
@@ -92,6 +106,7 @@ __all__ = [
     "register_training_backend",
     "register_weight_sync",
     "report_changes",
+    "text_of",
     "worker_rows",
 ]
 
@@ -109,6 +124,12 @@ _HOMES = {
     "active_table": "._manifest",
     "check_nodes": "._verification",
     "compare_manifests": "._manifest",
+    "blame": "._trace",
+    "comes_from_outside": "._escapes",
+    "contained": "._trace",
+    "failure_of": "._trace",
+    "is_escape": "._escapes",
+    "text_of": "._escapes",
     "difference_table": "._manifest",
     "get_registry": "._registry",
     "is_first_party": "._manifest",

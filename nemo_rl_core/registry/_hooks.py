@@ -13,11 +13,12 @@ from typing import Any
 import pluggy
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
+from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginFailed, PluginIncompatible
 from nemo_rl_core.registry._current import Lookup, current
+from nemo_rl_core.registry._escapes import comes_from_outside, is_escape, text_of
 from nemo_rl_core.registry._hook_plugin import HookFailure, HookPlugin
 from nemo_rl_core.registry._reference import ComponentRef, import_path
-from nemo_rl_core.registry._trace import mark, trace_event
+from nemo_rl_core.registry._trace import failure_of, mark, trace_event
 from nemo_rl_core.registry.discovery._compatibility import incompatibility
 from nemo_rl_core.registry.discovery._importing import importing
 from nemo_rl_core.registry.discovery._index import DENY_VARIABLE, Entry
@@ -128,11 +129,11 @@ class HookPlugins:
             started = time.perf_counter()
             failure: Exception | None = None
             try:
-                result = impl.function(**_subset(impl.function, arguments))
-            except RunInterrupted:  # a signal that happened to arrive in a listener
-                raise
-            except Exception as error:
-                failure = error
+                result = _answer(plugin, hook, impl.function(**_subset(impl.function, arguments)))
+            except BaseException as error:
+                if comes_from_outside(error):  # a signal that happened to arrive in a listener
+                    raise
+                failure = _as_exception(error, plugin, hook)
             trace_event("hook", plugin.provider, hook, time.perf_counter() - started, failure)
             if failure is not None:
                 self._failed(plugin, hook, failure)
@@ -154,7 +155,7 @@ class HookPlugins:
             "%s: %s: %s (The run goes on; later failures of this listener are not shown.)",
             where,
             type(error).__name__,
-            error,
+            text_of(error).removeprefix(f"{where}: "),
             exc_info=error if logger.isEnabledFor(logging.DEBUG) else None,
         )
 
@@ -210,12 +211,34 @@ def _callback(registry: Lookup, choice: Any) -> HookPlugin:
     return HookPlugin(f"callback {cls.__module__}.{cls.__qualname__}", listener, dist, name, is_callback=True)
 
 
+def _answer(plugin: HookPlugin, hook: str, answer: Any) -> Any:
+    """What a listener answered; those who hand something over must do so by name."""
+    if hook.startswith("nemo_rl_") and answer is not None and not isinstance(answer, Mapping):
+        raise PluginError(
+            f"{plugin.label}, hook {hook}: it returned a {type(answer).__name__}; it must return a mapping by name, "
+            "or None."
+        )
+    return answer
+
+
+def _as_exception(error: BaseException, plugin: HookPlugin, hook: str) -> Exception:
+    """The exception, or what stands for one that may not go on."""
+    if isinstance(error, Exception) and not is_escape(error):
+        return error
+    failure: PluginFailed = failure_of(error, plugin.provider, hook)
+    failure.__cause__ = error
+    return failure
+
+
 def _made(cls: type) -> Any:
     try:
         return cls()
-    except Exception as error:
+    except BaseException as error:
+        if comes_from_outside(error):
+            raise
+        found = f"{type(error).__name__}: {text_of(error)}"
         raise PluginError(
-            f"Making {cls.__module__}.{cls.__qualname__} without arguments raised {type(error).__name__}: {error}. "
+            f"Making {cls.__module__}.{cls.__qualname__} without arguments raised {found}. "
             "Pass an object instead of the class."
         ) from error
 
@@ -231,8 +254,10 @@ def _load(registry: Lookup, entry: Entry) -> HookPlugin:
         with importing(label):
             listener = import_path(entry.value)
             listener = listener() if isinstance(listener, type) else listener
-    except (Exception, SystemExit) as error:
-        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        if comes_from_outside(error):
+            raise
+        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {text_of(error)}"
         raise PluginBroken(f"{label}: importing {entry.value} raised {found}. {remedy}") from error
     return HookPlugin(label, listener, dist, entry.name)
 

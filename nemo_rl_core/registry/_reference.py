@@ -14,6 +14,7 @@ from attrs import define, field, frozen
 
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
 from nemo_rl_core.registry._current import current
+from nemo_rl_core.registry._escapes import comes_from_outside, text_of
 from nemo_rl_core.registry._trace import PluginCall
 from nemo_rl_core.registry._verify import shortcoming
 from nemo_rl_core.registry.discovery._importing import importing
@@ -163,7 +164,7 @@ class ComponentRef:
         self.check()
         try:
             component = self._obtain()
-            problem = shortcoming(self.kind, component)
+            problem = self._shortcoming(component)
             if problem is not None:
                 raise PluginBroken(f"The {self.description} is broken: {problem}. {self._remedy()}")
         except PluginError as error:
@@ -171,6 +172,14 @@ class ComponentRef:
             raise
         self._status.component, self._status.state = component, "loaded"
         return component
+
+    def _shortcoming(self, component: Any) -> str | None:
+        try:
+            return shortcoming(self.kind, component)
+        except BaseException as error:  # such as a metaclass that raises
+            if comes_from_outside(error):
+                raise
+            return f"looking at it raised {type(error).__name__}: {text_of(error)}"
 
     def _obtain(self) -> Any:
         if self._status.component is not None:
@@ -188,11 +197,13 @@ class ComponentRef:
                 return import_path(self.value)
         except PluginError:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if comes_from_outside(error):
+                raise
             raise self._broken(error) from error
 
     def _broken(self, error: BaseException) -> PluginBroken:
-        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
+        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {text_of(error)}"
         return PluginBroken(f"The {self.description} is broken: importing it raised {found}. {self._remedy()}")
 
     def _remedy(self) -> str:

@@ -108,11 +108,19 @@ class Registry:
 
     def problems(self) -> list[tuple[str, PluginError]]:
         """What is wrong with installed plugins, as far as metadata tells: (distribution, error) each."""
-        found: list[tuple[str, PluginError]] = []
+        unreadable = self.index.unreadable
+        found: list[tuple[str, PluginError]] = [
+            (name, PluginBroken(f"Plugin {name} {dist.version}: {dist.problem}. Install it again, or disable it."))
+            for name, dist in unreadable.items()
+        ]
         for entry in self.index.misplaced():
             dist = entry.distribution
+            if dist.name in unreadable:
+                continue
             found.append((dist.name, PluginBroken(f"Plugin {dist.name} {dist.version}: {entry.problem}.")))
         for ref in self.entries():
+            if ref.distribution in unreadable:
+                continue
             try:
                 ref.check()
             except PluginError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,7 +27,7 @@ from nemo_rl_core.records.message import Message
 from nemo_rl_core.records.rewards import finite_rewards
 from nemo_rl_core.records.rollout import Rollout, RolloutError, Turn
 from nemo_rl_core.records.seeds import stable_seed
-from nemo_rl_core.registry import PluginCall, origin_of
+from nemo_rl_core.registry import PluginCall, blame, contained, origin_of, provider_of
 from nemo_rl_core.rollouts.agents.session import EngineSession, check_completion
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
@@ -118,7 +118,8 @@ class Episode:
         try:
             with PluginCall("environments", self.settings.environment, "__init__", "made"):
                 environment = self.settings.environment(self.context)
-            await self._play(environment)
+            with contained("environments", self.settings.environment, "call"):  # such as a property that exits
+                await self._play(environment)
         except asyncio.CancelledError as error:
             if task.cancelling():
                 raise
@@ -144,7 +145,7 @@ class Episode:
             await self._be_driven(environment)
             return
         prompt = await self._call("reset", environment.reset, self.rollout.task, self.environment_seed)
-        self._begin(list(prompt))
+        self._begin(_checked_prompt(prompt, environment.reset))
         for turn in range(self.config.max_turns):
             completion = await self._generate(turn)
             message = self._append_sampled(completion)
@@ -319,13 +320,11 @@ class Episode:
         self._stage = stage
         started = self._now()
         try:
-            with PluginCall("environments", method.__self__, stage):
+            with PluginCall("environments", getattr(method, "__self__", self.settings.environment), stage):
                 result = method(*args)
                 if hasattr(result, "__await__"):
                     result = await self._in_time(stage, result, limit_s)
                 return result
-        except SystemExit as error:
-            raise EnvironmentFailure(f"The environment called sys.exit({error.code!r}) in {stage}.") from error
         finally:
             self._environment_s += self._now() - started
 
@@ -345,7 +344,8 @@ class Episode:
         """Close the environment; an earlier failure stays the one that is recorded."""
         stage = self._stage
         try:
-            await self._call("close", environment.close)
+            with contained("environments", environment, "close"):
+                await self._call("close", environment.close)
         except Exception as error:
             if self.rollout.error is None:
                 self._fail(error)
@@ -355,6 +355,8 @@ class Episode:
 
     def _fail(self, error: Exception) -> None:
         stage: _Stage = "score" if isinstance(error, RewardError) else self._stage
+        if isinstance(error, EnvironmentFailure | RewardError):  # what the core found wrong with an answer
+            blame(error, provider_of("environments", self.settings.environment), stage)
         origin = origin_of(error)
         message = str(error).removeprefix(f"{origin}: ") or type(error).__name__
         if not isinstance(error, NemoRLError):
@@ -362,6 +364,15 @@ class Episode:
         self.rollout.error = RolloutError(stage=stage, type=type(error).__name__, message=message, origin=origin)
         self.rollout.rewards = {}
         _log.debug("%s failed in %s: %s: %s", self.name, stage, type(error).__name__, message)
+
+
+def _checked_prompt(found: Any, method: Any) -> list[Message]:
+    if isinstance(found, Sequence) and all(isinstance(message, Mapping) for message in found):
+        return list(found)
+    raise EnvironmentFailure(
+        f"{method.__qualname__} returned {type(found).__name__}; it must return messages, such as "
+        '[{"role": "user", "content": "..."}].'
+    )
 
 
 def _checked_step(found: Any, method: Any) -> EnvironmentStep:

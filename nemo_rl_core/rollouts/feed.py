@@ -71,8 +71,8 @@ class RolloutFeed:
         self._idle_s = 0.0
         self._measured = self._clock.now()
 
-    def next(self, version: int) -> list[RolloutGroup]:
-        """The groups of one step. Raises StopIteration when the data has ended.
+    def next(self, version: int) -> list[RolloutGroup] | None:
+        """The groups of one step; None when the data has ended.
 
         Args:
             version: Of the trainer's weights: the number of steps done.
@@ -89,7 +89,7 @@ class RolloutFeed:
         while (left := self.max_batches * self.num_prompts - num_sampled) > 0:
             groups = self._take(min(self._to_ask_for(len(kept)), left), version)
             if not groups:
-                raise StopIteration
+                return None
             num_sampled += len(groups)
             check_failures([*self.all_groups, *groups], limit, warn=False)
             with PluginCall("algorithms", self.algorithm, "keep_group"):
@@ -112,11 +112,12 @@ class RolloutFeed:
             "dynamic sampling off."
         )
 
-    def rows(self) -> list[Any]:
-        """The rows of one step, in place of groups. Raises StopIteration when the data has ended."""
+    def rows(self) -> list[Any] | None:
+        """The rows of one step, in place of groups; None when the data has ended."""
         self.discarded = 0
         self.all_groups = []
-        return [item.task for item in self._pump.rows(self.num_prompts)]
+        items = self._pump.rows(self.num_prompts)
+        return None if items is None else [item.task for item in items]
 
     def start(self, version: int) -> None:
         """Start what may be sampled with new weights, before the trainer asks for it; with a bound of 0 nothing."""

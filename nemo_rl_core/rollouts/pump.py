@@ -75,20 +75,22 @@ class RolloutPump:
         waiting = sorted(self._returned, key=lambda item: item.index)
         items, self._returned = waiting[:room], waiting[room:]
         while (missing := num - len(self._attempts) - len(items)) > 0 and not self._exhausted:
-            try:
-                items += self.data.next(min(missing, self._chunk))
-            except StopIteration:
-                self._exhausted = True
+            more = self.data.next(min(missing, self._chunk))
+            self._exhausted = more is None
+            items += more or ()
         if not items:
             return
         with self.runner.gathering():
             for item in items:
                 self._start(item, version)
 
-    def rows(self, num: int) -> list[TaskItem]:
-        """The next rows of the data themselves, of which nothing is sampled. Raises StopIteration at their end."""
+    def rows(self, num: int) -> list[TaskItem] | None:
+        """The next rows of the data themselves, of which nothing is sampled; None at their end."""
         items, self._returned = self._returned[:num], self._returned[num:]
-        return items + self.data.next(num - len(items)) if len(items) < num else items
+        if len(items) == num:
+            return items
+        more = self.data.next(num - len(items))
+        return None if more is None else items + more
 
     def restart(self, group_id: int) -> None:
         """Have a group sampled again by a later `fill`; what became of it so far is forgotten."""
@@ -165,5 +167,5 @@ class RolloutPump:
                 return
             try:
                 self.buffer.put(future.result())
-            except Exception as error:
+            except BaseException as error:  # whatever it is, the trainer must not wait for ever
                 self.buffer.fail(error)

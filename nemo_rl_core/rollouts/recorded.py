@@ -164,8 +164,8 @@ class RecordedFeed:
         """Every group of the last step, refused ones included."""
         self._position = 0
 
-    def next(self, version: int) -> list[RolloutGroup]:
-        """The groups of one step. Raises StopIteration when fewer than a step's are left.
+    def next(self, version: int) -> list[RolloutGroup] | None:
+        """The groups of one step; None when fewer than a step's are left.
 
         Raises:
             DataError: There are not enough for one step.
@@ -187,7 +187,7 @@ class RecordedFeed:
                     f"One step takes {self.num_groups} groups, and {self.recorded.source} has {len(kept)} that can be "
                     f"trained on ({len(seen)} in all). Record more, or lower the prompts per step."
                 )
-            raise StopIteration
+            return None
         self._position = position
         self.all_groups, self.discarded = seen, len(seen) - len(kept)
         return kept

@@ -16,7 +16,7 @@ from nemo_rl_core.schema.data import DataConfig
 from nemo_rl_core.schema.generation import GenerationConfig
 from nemo_rl_core.schema.model import PolicyConfig
 from nemo_rl_core.schema.rollouts import RolloutConfig
-from nemo_rl_core.schema.validators import ge, gt, optional
+from nemo_rl_core.schema.validators import ge, gt, optional, refuse_unread
 
 __all__ = [
     "CheckpointConfig",
@@ -128,6 +128,10 @@ class InvariantsConfig:
     """Compare trainer and engine weights after each refit."""
 
 
+_READ_AS = {"num_generations_per_prompt": "group_size", "num_prompts_per_step": "num_items_per_step"}
+"""Settings of `RolloutRunConfig`, and the property by which a run reads each."""
+
+
 @frozen(kw_only=True)
 class RunConfig:
     """What every run has, whatever the algorithm. An algorithm's root class extends it."""
@@ -180,6 +184,15 @@ class RunConfig:
     processes of their own."""
     plugins: dict[str, str] = Factory(dict)
     """Bare name to qualified `dist:name` where two distributions provide one, as `{grpo: my-dist:grpo}`."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Refuse a class whose settings the run would pass over.
+
+        Raises:
+            ConfigError: Says which, and what to write instead.
+        """
+        super().__init_subclass__(**keywords)
+        refuse_unread(cls, RunConfig, _READ_AS)
 
     @property
     def num_items_per_step(self) -> int:

@@ -7,14 +7,14 @@ these add the sentence "num_workers must be >= 1, found 0" when a class is built
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attrs import Attribute, frozen
 
 from nemo_rl_core.errors import ConfigError
 
-__all__ = ["choices", "ge", "gt", "le", "limits", "lt", "one_of", "optional"]
+__all__ = ["choices", "ge", "gt", "le", "limits", "lt", "one_of", "optional", "refuse_unread"]
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -125,3 +125,31 @@ def _parts(validator: Any) -> list[Any]:
     elif hasattr(validator, "validator"):
         nested = [validator.validator]
     return [validator] if nested is None else [p for v in nested for p in _parts(v)]
+
+
+def refuse_unread(cls: type, root: type, read_as: Mapping[str, str]) -> None:
+    """Refuse a configuration class with settings that a run would pass over.
+
+    Args:
+        cls: A class that derives from `root`, when it is defined.
+        root: What every run reads.
+        read_as: Setting to the property by which a run reads it.
+
+    Raises:
+        ConfigError: Says which setting, and what to write instead.
+    """
+    own = vars(cls).get("__annotations__", {})
+    for name, read in read_as.items():
+        if name in own and getattr(cls, read) is getattr(root, read):
+            raise ConfigError(
+                f"{cls.__qualname__}.{name} would not be read: a run reads `{read}`, which {cls.__qualname__} does "
+                f"not define. Derive it from RolloutRunConfig, which has both, or define the property `{read}`."
+            )
+    fields = {name for base in cls.__mro__[1:] for name in vars(base).get("__annotations__", {})}
+    for name in sorted(fields & (vars(cls).keys() - own.keys())):
+        value = vars(cls)[name]
+        if not hasattr(value, "__get__"):
+            raise ConfigError(
+                f"{cls.__qualname__}.{name} = {value!r} is no setting without a type, so it would not be read. Write "
+                f"`{name}: {type(value).__name__} = {value!r}`."
+            )

@@ -18,8 +18,8 @@ __all__ = ["default_run_dir", "run"]
 
 
 def default_run_dir(config: RunConfig) -> Path:
-    """`run_dir`, or `runs/<name>`."""
-    return Path(config.run_dir or f"runs/{config.name or config.algorithm}").expanduser()
+    """`run_dir`, or `runs/<name>`; absolute, so that it stays where it is when the working folder changes."""
+    return Path(config.run_dir or f"runs/{config.name or config.algorithm}").expanduser().absolute()
 
 
 def run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any] = (), *, debug: bool | None = None) -> RunResult:
@@ -31,11 +31,16 @@ def run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any] = (), *, 
         callbacks: Listeners of this run.
         debug: Trace which plugin's code runs when; None is what NEMO_RL_DEBUG says.
     """
-    with traced(default_run_dir(config), debug):
-        return _run(config, inputs, callbacks)
+    from nemo_rl_core.registry import contained, get_registry
+
+    run_dir = default_run_dir(config)
+    algorithm = get_registry().resolve("algorithms", config.algorithm, plugins=config.plugins)
+    # The last net: what a plugin raises where no call is guarded, such as in a property.
+    with traced(run_dir, debug), contained("algorithms", algorithm, "call"):
+        return _run(config, inputs, callbacks, run_dir)
 
 
-def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any]) -> RunResult:
+def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any], run_dir: Path) -> RunResult:
     from nemo_rl_core.registry import RunHooks
     from nemo_rl_core.rollouts.recorded import replay_config
     from nemo_rl_core.training.checkpoints.run_folder import check_run_folder
@@ -46,7 +51,6 @@ def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any]) -> RunR
 
     if inputs.recorded is not None:
         config = replay_config(config)
-    run_dir = default_run_dir(config)
     hooks = RunHooks(callbacks)
     parts = assemble(config, inputs, run_dir=str(run_dir))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_rl_core.errors import DataError
 from nemo_rl_core.records.jsonl import write_groups
 from nemo_rl_core.rollouts.failures import check_failures
 from nemo_rl_core.rollouts.metrics import rollout_metrics
@@ -46,6 +47,8 @@ def generate_rollouts(
         write_groups(out, [])
         while left > 0:
             items = parts.data.next(min(left, config.num_items_per_step))
+            if items is None:
+                raise DataError(f"The data ends {left} prompts early. Ask for fewer, or raise max_epochs.")
             left -= len(items)
             with parts.runner.gathering():
                 futures = [

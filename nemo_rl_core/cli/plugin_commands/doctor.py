@@ -26,18 +26,21 @@ def doctor(
     load: Annotated[
         bool, typer.Option("--load/--no-load", help="Import every component and hook plugin, to see that it can be.")
     ] = True,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that one of them may take to be imported.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look for conflicts, broken, incompatible and misplaced plugins, missing requirements and nodes that differ.
 
+    Plugins are imported in a process of their own, so that one which ends it is one line of the report.
     Exit code 3 if something is wrong; notes (optional parts that are not installed) do not count.
     """
     from nemo_rl_core.registry import get_registry
-    from nemo_rl_core.registry.explaining._diagnosis import compare_nodes, diagnose, read_nodes, reported_nodes
+    from nemo_rl_core.registry.explaining._diagnosis import compare_nodes, examine, read_nodes
 
     registry = get_registry()
-    findings = diagnose(registry, load=load)
-    nodes = {**(reported_nodes(registry) if load else {}), **read_nodes(against or [])}
+    diagnosis = examine(registry, load=load, timeout_s=timeout)
+    findings = diagnosis.findings
+    nodes = {**diagnosis.nodes, **read_nodes(against or [])}
     differences = compare_nodes(registry, nodes)
     if as_json:
         typer.echo(json.dumps(_as_dict(findings, differences), indent=2))

@@ -16,6 +16,7 @@ from nemo_rl_core.errors import PluginError
 from nemo_rl_core.registry import KINDS, ComponentRef, Registry, get_registry
 from nemo_rl_core.registry.discovery._distributions import normalize
 from nemo_rl_core.registry.discovery._index import Entry, Selection
+from nemo_rl_core.registry.explaining._hook_source import implemented_hooks
 
 __all__ = ["app", "list_plugins", "show"]
 
@@ -67,7 +68,7 @@ def list_plugins(
         registry.check()
     rows = [_row(ref) for ref in registry.entries(kind, full=everything)]
     if kind is None:
-        rows += [_entry_row("hooks", entry) for entry in registry.index.hooks()]
+        rows += [{**_entry_row("hooks", e), "hooks": implemented_hooks(e.value)} for e in registry.index.hooks()]
         rows += [_entry_row("?", entry) for entry in registry.index.misplaced()]
     rows += _disabled(registry, kind)
     if as_json:
@@ -75,6 +76,9 @@ def list_plugins(
         return
     columns = ("kind", "name", "distribution", "version", "api_version", "state")
     _print_aligned([columns, *([_text(row[c]) for c in columns] for row in rows)])
+    for row in rows:
+        if row.get("hooks"):
+            typer.echo(f"hooks of {row['distribution']}: {row['name']}: {', '.join(row['hooks'])}")
     for row in rows:
         if row["error"]:
             typer.echo(f"{row['state']}: {row['name']}: {row['error']}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
-from nemo_rl_core.registry import ComponentRef, manifest, origin_of, worker_rows
+from nemo_rl_core.registry import ComponentRef, is_escape, manifest, origin_of, text_of, worker_rows
 
 __all__ = [
     "ErrorReport",
@@ -43,7 +43,7 @@ def report_error(error: BaseException) -> ErrorReport:
     """In a worker: what to send of an exception, also of one that cannot be pickled."""
     import cloudpickle
 
-    summary = f"{type(error).__name__}: {error}"
+    summary = f"{type(error).__name__}: {text_of(error)}"
     trace = "".join(traceback.format_exception(error))
     try:
         bare = error.with_traceback(None)
@@ -59,7 +59,7 @@ def _stand_in(error: BaseException) -> RuntimeError:
     from nemo_rl_core.registry._trace import blamed, mark
 
     origin, distribution = blamed(error) or (None, None)
-    found = RuntimeError(f"{type(error).__name__}: {str(error).removeprefix(f'{origin}: ')}")
+    found = RuntimeError(f"{type(error).__name__}: {text_of(error).removeprefix(f'{origin}: ')}")
     if origin is not None:
         mark(found, origin, distribution)
     return found
@@ -77,7 +77,7 @@ def raised_by(role: str, rank: int, report: ErrorReport) -> BaseException:
         error.args = (place + text, *error.args[1:])
     elif isinstance(error, NemoRLError) or not error.args:
         error.args = (place + summary, *error.args)
-    if not isinstance(error, Exception):  # SystemExit or KeyboardInterrupt of a worker is not ours
+    if not isinstance(error, Exception) or is_escape(error):  # SystemExit, StopIteration of a worker are not ours
         error = RuntimeError(place + summary)
     error.add_note(f"Traceback in {role} rank {rank}:\n{trace}")
     return error

@@ -43,10 +43,10 @@ class SimulatedData:
         self.max_rows = max_rows
         self.delivered = 0
 
-    def next(self, num: int) -> list[TaskItem]:
-        """The next `num` prompts. Raises StopIteration when fewer are left."""
+    def next(self, num: int) -> list[TaskItem] | None:
+        """The next `num` prompts; None when fewer are left."""
         if self.max_rows is not None and self.delivered + num > self.max_rows:
-            raise StopIteration
+            return None
         first, self.delivered = self.delivered, self.delivered + num
         ids = range(first, first + num)
         return [TaskItem(index=i, epoch=0, row_index=i, task_id=str(i), task={}) for i in ids]

@@ -1,4 +1,4 @@
-"""Importing a plugin's code: what it prints is kept off standard output, and one that is slow is named."""
+"""Importing a plugin's code: it leaves standard output and the process as they were, and one that is slow is named."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+
+from nemo_rl_core.registry.discovery._side_effects import ProcessState
 
 __all__ = ["SLOW_VARIABLE", "importing"]
 
@@ -23,7 +25,8 @@ def importing(what: str) -> Iterator[None]:
 
     What it prints goes to standard error, and one warning says who printed: standard output belongs to the
     command's own output. An import that takes longer than NEMO_RL_SLOW_IMPORT_S seconds (10) is named in one
-    warning while it still runs, so that a user knows what a start waits for.
+    warning while it still runs, so that a user knows what a start waits for. What it changes for everyone in the
+    process (see `_side_effects`) is put back where that is safe, and named in one warning.
 
     Args:
         what: The component, with its distribution and version, for messages.
@@ -33,11 +36,15 @@ def importing(what: str) -> Iterator[None]:
     watch.daemon = True
     printed = _Printed()
     watch.start()
+    state = ProcessState()
     try:
         with contextlib.redirect_stdout(printed):
             yield
     finally:
+        changed = state.undo()
         watch.cancel()
+        if changed:
+            logger.warning(_CHANGED, what, "; ".join(changed))
         if printed.first:
             logger.warning(_PRINTED, what, printed.first.strip()[:80])
 
@@ -45,6 +52,10 @@ def importing(what: str) -> Iterator[None]:
 _SLOW = (
     "The %s is still being imported after %g s. Its author can make imports of heavy libraries lazy; what loads "
     "large libraries for good reason can be given more time (%s)."
+)
+_CHANGED = (
+    "The %s changed what the whole process shares while it was imported: %s. Its author should leave that to the user, "
+    "or do it where the plugin runs."
 )
 _PRINTED = (
     "The %s printed to standard output while it was imported (%r ...); it went to standard error. "

@@ -90,6 +90,8 @@ class Index:
         self.disabled: list[Entry] = []
         self.distributions: dict[str, Distribution] = {}
         self._api: dict[tuple[str, str], str] = {}
+        self.unreadable: dict[str, Distribution] = {}
+        """Those whose metadata is no text; what they seem to provide has the reason as its problem."""
         for dist in distributions():
             text = dist.read("entry_points.txt")
             if text and _PREFIX in text:
@@ -105,6 +107,9 @@ class Index:
             self.disabled += found
             return
         self.distributions[dist.name] = dist
+        if dist.problem is not None:
+            self.unreadable[dist.name] = dist
+            found = [entry._replace(problem=dist.problem) for entry in found]
         for entry in found:
             if entry.group == API_GROUP:
                 self._api[dist.name, entry.name] = entry.value

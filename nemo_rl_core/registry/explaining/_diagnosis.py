@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from nemo_rl_core.errors import PluginBroken, PluginError, PluginIncompatible
 from nemo_rl_core.registry._manifest import manifest
@@ -14,11 +14,13 @@ from nemo_rl_core.registry._verification import NodeDifference
 from nemo_rl_core.registry.discovery._distributions import Distribution, distributions, normalize
 from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE
 from nemo_rl_core.registry.discovery._kinds import KINDS
+from nemo_rl_core.registry.explaining._probe import Answer, Probe, probe
 
 if TYPE_CHECKING:
+    from nemo_rl_core.registry._reference import ComponentRef
     from nemo_rl_core.registry._registry import Registry
 
-__all__ = ["Finding", "compare_nodes", "diagnose", "read_nodes", "reported_nodes"]
+__all__ = ["Diagnosis", "Finding", "compare_nodes", "diagnose", "examine", "read_nodes", "reported_nodes"]
 
 Problem = Literal[
     "broken", "conflict", "incompatible", "misplaced", "missing requirement", "missing extra", "hook plugin", "node"
@@ -38,83 +40,135 @@ class Finding:
     """A note is no fault: something optional is not installed."""
 
 
+@frozen
+class Diagnosis:
+    """What was found."""
+
+    findings: list[Finding]
+    nodes: Mapping[str, Sequence[Mapping[str, Any]]]
+    """What launcher plugins report of their nodes."""
+
+
 def diagnose(registry: Registry, *, load: bool = True) -> list[Finding]:
-    """Every fault of the installed plugins.
+    """Every fault of the installed plugins; see `examine`."""
+    return examine(registry, load=load).findings
+
+
+def examine(registry: Registry, *, load: bool = True, timeout_s: float = 60.0) -> Diagnosis:
+    """Look for every fault of the installed plugins, and ask them for their nodes.
 
     Args:
         registry: Of this process.
-        load: Also import every component and every hook plugin; without it only metadata is read.
+        load: Also import every component and every hook plugin, in a child process; without it only metadata is read.
+        timeout_s: Longest time that one of them may take to be imported.
     """
-    found = [*_misplaced(registry), *_conflicts(registry), *_requirements(registry)]
-    found += _components(registry, load=load)
-    if load:
-        found += _hooks(registry)
-    return found
+    found = [*_unreadable(registry), *_misplaced(registry), *_conflicts(registry), *_requirements(registry)]
+    found += _by_metadata(registry)
+    if not load:
+        return Diagnosis(found, {})
+    probes = _to_import(registry)
+    answers = probe(registry, probes, timeout_s=timeout_s)
+    found += [_finding(registry, which, answer) for which, answer in zip(probes, answers, strict=True) if answer.error]
+    return Diagnosis(found, {name: rows for answer in answers for name, rows in answer.nodes.items()})
+
+
+def _unreadable(registry: Registry) -> Iterator[Finding]:
+    for name, dist in registry.index.unreadable.items():
+        fix = f"pip install --force-reinstall {name}, or {_disable(registry, name)}"
+        yield Finding("broken", f"{name} {dist.version}", str(dist.problem), fix)
 
 
 def _misplaced(registry: Registry) -> Iterator[Finding]:
     for entry in registry.index.misplaced():
         dist = entry.distribution
-        yield Finding(
-            "misplaced",
-            f"{dist.name} {dist.version}",
-            f"{entry.name} = {entry.value}: {entry.problem}",
-            f"correct the group in the pyproject.toml of {dist.name} and install it again",
-        )
+        if dist.name not in registry.index.unreadable:
+            yield Finding(
+                "misplaced",
+                f"{dist.name} {dist.version}",
+                f"{entry.name} = {entry.value}: {entry.problem}",
+                f"correct the group in the pyproject.toml of {dist.name} and install it again",
+            )
 
 
 def _conflicts(registry: Registry) -> Iterator[Finding]:
     from nemo_rl_core.registry._messages import conflict
 
     for kind in KINDS.values():
-        by_name: dict[str, list[Any]] = {}
+        by_name: dict[str, list[ComponentRef]] = {}
         for ref in registry.entries(kind.name):
             by_name.setdefault(ref.name, []).append(ref)
         for name, refs in by_name.items():
             if len(refs) > 1:
                 lines = str(conflict(kind, name, refs)).splitlines()
-                yield Finding(
-                    "conflict",
-                    f"{kind.label} {name}",
-                    " ".join(line.strip() for line in lines[: len(refs) + 1]),
-                    f"use a full name, put `plugins: {{{name}: {refs[0].qualified_name!r}}}` into the configuration, "
-                    f"or disable one: {DENY_VARIABLE}={refs[-1].distribution or '<distribution>'}",
-                )
+                told = " ".join(line.strip() for line in lines[: len(refs) + 1])
+                yield Finding("conflict", f"{kind.label} {name}", told, _choice(registry, name, refs))
 
 
-def _components(registry: Registry, *, load: bool) -> Iterator[Finding]:
+def _choice(registry: Registry, name: str, refs: Sequence[ComponentRef]) -> str:
+    """How to settle between several of one name: by a full name that only one has, or by disabling the others."""
+    kept = next((ref for ref in refs if ref.distribution == CORE), refs[0])
+    full = [ref.qualified_name for ref in refs]
+    named = [ref for ref in refs if full.count(ref.qualified_name) == 1]
+    wanted = next((ref for ref in named if ref is not kept or kept.distribution != CORE), None)
+    others = {ref.distribution for ref in refs if ref.distribution not in (None, CORE, kept.distribution)}
+    ways = []
+    if wanted is not None:
+        ways.append(f"put `plugins: {{{name}: {wanted.qualified_name!r}}}` into the configuration")
+    if others:
+        ways.append(_disable(registry, *sorted(map(str, others))))
+    return ", or ".join(ways) or f"correct the entry points of {refs[0].distribution} and install it again"
+
+
+def _by_metadata(registry: Registry) -> Iterator[Finding]:
+    """What can be told without importing a plugin."""
     for ref in registry.entries():
+        if ref.distribution in registry.index.unreadable:
+            continue
         try:
-            ref.load() if load else ref.check()
-        except PluginIncompatible as error:
-            yield Finding("incompatible", ref.qualified_name, str(error), f"pip install -U {CORE} {ref.distribution}")
+            ref.check() if ref.origin == "entry point" else ref.load()  # user code has been imported already
         except PluginError as error:
-            yield Finding(
-                "broken",
-                ref.qualified_name,
-                str(error),
-                f"pip install -U {ref.distribution}, or disable it: {DENY_VARIABLE}={ref.distribution}",
+            yield _of_error(
+                registry, ref.qualified_name, error, ref.distribution, isinstance(error, PluginIncompatible)
             )
 
 
-def _hooks(registry: Registry) -> Iterator[Finding]:
-    """Hook plugins that cannot be imported or are malformed, and provision hooks that raise."""
-    from nemo_rl_core.registry._hooks import HookPlugins
+def _to_import(registry: Registry) -> list[Probe]:
+    """What the metadata finds no fault with: by distribution, hook plugins too."""
+    found = [
+        Probe(ref.kind, str(ref.distribution), ref.name, str(ref.value))
+        for ref in registry.entries()
+        if ref.origin == "entry point" and ref.state != "broken"
+    ]
+    found += [
+        Probe("hooks", entry.distribution.name, entry.name, entry.value)
+        for entry in registry.index.hooks()
+        if entry.distribution.name not in registry.index.unreadable
+    ]
+    return sorted(found, key=lambda each: each.distribution)
 
-    for entry in registry.index.hooks():
-        dist = entry.distribution
-        disable = f"repair it (pip install -U {dist.name}), or disable it: {DENY_VARIABLE}={dist.name}"
-        try:
-            plugins = HookPlugins.of(registry, entry)
-        except PluginError as error:
-            kind: Problem = "incompatible" if isinstance(error, PluginIncompatible) else "hook plugin"
-            yield Finding(kind, f"{dist.name}:{entry.name}", str(error), disable)
-            continue
-        for each in KINDS:
-            list(plugins.call_each(f"nemo_rl_{each}"))
-        for failure in plugins.failures:
-            error_text = f"{failure.hook} raised {type(failure.error).__name__}: {failure.error}"
-            yield Finding("hook plugin", f"{dist.name}:{entry.name}", error_text, disable)
+
+def _finding(registry: Registry, which: Probe, answer: Answer) -> Finding:
+    subject = f"{which.distribution}:{which.name}"
+    found = _of_error(registry, subject, answer.error, which.distribution, answer.incompatible)
+    return evolve(found, problem="hook plugin") if which.kind == "hooks" and not answer.incompatible else found
+
+
+def _of_error(registry: Registry, subject: str, error: Any, distribution: str | None, incompatible: bool) -> Finding:
+    """A component that is broken or does not fit, with what helps: nobody can disable the core or user code."""
+    if distribution is None:
+        fix = "correct that code"
+    elif distribution == CORE:
+        fix = f"pip install --force-reinstall {CORE}"
+    else:
+        upgrade = f"{CORE} {distribution}" if incompatible else distribution
+        fix = f"pip install -U {upgrade}, or {_disable(registry, distribution)}"
+    return Finding("incompatible" if incompatible else "broken", subject, str(error), fix)
+
+
+def _disable(registry: Registry, *distributions: str) -> str:
+    """How to disable these, and what is disabled already."""
+    names = sorted({*registry._selection.deny, *distributions})
+    return f"disable {'it' if len(distributions) == 1 else 'them'}: {DENY_VARIABLE}={','.join(names)}"
 
 
 # -- what distributions require ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import cloudpickle
 
 from nemo_rl_core.errors import RewardError
-from nemo_rl_core.registry import NodeDifference, check_nodes
+from nemo_rl_core.registry import NodeDifference, check_nodes, is_escape
 
 __all__ = ["cannot_send", "dump", "name_of", "pickle_by_value", "pickle_function", "unpack"]
 
@@ -117,7 +117,7 @@ def unpack(name: str, answer: bytes) -> Any:
         error = pickle.loads(pickled) if pickled is not None else RewardError(f"{type_name}: {message}")
     except Exception:
         error = RewardError(f"{type_name}: {message}")
-    if not isinstance(error, Exception):  # SystemExit and the like must not end the caller
+    if not isinstance(error, Exception) or is_escape(error):  # SystemExit and the like must not end the caller
         error = RewardError(f"{name} raised {type_name}: {message}")
     error.add_note(f"Raised by {name} in a worker process:\n{trace}")
     raise error

@@ -73,7 +73,11 @@ def _describe(error: BaseException) -> bytes:
         pickled: bytes | None = _dump(error)
     except Exception:
         pickled = None
-    return pickle.dumps((type(error).__name__, str(error), traceback.format_exc(), pickled))
+    try:
+        text = str(error)
+    except BaseException as second:
+        text, pickled = f"(its text cannot be shown: __str__ raised {type(second).__name__})", None
+    return pickle.dumps((type(error).__name__, text, traceback.format_exc(), pickled))
 
 
 def _call(sock: socket.socket, body: bytes, functions: dict[bytes, Any]) -> None:
@@ -96,9 +100,7 @@ def _call(sock: socket.socket, body: bytes, functions: dict[bytes, Any]) -> None
             _send(sock, b"L")
         args, kwargs = pickle.loads(pickled_arguments)
         answer = b"V" + _dump(functions[digest](*args, **kwargs))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit too: a reward must not end its worker unseen
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: a reward must not end its worker unseen
         answer = b"E" + _describe(error)
     _send(sock, answer[:1], answer[1:])
 

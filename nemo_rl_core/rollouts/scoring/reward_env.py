@@ -14,7 +14,7 @@ from nemo_rl_core.machine.threads import ThreadCalls
 from nemo_rl_core.protocols.environment import EnvironmentContext, EnvironmentStep
 from nemo_rl_core.records.message import Message, Task
 from nemo_rl_core.records.rewards import finite_rewards
-from nemo_rl_core.registry import PluginCall
+from nemo_rl_core.registry import PluginCall, contained
 
 __all__ = ["RewardEnvironment", "RewardEnvironmentFactory", "reward_environment"]
 
@@ -101,7 +101,7 @@ class RewardEnvironmentFactory:
         if self.isolation != "inline":
             if self._threads is None:
                 self._threads = ThreadCalls(_NUM_THREADS)
-            work = functools.partial(self.reward_fn, **arguments)
+            work = functools.partial(_contained, self.reward_fn, arguments)
             result = await self._threads.run(work, timeout_s=timeout_s, name=f"reward {self.name}")
         else:
             result = self.reward_fn(**arguments)
@@ -191,6 +191,12 @@ class RewardEnvironment:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _contained(reward_fn: Any, arguments: Mapping[str, Any]) -> Any:
+    """Call it in a thread, which hands exceptions to a future: that takes no StopIteration, and nothing that exits."""
+    with contained("rewards", reward_fn, "call"):
+        return reward_fn(**arguments)
 
 
 async def _run_in_pool(context: EnvironmentContext, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from nemo_rl_core.data.feed import ExampleFeed
 from nemo_rl_core.errors import ConfigError, RunInterrupted, extend_message
 from nemo_rl_core.machine.interrupts import InterruptGuard
 from nemo_rl_core.records.run_state import RunResult, RunState, Sample
-from nemo_rl_core.registry import PluginCall, RunHooks, get_registry
+from nemo_rl_core.registry import PluginCall, RunHooks, contained, get_registry
 from nemo_rl_core.rollouts.feed import RolloutFeed
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.rollouts.recorded import RecordedFeed
@@ -120,9 +120,8 @@ class RunLoop:
             self._validate_last_step(guard)  # it failed after the step that the run went on from
         while not self._finished():
             guard.check()
-            try:
-                metrics = self._step(guard)
-            except StopIteration:
+            metrics = self._step(guard)
+            if metrics is None:
                 break
             self._after_step(metrics, guard)
         if validation.at_end and not self._validates_now():
@@ -135,17 +134,19 @@ class RunLoop:
         run = self.run_state
         return run.stop_requested or (run.max_steps is not None and run.step >= run.max_steps)
 
-    def _step(self, guard: InterruptGuard) -> dict[str, float]:
-        """One step: take items, build the batch, fill in logprobs, update, measure."""
+    def _step(self, guard: InterruptGuard) -> dict[str, float] | None:
+        """One step: take items, build the batch, fill in logprobs, update, measure; None at the end of the data."""
         run, algorithm = self.run_state, self.parts.algorithm
         started = self.parts.clock.now()
         self.hooks.call("on_step_start", run=run)
         metrics: dict[str, float] = {}
         with guard.abandonable():
             items = self._take_items(metrics)
+        if items is None:
+            return None
         with self.timers("build_batch"), PluginCall("algorithms", algorithm, "build_batch"):
             batch = algorithm.build_batch(items)
-        with self.timers("logprobs"):
+        with self.timers("logprobs"), contained("algorithms", algorithm, "fill_batch"):
             algorithm.fill_batch(batch, self.parts.models)
         with self.timers("advantages"), PluginCall("algorithms", algorithm, "finish_batch"):
             metrics.update({f"train/{n}": v for n, v in algorithm.finish_batch(batch).items()})
@@ -163,7 +164,7 @@ class RunLoop:
         metrics["performance/trained_tokens_per_s"] = float(batch["loss_mask"].sum()) / seconds
         return metrics
 
-    def _take_items(self, metrics: dict[str, float]) -> Sequence[Any]:
+    def _take_items(self, metrics: dict[str, float]) -> Sequence[Any] | None:
         run = self.run_state
         if isinstance(self.feed, ExampleFeed):
             with self.timers("data"):
@@ -174,6 +175,8 @@ class RunLoop:
         self._refit()
         with self.timers("rollouts"), self.refit.of_restarted():
             groups = self.feed.next(run.weight_version)
+        if groups is None:
+            return None
         metrics.update(rollout_metrics(self.feed.all_groups))
         metrics["rollouts/discarded_groups"] = float(self.feed.discarded)
         if self.parts.generation is not None:
@@ -199,7 +202,7 @@ class RunLoop:
         values: dict[str, list[float]] = {}
         algorithm = self.parts.algorithm
         with PluginCall("algorithms", algorithm, "updates"):
-            updates = algorithm.updates(batch)
+            updates = list(algorithm.updates(batch))
         _check_trained(updates, self.parts)
         first_of_policy = True
         self.saver.leave_boundary()
