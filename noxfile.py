@@ -6,8 +6,12 @@ main job. Each session makes its own environment; nothing outside the repository
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
@@ -29,12 +33,14 @@ TORCH_VERSION = next(
 )
 # Test processes share the cores, and more torch threads only make them wait; Ray leaves a core idle half of the time.
 TEST_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+NUM_SLOWEST = 30
+"""Tests that are listed at the end with the seconds that they took."""
 VLLM_TESTS = ["nemo_rl_plugins_vllm/tests", "tests/end_to_end/test_vllm_run.py"]
 VLLM_BENCHMARK = "vllm_overhead"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 nox.needs_version = ">=2024.10.9"
-nox.options.sessions = ["tests_vllm", "tests"]
+nox.options.sessions = ["tests"]
 nox.options.error_on_missing_interpreters = True
 nox.options.default_venv_backend = "virtualenv"
 
@@ -118,21 +124,49 @@ def build_docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-j", "auto", "-b", "html", "docs", "docs/_build/html")
 
 
+@contextlib.contextmanager
+def beside(session: nox.Session, name: str) -> Iterator[None]:
+    """Run another session at the same time, in a process of its own; its output is shown when both have ended.
+
+    Two environments are two processes anyway, and each leaves a core idle for a good part of its time.
+    """
+    log = Path(session.create_tmp()) / f"{name}.log"
+    environments = Path(session.virtualenv.location).parent
+    command = [sys.executable, "-m", "nox", "-f", str(ROOT / "noxfile.py"), "--envdir", str(environments), "-s", name]
+    with log.open("wb") as output:
+        other = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield
+    except BaseException:
+        other.terminate()
+        raise
+    finally:
+        status = other.wait()
+        for line in log.read_text(errors="replace").splitlines():
+            print(f"[{name}] {line}")
+    if status != 0:
+        session.error(f"The session {name} failed (status {status}); its output is above.")
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Everything that must pass: style, types, imports, docs, and all tests with coverage of the core.
 
-    With arguments, only pytest runs, with those: `nox -s tests -- tests/registry -x`.
+    The session `tests_vllm` runs beside it. With arguments, only pytest runs, with those, such as the tests of one
+    package: `nox -s tests -- plugins/algorithms/grpo`.
     """
-    install(session, "dev")
     if session.posargs:
+        install(session, "dev")
         session.run("pytest", *session.posargs, env=TEST_ENV)
         return
-    check_style(session)
-    check_types(session)
-    build_docs(session)
-    session.run("coverage", "erase")
-    session.run("pytest", "-n", "3", "--dist", "loadgroup", "--cov", "--cov-report=term", env=TEST_ENV)
+    with beside(session, "tests_vllm"):
+        install(session, "dev")
+        check_style(session)
+        check_types(session)
+        build_docs(session)
+        session.run("coverage", "erase")
+        measured = ["--cov", "--cov-report=term", f"--durations={NUM_SLOWEST}"]
+        session.run("pytest", "-n", "3", "--dist", "loadgroup", *measured, env=TEST_ENV)
 
 
 @nox.session
@@ -141,7 +175,7 @@ def tests_vllm(session: nox.Session) -> None:
     if platform.system() != "Linux":
         session.skip("vLLM exists for Linux only.")
     install_with_vllm(session, "test")
-    session.run("pytest", *(session.posargs or VLLM_TESTS), env=TEST_ENV)
+    session.run("pytest", *(session.posargs or [*VLLM_TESTS, f"--durations={NUM_SLOWEST}"]), env=TEST_ENV)
 
 
 @nox.session

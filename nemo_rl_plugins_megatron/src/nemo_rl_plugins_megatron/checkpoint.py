@@ -40,7 +40,7 @@ _LAYOUT: dict[str, Any] = {"singleton_local_shards": True}
 """Each layer and expert under its number: megatron-core's other form names devices, and those of a GPU."""
 
 
-class _SaveInProcess(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class _SaveInProcess(torch_strategy.TorchDistSaveShardedStrategy):
     """Megatron-core's writer without the processes that it forks, for which it would wait without an end."""
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:

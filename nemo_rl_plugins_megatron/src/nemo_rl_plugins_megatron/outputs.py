@@ -96,7 +96,7 @@ class TokenOutputs:
             return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
                 hidden, tensor_parallel_output_grad=not self.is_scalar
             )
-        return hidden if self.is_scalar else mappings.copy_to_tensor_model_parallel_region(hidden)  # type: ignore[no-any-return]
+        return hidden if self.is_scalar else mappings.copy_to_tensor_model_parallel_region(hidden)
 
     @property
     def _first_row(self) -> int:

@@ -85,7 +85,10 @@ class Row:
         wanted = wanted[places[wanted - 1] >= 0]
         cumulative = starts.to(torch.int32).to(ranks.device)
         longest = max(lengths)
-        move = lambda t: t.to(ranks.device, non_blocking=True)  # noqa: E731
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(ranks.device, non_blocking=True)
+
         return Row(
             input_ids=move(ids[local])[None],
             position_ids=move(position_ids[local])[None],

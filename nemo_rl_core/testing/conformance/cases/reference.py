@@ -161,7 +161,7 @@ def sampling_distribution(logits: Tensor, *, temperature: float, top_p: float = 
     return torch.empty_like(limited).scatter_(-1, order, limited)
 
 
-class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LargestTensor(TorchDispatchMode):
     """While it is entered, remembers the largest floating-point tensor that an operator made.
 
     Attributes:
@@ -305,7 +305,7 @@ class ReferenceTrainer:
         self.optimizer.zero_grad()
         loss_fn = NormalizedLoss(self.loss(), count_trained(batch))
         total = loss_fn(ModelOutputs(logprobs=forward_logprobs(self.model, batch, temperature)), batch).total
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()

@@ -6,7 +6,7 @@ Legend: B sequences.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from nemo_rl_core.data.prompts import sft_messages
 from nemo_rl_core.errors import ConfigError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.loss import Loss
     from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_core.records.message import Message
+    from nemo_rl_plugins_distillation.whole_vocabulary import WholeVocabulary
 
 __all__ = ["Taught", "conversations", "takes_rollouts"]
 
@@ -36,7 +37,8 @@ def takes_rollouts(lmbda: float, *, seed: int, step: int) -> bool:
     """
     from nemo_rl_core.records.seeds import stable_seed
 
-    return stable_seed(seed, "lmbda", step, bits=_BITS) < lmbda * 2**_BITS
+    bound: int = 2**_BITS
+    return stable_seed(seed, "lmbda", step, bits=_BITS) < lmbda * bound
 
 
 class Taught(BaseAlgorithm):
@@ -129,7 +131,7 @@ class Taught(BaseAlgorithm):
         if "teacher_top_logprobs" in self._fields:
             self._teachers.fill_top(batch, models, self.config.top_k)
         if "teacher_hidden" in self._fields:
-            self._teachers.fill_hidden(batch, models, self.loss)
+            self._teachers.fill_hidden(batch, models, cast("WholeVocabulary", self.loss))
         if "teacher_logprobs" in self._fields:
             self._teachers.fill_logprobs(batch, models)
 

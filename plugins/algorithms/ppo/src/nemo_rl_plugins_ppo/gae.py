@@ -68,7 +68,7 @@ class GeneralizedAdvantages:
         config = self.config
         lambdas = _everywhere(config.gae_lambda if config.critic_lambda is None else config.critic_lambda, batch)
         advantages = self._recursion(batch, lambdas)
-        values = batch["values"].detach().to(torch.float64).masked_fill(~batch["loss_mask"], 0.0)
+        values: Tensor = batch["values"].detach().to(torch.float64).masked_fill(~batch["loss_mask"], 0.0)
         return (advantages + values).to(torch.float32)
 
     def _policy_lambda(self, batch: BatchedDataDict) -> Tensor:

@@ -58,8 +58,8 @@ def packed_attention(
     if packing.record is not None:
         packing.record.append(sliding_window)
     # [N, heads, D]
-    streams = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return attend_packed(*streams, packing, scaling=scaling, sliding_window=sliding_window).unsqueeze(0), None
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attend_packed(q, k, v, packing, scaling=scaling, sliding_window=sliding_window).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

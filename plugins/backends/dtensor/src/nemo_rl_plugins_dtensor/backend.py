@@ -132,8 +132,8 @@ class DTensorBackend(TrainingBackend):
         self.weights = dict(self.network.model.named_parameters())
         self.parameters = [p for p in self.weights.values() if p.requires_grad]
         self.masters = MasterWeights(self.parameters) if keeps_masters and self.ranks.dp_size == 1 else None
-        if self.adapters is not None:
-            self.adapters.attach(self.weights)
+        if lora is not None:
+            self._attach_adapters()
         self.optimizer: Any = None
         self.scheduler: Any = None
         if config.trained:
@@ -154,6 +154,10 @@ class DTensorBackend(TrainingBackend):
         # What is exported are sums made for it; the weights themselves lack the adapters.
         self.capabilities = type(self).capabilities - {"share_weights"}
         self._at_start = ExitStack()
+
+    def _attach_adapters(self) -> None:
+        assert self.adapters is not None
+        self.adapters.attach(self.weights)
 
     def _trained(self) -> list[Any]:
         """The tensors that the optimizer updates."""
@@ -257,7 +261,7 @@ class DTensorBackend(TrainingBackend):
         limit = self.config.max_grad_norm
         if limit is not None and norm > limit:
             parts = [local_part(gradient) for gradient in gradients]
-            torch._foreach_mul_(parts, limit / (norm + 1e-6))  # type: ignore[attr-defined]
+            torch._foreach_mul_(parts, limit / (norm + 1e-6))
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -130,7 +130,8 @@ class Adapters:
         layer = self.layers[module]
         a, b = (full(self._weights[f"{module}.lora_{x}.{_NAME}.weight"], torch.float32) for x in "AB")
         delta = b @ a
-        return (delta.T if layer.fan_in_fan_out else delta) * layer.scaling[_NAME]
+        scale: float = layer.scaling[_NAME]
+        return (delta.T if layer.fan_in_fan_out else delta) * scale
 
     def save(self, path: Path, full: _Full, *, is_first: bool) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` into `path`, as `PeftModel` reads them.
@@ -210,7 +211,7 @@ def _peft_config(config: LoRAConfig, model: Any, model_name: str) -> Any:
     rank = config.rank or DEFAULT_RANK
     return LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if config.alpha is None else config.alpha,
+        lora_alpha=2 * rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]  # any number serves
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules) or "all-linear",
         use_rslora=config.rank_stabilized,

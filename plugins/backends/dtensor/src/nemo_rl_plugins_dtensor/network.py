@@ -85,7 +85,10 @@ class Row:
             packing, predictors = Packing.of(batch.lengths.tolist(), device), wanted - 1
         else:
             row_ids, packing, predictors = ids[shared.source], shared.packing, shared.predictors
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         top_ids = move(batch["top_ids"][wanted]) if with_top_ids else None
         return Row(
             move(row_ids),

@@ -142,4 +142,4 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the weights that compute, in place."""
-        torch._foreach_copy_([local_part(p) for p in self.parameters], [local_part(m) for m in self.masters])  # type: ignore[attr-defined]
+        torch._foreach_copy_([local_part(p) for p in self.parameters], [local_part(m) for m in self.masters])

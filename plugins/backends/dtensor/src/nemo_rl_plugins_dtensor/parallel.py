@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -104,7 +104,7 @@ def _local_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     parts = [part for g in gradients if (part := local_part(g)).numel()]
     if not parts:
         return torch.zeros((), device=device)
-    norms = torch._foreach_norm(parts, 2, dtype=torch.float32)  # type: ignore[attr-defined]
+    norms = torch._foreach_norm(parts, 2, dtype=torch.float32)
     return torch.stack(list(norms)).square().sum()
 
 
@@ -267,9 +267,9 @@ def tensor_plan(model: Any, size: int) -> dict[str, ParallelStyle]:
     return styles
 
 
-def mesh_groups(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def mesh_groups(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """Parameters by device mesh: an optimizer's fused kernels take tensors of one mesh at a time."""
-    groups: dict[Any, list[nn.Parameter]] = {}
+    groups: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         key = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault(key, []).append(parameter)

@@ -110,7 +110,7 @@ class BucketedDecoder:
 
     def _capture(self, run: _Replay) -> _Replay:
         """Record `run` as a graph. Its warm-up runs write what the replay writes again."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP_STEPS):

@@ -193,4 +193,4 @@ def _record_exits(path: Path) -> None:
             path.write_text(str(status), encoding="utf-8")
         leave(status)
 
-    os._exit = recorded  # type: ignore[assignment]
+    os._exit = recorded

@@ -33,7 +33,7 @@ class Packet:
     """A pickled value; Ray keeps the buffers apart."""
 
     header: bytes
-    buffers: list[Any]
+    buffers: list[memoryview]
 
     @property
     def num_bytes(self) -> int:
@@ -84,7 +84,8 @@ def _reduce_tensor(tensor: Tensor) -> Any:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
     flat = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1)
-    data = pickle.PickleBuffer(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8))
+    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    data = pickle.PickleBuffer(array)
     return _make_tensor, (data, tensor.dtype, tuple(tensor.shape), tensor.requires_grad and tensor.is_leaf)
 
 

@@ -103,7 +103,7 @@ def _gloo(store: Any, rank: int, size: int, timeout: datetime.timedelta, *, loca
 
 
 def _gloo_options(timeout: datetime.timedelta, *, local: bool) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     make = dist.ProcessGroupGloo.create_device
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if local:
@@ -240,7 +240,8 @@ class _Joined:
         if isinstance(where, str):
             store: Any = dist.FileStore(where, size)
         else:
-            store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=_timeout(transfer))
+            host, port = where
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_timeout(transfer))
         self.group = _Group(kind, store, rank, size, timeout=_timeout(transfer), local=isinstance(where, str))
 
     def close(self) -> None:
@@ -277,7 +278,7 @@ class _In:
 
     def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         number = message[1]
-        buffer, started = self.posted.pop(number, None) or self._post(message)
+        buffer, started = self.posted.pop(number) if number in self.posted else self._post(message)
         started.wait(wire.deadline, "the trainer")
         for name, tensor in unpack(message[3], buffer):
             following = wire.peek()  # let the next chunk come while this one is loaded

@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -103,16 +103,20 @@ class Sides:
 
     def _wait(self, futures: _Futures) -> list[Any]:
         done = _first_failure(futures, self.deadline.left + _GRACE_S)
-        errors = [future.exception() for future in done if future.exception() is not None]
+        errors = _errors(done)
         if errors and all(isinstance(error, PeerGaveUp) for error in errors):
             done = _all_done(futures, _GRACE_S)
-            errors = [future.exception() for future in done if future.exception() is not None]
+            errors = _errors(done)
         if errors:
-            raise min(errors, key=_rank_of_error)  # type: ignore[type-var]
+            raise min(errors, key=_rank_of_error)
         waiting = [who for future, who in futures.items() if not future.done()]
         if waiting:
             raise self.deadline.passed(" and ".join(waiting))
         return [future.result() for future in futures]
+
+
+def _errors(futures: Iterable[concurrent.futures.Future[Any]]) -> list[BaseException]:
+    return [error for future in futures if (error := future.exception()) is not None]
 
 
 def _rank_of_error(error: BaseException | None) -> int:
