@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_distillation.config import TeacherConfig
+    from nemo_rl_plugins_distillation.whole_vocabulary import WholeVocabulary
 
 __all__ = ["Teachers", "check_same_tokenizer"]
 
