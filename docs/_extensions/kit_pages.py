@@ -36,7 +36,7 @@ def _section(item: Class, lineage: list[Class]) -> list[str]:
 def clause_sections(root: Path) -> dict[str, list[str]]:
     """By kind: the contract, how to give it a component, and a table of clauses."""
     folder = root / "nemo_rl_core" / "testing" / "conformance"
-    modules = [read_module(path, path.stem) for path in sorted(folder.glob("[a-z]*.py"))]
+    modules = [read_module(path, path.stem) for path in sorted(folder.rglob("[a-z]*.py"))]
     known = {item.name: item for module in modules for item in module.classes}
     contracts = [(item, _lineage(item, known)) for name, item in known.items() if name.endswith("Contract")]
     found = {_constant(lineage, "kind"): _section(item, lineage) for item, lineage in contracts}

@@ -66,7 +66,8 @@ def pages() -> list[Path]:
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *sorted(docs),
-        *sorted(ROOT.glob("plugins/*/README.md")), *sorted(ROOT.glob("plugins/*/*/README.md")),
+        *sorted(ROOT.glob("plugins/*/README.md")),
+        *sorted(ROOT.glob("plugins/*/*/README.md")),
         *sorted(ROOT.glob("nemo_rl_plugins_*/README.md")),
     ]
 
@@ -172,7 +173,8 @@ def test_few_blocks_are_skipped_and_each_says_why() -> None:
 def distributions() -> frozenset[str]:
     files = [
         ROOT / "pyproject.toml",
-        *ROOT.glob("plugins/*/pyproject.toml"), *ROOT.glob("plugins/*/*/pyproject.toml"),
+        *ROOT.glob("plugins/*/pyproject.toml"),
+        *ROOT.glob("plugins/*/*/pyproject.toml"),
         *ROOT.glob("nemo_rl_plugins_*/pyproject.toml"),
     ]
     return frozenset(tomllib.loads(f.read_text())["project"]["name"] for f in files)
