@@ -78,7 +78,7 @@ def hooks_markdown(root: Path) -> str:
     """The hook specifications: name, arguments, when they are called."""
     path = root / "nemo_rl_core" / "hookspecs.py"
     module = read_module(path, "nemo_rl_core.hookspecs", every_function=True)
-    out = ["| Hook | Called |", "|---|---|"]
+    out = ["| Hook | Meaning |", "|---|---|"]
     for function in module.functions:
         if any(decorator.startswith("hookspec") for decorator in function.decorators):
             arguments = function.signature.partition(" -> ")[0]
