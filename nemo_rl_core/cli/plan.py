@@ -1,4 +1,4 @@
-"""`nemo-rl plan`: what a run would take on a cluster that is not here."""
+"""`nemo-rl plan`: estimates a run on a cluster that is not here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arithmetic that spans fields: what each value allows alone but the run does not.
+"""Checks across fields: combinations of values that are valid alone but not together.
 
 Any configuration class, a plugin's too, may add its own by a method `check(self)` that yields mistakes made
 with `mistake(path, problem, fix)`, paths relative to itself.

@@ -1,4 +1,4 @@
-"""Layers of a configuration: files with what they extend, mappings, and overrides; then one tree."""
+"""Layers of a configuration: files with those that they extend, mappings, overrides."""
 
 from __future__ import annotations
 

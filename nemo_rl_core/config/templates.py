@@ -1,4 +1,4 @@
-"""Configurations to start from, which the package of an algorithm brings along.
+"""Configurations to start from, which the package of an algorithm ships.
 
 A package keeps them in `templates/<algorithm>/<name>.yaml` beside its modules; comments at the top of the file say
 what it is for. Finding them imports nothing.

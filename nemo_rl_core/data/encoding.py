@@ -1,4 +1,4 @@
-"""Conversations to token ids with a loss mask, each tokenised once."""
+"""Encoding of conversations as token ids with a loss mask; each text is tokenised once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of the data for each step."""
+"""Feed of the run loop with rows of the data."""
 
 from __future__ import annotations
 

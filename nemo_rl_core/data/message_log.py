@@ -1,4 +1,4 @@
-"""From messages to tokens and on: the prompt of an episode, and what each further turn appends.
+"""Token ids of an episode: its prompt, and the tokens that each further turn appends.
 
 Sampled tokens are never re-tokenised. The text that a chat template puts around them (turn closings, the
 answers of an environment, the next generation prompt) is found by comparing two renderings and is

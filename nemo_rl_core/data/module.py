@@ -1,4 +1,4 @@
-"""The data module: the single way by which a run gets its rows, in an order that survives a restart."""
+"""The data module: delivers the rows of a run in an order that survives a restart."""
 
 from __future__ import annotations
 

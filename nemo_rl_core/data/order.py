@@ -1,4 +1,4 @@
-"""The order in which rows are delivered: epoch after epoch, restorable at any row."""
+"""Order of rows: epoch after epoch, restorable at any row."""
 
 from __future__ import annotations
 

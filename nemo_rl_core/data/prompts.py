@@ -1,4 +1,4 @@
-"""From a row of a dataset to what is asked: column mapping, templates, chat and NeMo Gym rows.
+"""Conversion of rows to prompts: column mapping, templates, chat and NeMo Gym rows.
 
 For rollouts a row becomes a *task* (`prompt` plus the row's own columns); for supervised data it becomes
 an *example* (the same, with its answer still in it) that `sft_messages` reads as a conversation.

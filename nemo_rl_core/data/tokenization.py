@@ -1,4 +1,4 @@
-"""From pieces of text to token ids with a mask, many conversations at a time."""
+"""Tokenisation of pieces of text with a mask, many conversations at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files in memory that processes of one machine share, such as weights on their way to an engine."""
+"""Files in memory that the processes of one machine share, such as weights for an engine."""
 
 from __future__ import annotations
 

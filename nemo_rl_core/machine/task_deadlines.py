@@ -1,4 +1,4 @@
-"""Deadlines of thousands of waits with one timer: each wait sets a number, and a watch looks at them all."""
+"""Deadlines of thousands of waits with one timer."""
 
 from __future__ import annotations
 

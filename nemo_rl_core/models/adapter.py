@@ -1,4 +1,4 @@
-"""Low-rank adapters in PEFT's format as models: the folder of an adapter stands for its base with the adapter added."""
+"""Low-rank adapters in PEFT's format: the folder of an adapter serves as a model."""
 
 from __future__ import annotations
 

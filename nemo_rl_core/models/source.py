@@ -1,4 +1,4 @@
-"""Where a model name leads: a hub name, a local folder, or `scratch:` for random weights.
+"""Sources of models: a hub name, a local folder, or `scratch:` for random weights.
 
 `scratch:<name>` takes a shape shipped with the core (`scratch:qwen2-1m`), `scratch:<folder>` any folder
 with a Hugging Face `config.json`. Its weights are drawn from a seed, its tokenizer stands in the folder

@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face checkpoint while its weights come in, so that no process holds them all."""
+"""Writing of a Hugging Face checkpoint while its weights arrive, so that no process holds them all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the models of a run need of a device's memory, estimated from their shapes."""
+"""Device memory that the models of a run need, estimated from their shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast the parts of a cluster are: given, or measured by a run."""
+"""Speeds of the parts of a cluster: given, or measured by a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large values that workers are given once, and that what is sent to them later refers to."""
+"""Large values that are sent to workers once, so that later messages only refer to them."""
 
 from __future__ import annotations
 

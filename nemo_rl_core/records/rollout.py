@@ -1,4 +1,4 @@
-"""Records of what was sampled: turn, rollout, group.
+"""Records of sampling: turn, rollout, group.
 
 Token in, token out: a turn of the policy carries the token ids and logprobs that the engine sampled;
 text is never re-tokenised to train.

@@ -1,4 +1,4 @@
-"""What is known of a run while it runs, and what it returns."""
+"""State of a run while it runs, and its result."""
 
 from __future__ import annotations
 

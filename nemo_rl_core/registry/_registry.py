@@ -1,4 +1,4 @@
-"""The registry: from a name to a component."""
+"""The registry: resolves names to components."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bounded buffer of whole groups between the rollout loop and the trainer."""
+"""Bounded buffer of whole groups between the rollout loop and the trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a step's items come from: rows of a dataset, or groups sampled by the policy."""
+"""Feed of the run loop with groups that the policy samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step's rollouts say in numbers."""
+"""Metrics of a step's rollouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts on disk in place of one side of a run: train without an engine, or sample without a trainer."""
+"""Rollouts on disk in place of sampling: reading them, and feeding a run with them."""
 
 from __future__ import annotations
 

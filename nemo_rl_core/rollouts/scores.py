@@ -1,4 +1,4 @@
-"""What several attempts at a prompt say of a model: pass@k and cons@k.
+"""Scores of several attempts at a prompt: pass@k and cons@k.
 
 Legend: n attempts at a prompt, c of them correct, k of them looked at.
 """

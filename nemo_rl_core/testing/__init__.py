@@ -1,4 +1,4 @@
-"""What a plugin's own tests need: conformance kits, fakes, and a site of little distributions.
+"""Tools for a plugin's own tests: conformance kits, fakes, and a site of small distributions.
 
 The contracts are named `<Kind>Contract` and are imported when first asked for; they need pytest, which the extra
 `testing` installs. With it, pytest has the fixtures of `nemo_rl_core.testing.pytest_plugin`.

@@ -1,4 +1,4 @@
-"""What pytest gets when the core is installed: fixtures for a plugin's tests, and clear words for kits used wrongly.
+"""Pytest plugin: fixtures for a plugin's tests, and clear messages for kits used wrongly.
 
 Loaded at every start of pytest in an environment that has the core, so it imports nothing but pytest; torch and
 everything else wait for the fixture that needs them. `-p no:nemo_rl` leaves it out.

@@ -1,4 +1,4 @@
-"""Rollouts without a trainer."""
+"""Sampling of rollouts without a trainer."""
 
 from __future__ import annotations
 

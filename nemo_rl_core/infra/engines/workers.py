@@ -1,4 +1,4 @@
-"""Engines in processes of their own, as one generation backend.
+"""Several engine processes as one generation backend.
 
 `EngineWorkers` stands for any number of engine processes, started through any launcher's `WorkerGroup`. It sends each
 request to one of them and hands the completion back; a group's requests go to one engine, which shares their prompt.

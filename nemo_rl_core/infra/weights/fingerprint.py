@@ -1,4 +1,4 @@
-"""A digest of a model's weights that is cheap enough to take after every refit.
+"""Digest of a model's weights that is cheap enough to take after every refit.
 
 The bits of each tensor are read as a matrix of 64-bit integers, of which every row and every column is
 summed (modulo 2**64) in one pass through the memory; the digest is a hash over names, shapes, dtypes and

@@ -1,4 +1,4 @@
-"""Causal attention over sequences that stand one after another in a single row.
+"""Causal attention over sequences that are packed into a single row.
 
 Legend: N tokens of the row, S sequences, H query heads, K key-value heads, D head size, T longest length,
 P places of the sequences with the padding of their groups.

@@ -1,4 +1,4 @@
-"""Importing a plugin's code: what it prints is kept off standard output, and one that is slow is named."""
+"""Import of a plugin's code: keeps its output off standard output, and names a slow one."""
 
 from __future__ import annotations
 

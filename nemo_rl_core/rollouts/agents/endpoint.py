@@ -1,4 +1,4 @@
-"""The policy as an HTTP endpoint of the OpenAI kind, which records the tokens of every call.
+"""HTTP endpoint of the policy, compatible with the OpenAI API, which records the tokens of every call.
 
 Any agent that takes a base URL can so be run against the policy and be trained. `PolicyEndpoint` serves sessions that
 others open, as the environment of an agent does; `RecordingEndpoint` opens them itself over a generation backend:

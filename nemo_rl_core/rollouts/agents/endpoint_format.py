@@ -1,4 +1,4 @@
-"""Calls and answers of the chat API: from a body to a `PolicyCall`, from a `PolicyAnswer` to a body or to events."""
+"""Conversion between the chat API and the policy's calls and answers."""
 
 from __future__ import annotations
 

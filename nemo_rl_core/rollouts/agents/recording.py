@@ -1,4 +1,4 @@
-"""What an agent asks of a model over HTTP, kept as training sequences.
+"""Recording of an agent's calls as training sequences.
 
 The agent speaks in messages; what is trained on are the tokens that the engine sampled. So a session remembers the
 tokens behind each conversation: a call whose messages continue one that it answered continues its token sequence, and

@@ -1,4 +1,4 @@
-"""The policy, lent to a program that asks it by itself: every call is sampled, checked and recorded."""
+"""Session in which a program calls the policy itself: every call is sampled, checked and recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all.
+"""Store of checkpoints, each of which is complete or absent.
 
 A checkpoint is written into a hidden folder, listed with sizes and checksums in its `state.json`, flushed
 to the disk and then renamed to `step_<n>`. A run killed at any moment leaves the former ones untouched.

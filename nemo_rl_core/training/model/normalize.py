@@ -1,4 +1,4 @@
-"""Division of a loss by the count over the whole global batch: the one place where it happens."""
+"""Division of a loss by the count over the whole global batch, in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the engine of a run lives, and starting it there."""
+"""Placement and start of a run's engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bringing the engine to the policy's weights: before a step, or while it samples."""
+"""Refit: loads the policy's weights into the engine, before a step or while it samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the contract of an algorithm runs: a tiny configuration, rows and a reward, and groups of rollouts by hand."""
+"""Case for an algorithm's contract: a tiny configuration, rows and a reward, and hand-made groups."""
 
 from __future__ import annotations
 

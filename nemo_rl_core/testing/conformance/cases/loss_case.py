@@ -1,4 +1,4 @@
-"""What the contract of a loss runs on: a batch with a policy of free logits, the call of a loss, comparisons."""
+"""Case for a loss's contract: a batch with a policy of free logits, the call of a loss, comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the contract of a training backend runs on: backends that are set up, batches, and comparisons."""
+"""Bench for a training backend's contract: backends that are set up, batches, and comparisons."""
 
 from __future__ import annotations
 

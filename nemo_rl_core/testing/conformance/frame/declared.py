@@ -1,4 +1,4 @@
-"""What a component says of itself to its kit, by its attributes `conformance` and `example`.
+"""Declarations of a component for its kit: its attributes `conformance` and `example`.
 
 `nemo-rl plugins check` has no test file to sub-class a contract in. So whatever a sub-class would say the component may
 say: `conformance` maps names of the contract to values, or to functions in place of its methods (without `self`).

@@ -1,4 +1,4 @@
-"""What a conformance kit is, and how one is run.
+"""Conformance kits, and how to run one.
 
 A contract is a class with one test method for each clause; the first line of the method's docstring is the
 clause, in words. A plugin author sub-classes it and says with one fixture what is to be tested:
