@@ -165,7 +165,7 @@ def _evaluation(config: RunConfig) -> Iterator[Mistake]:
     for name in ("pass_at", "cons_at"):
         for k in getattr(evaluation, name):
             if not 1 <= k <= num:
-                problem = f"k={k} of {num} rollouts per prompt cannot be had"
+                problem = f"k={k} of {num} rollouts per prompt is not available"
                 fix = f"Set evaluation.num_generations_per_prompt to {k} or more." if k > num else "Use 1 or more."
                 yield mistake(f"evaluation.{name}", problem, fix, related=related)
     temperature = validation.temperature if evaluation.temperature is None else evaluation.temperature

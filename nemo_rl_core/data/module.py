@@ -155,7 +155,7 @@ class DataModule:
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands in its data; plain values that JSON can hold."""
+        """Position of the run in its data, as plain values that JSON can hold."""
         self._started()
         return {
             "version": _VERSION,

@@ -95,7 +95,7 @@ class DeadlineWatch:
             self._timer = asyncio.get_running_loop().call_later(self._tick_s, self._look)
 
     def remove(self, deadline: Deadline) -> None:
-        """Watch it no more."""
+        """Stop watching this deadline."""
         self._deadlines.discard(deadline)
 
     def _look(self) -> None:

@@ -26,8 +26,8 @@ __all__ = ["RolloutFeed"]
 class RolloutFeed:
     """Groups of rollouts, through a bounded buffer with a staleness bound.
 
-    Prompts are started in data order. With a bound of 0 those of a step are started when it begins. With a bound of k
-    those of the k steps after it are under way too, and no more: so many can be trained on within the bound.
+    Prompts are started in data order. With a bound of 0, the prompts of a step are started when it begins. With a bound
+    of k, those of the next k steps are under way too; more could not be trained on within the bound.
 
     Args:
         data: Where prompts come from.
@@ -119,7 +119,7 @@ class RolloutFeed:
         return [item.task for item in self._pump.rows(self.num_prompts)]
 
     def start(self, version: int) -> None:
-        """Start what may be sampled with new weights, before the trainer asks for it; with a bound of 0 nothing."""
+        """Start the prompts that may be sampled with new weights, before the trainer asks; no-op with a bound of 0."""
         if self.staleness > 0 and (self.last_step is None or version < self.last_step):
             self._give_up(self._overdue(version))
             self._pump.fill(self._wanted(self.num_prompts, version), version)

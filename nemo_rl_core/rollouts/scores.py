@@ -98,7 +98,7 @@ def _wins(groups: Sequence[tuple[int, float]], silent: int, k: int, most: int) -
 
 def _check_k(num: int, k: int, what: str) -> None:
     if not 1 <= k <= num:
-        raise ConfigError(f"{what}: k={k} of {num} attempts cannot be had. Sample more, or take k from 1 to {num}.")
+        raise ConfigError(f"{what}: k={k} of {num} attempts is not available. Sample more, or take k from 1 to {num}.")
 
 
 @frozen(kw_only=True)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineWorkers"]
 
 _LATE_S = 60.0
-"""How late a refit may notice its own deadline."""
+"""Slack added to the refit deadline."""
 
 Refit = Callable[["EngineWorkers"], None]
 

@@ -119,7 +119,7 @@ class EngineSession:
         return self._record.segments
 
     def close(self) -> None:
-        """End the calls under way and take no more; may be called twice."""
+        """End the calls in flight and refuse new ones; may be called twice."""
         self._closed = True
         current = asyncio.current_task() if self._active else None
         for task in self._active - {current}:
@@ -139,7 +139,7 @@ class EngineSession:
             GenerationError: The engine cut the answer off, or gave one that cannot be trained on.
         """
         if self._closed:
-            raise CallRefused(f"{self._name} is over; it takes no more calls.", "session_closed")
+            raise CallRefused(f"{self._name} is over; it no longer accepts calls.", "session_closed")
         asked = self._understood(call)
         self._check_limits(asked)
         number, self._number = self._number, self._number + 1

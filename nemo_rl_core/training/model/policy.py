@@ -134,7 +134,7 @@ class Policy:
 
     @property
     def has_initial_weights(self) -> bool:
-        """Whether the model as it was before the run can be had from these workers, see `InitialModel`."""
+        """Whether these workers can still compute with the initial weights, see `InitialModel`."""
         return all(self.group.call("has_initial_weights"))
 
     def save(self, path: Path) -> None:
@@ -255,7 +255,7 @@ def _nothing(*, stepping: bool = False, saving: bool = False) -> None:
 
 
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:
-    """Put per-token values that stand in the order of `order`'s sequences back into the batch's order."""
+    """Put per-token values, joined in the order of the sequences in `order`, back into the batch's order."""
     out = torch.empty(batch.num_tokens, *joined.shape[1:], dtype=joined.dtype)
     offsets = batch.offsets
     lengths = batch.lengths

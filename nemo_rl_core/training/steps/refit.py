@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Refit"]
 
 _LATE_S = 10.0
-"""How late a request's deadline may be noticed."""
+"""Slack added to the deadline of a request."""
 
 
 class Refit:

@@ -165,7 +165,7 @@ def answer_on(loss: Any, batch: BatchedDataDict, model: FreeModel, indices: Sequ
 
 
 def positions_of(batch: BatchedDataDict, indices: Sequence[int]) -> Tensor:
-    """Where the tokens of these sequences stand in the batch, in the order of `select`."""
+    """Positions of these sequences' tokens in the batch, in the order of `select`."""
     marked = BatchedDataDict(batch.lengths, {"at": torch.arange(batch.num_tokens)})
     found: Tensor = marked.select(list(indices))["at"]
     return found

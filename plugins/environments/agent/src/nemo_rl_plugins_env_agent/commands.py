@@ -34,7 +34,7 @@ async def run_command(
     Args:
         command: Program and arguments; no shell reads them.
         call: The run; its task goes to standard input as JSON.
-        timeout_s: Deadline; None is none.
+        timeout_s: Deadline; None sets no deadline.
         variables: Added to the environment variables.
         folder: Where it runs; None is here.
 

@@ -25,9 +25,9 @@ _PREFIX = "reward/"
 class GDPOAdvantages:
     """Group reward-decoupled normalisation (GDPO, arXiv:2601.05242).
 
-    Added first and normalised then, rewards of one sum have one advantage whatever they are made of; normalised
-    one by one they stay apart, and a reward that varies little is heard. It reads the named rewards, not their
-    (shaped) sum.
+    If rewards are added first and then normalised, equal sums have equal advantages whatever they are made of. If each
+    is normalised first, they stay apart, and a reward that varies little still counts. The estimator reads the named
+    rewards, not their (shaped) sum.
     """
 
     config_class: ClassVar[type] = GDPOAdvantagesConfig
