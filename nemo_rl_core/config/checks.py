@@ -24,16 +24,16 @@ __all__ = ["check_tree"]
 
 def check_tree(config: RunConfig, resolver: Resolver | None = None) -> list[Mistake]:
     """The mistakes between the fields of a finished configuration; None is the registry of this process."""
-    found = [*_length_of_run(config), *_lengths(config)]
+    mistakes = [*_length_of_run(config), *_lengths(config)]
     for f in fields_of(type(config)):
         model = getattr(config, f.name)
         if isinstance(model, PolicyConfig):
             sizes = replica_sizes(model, config.plugins, resolver)
-            found += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
-    found += _roles_of(config.cluster)
-    found += _turns(config)
-    found += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
-    return [*found, *_evaluation(config), *_own_checks(config)]
+            mistakes += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
+    mistakes += _roles_of(config.cluster)
+    mistakes += _turns(config)
+    mistakes += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
+    return [*mistakes, *_evaluation(config), *_own_checks(config)]
 
 
 def _own_checks(node: Any) -> Iterator[Mistake]:

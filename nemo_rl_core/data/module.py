@@ -143,11 +143,11 @@ class DataModule:
         rows = self._set("validation")
         if isinstance(rows.rows, RowStream):
             stream, _ = rows.rows.start(0)
-            found = enumerate(islice(stream, limit))
+            numbered = enumerate(islice(stream, limit))
         else:
             count = len(rows.rows) if limit is None else min(limit, len(rows.rows))
-            found = enumerate(rows.rows[i] for i in range(count))
-        items = [rows.item(index=i, epoch=0, row_index=i, row=row) for i, row in found]
+            numbered = enumerate(rows.rows[i] for i in range(count))
+        items = [rows.item(index=i, epoch=0, row_index=i, row=row) for i, row in numbered]
         if not items:
             raise DataError(f"{rows.name} is empty: there is nothing to validate on.")
         return items

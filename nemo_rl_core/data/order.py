@@ -157,9 +157,9 @@ class _StreamIterator:
 
     def __next__(self) -> TaskItem:
         rows = self._current or self._open()
-        while (found := next(rows, None)) is None:
+        while (numbered := next(rows, None)) is None:
             rows = self._next_epoch()
-        row_index, row = found
+        row_index, row = numbered
         item = self._order.rows.item(index=self._index, epoch=self._epoch, row_index=row_index, row=row)
         self._index += 1
         self._position += 1

@@ -68,8 +68,8 @@ def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], model: Any, shar
 
 def _layer(name: str) -> str | None:
     """Number of the layer: a file's weights may be made of several of the model's, but of one layer's."""
-    found = _LAYER.search(name)
-    return found[1] if found else None
+    match = _LAYER.search(name)
+    return match[1] if match else None
 
 
 def _write_shard(folder: Path, shard: dict[str, Tensor], model: Any, number: int) -> Path:

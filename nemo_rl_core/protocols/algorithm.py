@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
     from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.records.batch import BatchedDataDict
-    from nemo_rl_core.records.kept import Kept
     from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.records.shared_value import SharedValue
     from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
@@ -86,7 +86,7 @@ class Model(Protocol):
         """Return the output layer, at the sampling temperature, on the CPU."""
         ...
 
-    def keep(self, value: Any) -> Kept:
+    def keep(self, value: Any) -> SharedValue:
         """Send a large value to the workers of this model once; a loss may hold the handle that is returned."""
         ...
 

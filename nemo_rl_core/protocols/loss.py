@@ -151,9 +151,9 @@ def per_token(values: Tensor | None, batch: BatchedDataDict, name: str) -> Tenso
     """
     mask = batch["loss_mask"]
     if values is None or values.shape != mask.shape:
-        found = None if values is None else list(values.shape)
+        shape = None if values is None else list(values.shape)
         raise ShapeMismatch(
-            f"{name} has shape {found}, loss_mask {list(mask.shape)}; both must be [N], one entry for each token of "
+            f"{name} has shape {shape}, loss_mask {list(mask.shape)}; both must be [N], one entry for each token of "
             "the micro-batch."
         )
     return values

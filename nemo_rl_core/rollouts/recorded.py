@@ -61,8 +61,8 @@ def read_recorded(path: str | Path) -> RecordedRollouts:
 
 
 def _step(path: Path) -> int:
-    found = re.search(r"step_(\d+)", path.name)
-    return int(found.group(1)) if found else 0
+    match = re.search(r"step_(\d+)", path.name)
+    return int(match.group(1)) if match else 0
 
 
 # -- whether they can be trained on -------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def cons_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: in
     for answer, is_correct in zip(answers, correct, strict=True):
         if answer is not None:
             votes[answer].append(is_correct)
-    groups = [(len(found), sum(found) / len(found)) for found in votes.values()]
+    groups = [(len(rewards), sum(rewards) / len(rewards)) for rewards in votes.values()]
     silent = num - sum(count for count, _ in groups)
     wins = fsum(_wins(groups, silent, k, most) for most in range(1, min(k, max((c for c, _ in groups), default=0)) + 1))
     return wins / comb(num, k)
@@ -142,11 +142,11 @@ def score_groups(groups: Sequence[RolloutGroup], scoring: Scoring) -> dict[str, 
     if rollouts:
         metrics["accuracy"] = fsum(rollout.reward for rollout in rollouts) / len(rollouts)
     for k in scoring.pass_at:
-        found = [_pass(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
-        metrics.update(_mean(f"pass@{k}", found))
+        scores = [_pass(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
+        metrics.update(_mean(f"pass@{k}", scores))
     for k in scoring.cons_at:
-        found = [_cons(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
-        metrics.update(_mean(f"cons@{k}", found))
+        scores = [_cons(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
+        metrics.update(_mean(f"cons@{k}", scores))
     largest = max((*scoring.pass_at, *scoring.cons_at), default=1)
     short = sum(len(group.valid) < largest for group in groups)
     return {**metrics, "num_short": float(short)} if short else metrics

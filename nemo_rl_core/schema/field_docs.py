@@ -49,7 +49,7 @@ def _classes(file: str) -> dict[str, ast.ClassDef]:
             tree = ast.parse(stream.read())
     except (OSError, SyntaxError, ValueError):
         return {}
-    found: dict[str, ast.ClassDef] = {}
+    classes: dict[str, ast.ClassDef] = {}
 
     def walk(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
@@ -57,8 +57,8 @@ def _classes(file: str) -> dict[str, ast.ClassDef]:
             if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 name = f"{prefix}{child.name}."
                 if isinstance(child, ast.ClassDef):
-                    found[f"{prefix}{child.name}"] = child
+                    classes[f"{prefix}{child.name}"] = child
             walk(child, name)
 
     walk(tree, "")
-    return found
+    return classes

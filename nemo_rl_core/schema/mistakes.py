@@ -135,10 +135,10 @@ def suggest(name: Any, known: Iterable[Any]) -> str | None:
     return by_lower[close[0]] if close else None
 
 
-def locate(found: Sequence[Mistake], positions: Mapping[tuple[Key, ...], Position]) -> list[Mistake]:
+def locate(mistakes: Sequence[Mistake], positions: Mapping[tuple[Key, ...], Position]) -> list[Mistake]:
     """Return the mistakes with their positions, in the order of sources and lines, without duplicates."""
     placed: list[Mistake] = []
-    for m in found:
+    for m in mistakes:
         m = m if m.position else attrs.evolve(m, position=_position(m, positions))
         if m not in placed:
             placed.append(m)

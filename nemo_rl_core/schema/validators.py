@@ -96,12 +96,12 @@ def optional(validator: Any) -> Any:
 
 def limits(validator: Any) -> list[tuple[str, float]]:
     """Return the bounds that a validator sets, such as `[(">", 0), ("<=", 1)]`; validators of attrs work too."""
-    found: list[tuple[str, float]] = []
+    bounds: list[tuple[str, float]] = []
     for part in _parts(validator):
         op, bound = getattr(part, "compare_op", None), getattr(part, "bound", None)
         if op in _OPERATORS and bound is not None:
-            found.append((op, bound))
-    return found
+            bounds.append((op, bound))
+    return bounds
 
 
 def choices(validator: Any) -> tuple[Any, ...] | None:

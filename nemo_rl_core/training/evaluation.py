@@ -127,15 +127,15 @@ def _subsets(items: Sequence[TaskItem], column: str | None) -> dict[str, list[in
     """Places of the items of each subset, by the name in their column; in the order of the names."""
     if column is None:
         return {}
-    found: dict[str, list[int]] = defaultdict(list)
+    places: dict[str, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
         if column not in item.task:
             raise DataError(
                 f"evaluation.subset_column is {column!r}, but row {item.index} has no such column. It has: "
                 f"{', '.join(map(repr, item.task))}."
             )
-        found[str(item.task[column])].append(place)
-    return dict(sorted(found.items()))
+        places[str(item.task[column])].append(place)
+    return dict(sorted(places.items()))
 
 
 def _scoring(config: RunConfig, groups: Sequence[RolloutGroup]) -> Scoring:
@@ -166,10 +166,10 @@ def _scoring(config: RunConfig, groups: Sequence[RolloutGroup]) -> Scoring:
 
 
 def _metrics(groups: Sequence[RolloutGroup], scoring: Scoring) -> dict[str, float]:
-    found = {name.removeprefix("rollouts/"): value for name, value in rollout_metrics(groups).items()}
-    found.update(score_groups(groups, scoring))
-    found["num_samples"] = found.pop("num_prompts")
-    return found
+    metrics = {name.removeprefix("rollouts/"): value for name, value in rollout_metrics(groups).items()}
+    metrics.update(score_groups(groups, scoring))
+    metrics["num_samples"] = metrics.pop("num_prompts")
+    return metrics
 
 
 def _mean_and_std(runs: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -243,11 +243,11 @@ class RecordingEndpoint(PolicyEndpoint):
 
     def take(self, session: str = _DEFAULT_SESSION) -> list[list[Turn]]:
         """What was sampled in a session, which is forgotten: a list of turns for each training sequence."""
-        found = self._sessions.pop(session, None)
-        if found is None:
+        ended = self._sessions.pop(session, None)
+        if ended is None:
             return []
-        found.close()
-        return found.segments
+        ended.close()
+        return ended.segments
 
     def _session(self, name: str | None, key: str | None) -> PolicySession:
         name = name or _DEFAULT_SESSION

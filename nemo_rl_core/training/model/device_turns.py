@@ -226,5 +226,5 @@ def make_turns(
 
 def _on_accelerator(policy: Policy) -> bool:
     """Whether the policy computes elsewhere than on a CPU; the driver's own machine may have no such device."""
-    found: Place = policy.group.call("apply", place_of)[0]
-    return not found.device.startswith("cpu")
+    place: Place = policy.group.call("apply", place_of)[0]
+    return not place.device.startswith("cpu")

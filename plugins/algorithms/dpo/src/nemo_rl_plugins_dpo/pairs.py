@@ -128,7 +128,7 @@ class PairLoss(ABC):
     def _metrics(self, pairs: Pairs) -> dict[str, Metric]:
         count = len(pairs.chosen)
         chosen, rejected = (reward.detach() for reward in self.rewards(pairs))
-        found = {
+        values_of = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
@@ -136,7 +136,7 @@ class PairLoss(ABC):
             "logps/chosen": pairs.chosen.detach(),
             "logps/rejected": pairs.rejected.detach(),
         }
-        return {name: Metric(values.sum(), count) for name, values in found.items()}
+        return {name: Metric(values.sum(), count) for name, values in values_of.items()}
 
 
 class ReferencePairLoss(PairLoss):

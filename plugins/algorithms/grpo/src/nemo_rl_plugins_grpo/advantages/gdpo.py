@@ -65,10 +65,10 @@ class GDPOAdvantages:
 
     def _weights(self, batch: BatchedDataDict) -> dict[str, float]:
         """Weight of each field, in the order of the names."""
-        found = sorted(name for name in batch.field_names if name.startswith(_PREFIX))
-        names = [name.removeprefix(_PREFIX) for name in found]
+        fields = sorted(name for name in batch.field_names if name.startswith(_PREFIX))
+        names = [name.removeprefix(_PREFIX) for name in fields]
         missing = sorted(self.config.weights.keys() - set(names))
-        if missing or (not found and len(batch)):
+        if missing or (not fields and len(batch)):
             raise DataError(
                 f"The advantages `gdpo` found the rewards {names}"
                 + (f" and have weights for {missing}, which no rollout has. " if missing else ". ")
