@@ -22,7 +22,7 @@ class ExampleFeed:
         return [item.task for item in self.data.next(self.num_items)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next step begins."""
+        """Return the position at which the next step begins."""
         return {"data": self.data.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:

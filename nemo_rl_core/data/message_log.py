@@ -25,7 +25,7 @@ _CACHE_SIZE = 2048
 
 @frozen
 class Extension:
-    """What follows a sampled turn."""
+    """Continuation after a sampled turn."""
 
     token_ids: list[int]
     """Tokens to append after the sampled ones; for a fork, the whole new prompt."""
@@ -95,7 +95,7 @@ class ChatFormatter:
     def extend(
         self, messages_before: Sequence[Message], prompt_ids_so_far: Sequence[int], new_messages: Sequence[Message]
     ) -> Extension:
-        """What to append after the policy's last message so that it can speak again.
+        """Return the tokens to append after the policy's last message, for its next turn.
 
         The text in which the policy's last message was sampled, followed by that message, must open the
         new rendering, up to white space that a template strips; else the sequence forks.

@@ -31,7 +31,7 @@ class TaskItem:
     index: int
     """Running number over the run, from 0: the order in which groups are trained."""
     epoch: int
-    """How often the data had been seen before, from 0."""
+    """Number of the epoch, from 0."""
     row_index: int
     """Position of the row in its source (in its stream, counted from the start of the epoch)."""
     task_id: str

@@ -30,7 +30,7 @@ _RESPONSE_NAMES = ("response", "completion", "output", "answer")
 
 @frozen(kw_only=True)
 class RowFormat:
-    """How a row becomes a task or an example; made from a `DatasetConfig`."""
+    """Converts rows to tasks or examples; made from a `DatasetConfig`."""
 
     columns: Mapping[str, str] = Factory(dict)
     """Our name to the column's name in the data."""

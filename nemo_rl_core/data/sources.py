@@ -29,7 +29,7 @@ class TableRows:
     rows: Any
     """Has `__len__` and `__getitem__(int)`."""
     name: str
-    """What the data is called in messages."""
+    """Name of the data in messages."""
 
     @property
     def ordered(self) -> bool:

@@ -125,7 +125,7 @@ class RolloutFeed:
             self._pump.fill(self._wanted(self.num_prompts, version), version)
 
     def metrics(self, version: int) -> dict[str, float]:
-        """How the groups of the last step came; called once a step.
+        """Return metrics of how the last step's groups were sampled; called once a step.
 
         Args:
             version: Of the weights that they were trained on.
@@ -163,11 +163,11 @@ class RolloutFeed:
         return {f"async/{name}": value for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to begin the next step again: data order, finished groups, prompts under way."""
+        """Return the state at the start of the next step: data order, finished groups, prompts under way."""
         return self.mark()()
 
     def mark(self) -> Callable[[], dict[str, Any]]:
-        """What `state_dict` would now return, made when it is called."""
+        """Return a function that makes what `state_dict` would return now."""
         return self._pump.mark()
 
     def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:

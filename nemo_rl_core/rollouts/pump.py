@@ -25,7 +25,7 @@ class _Attempt:
 
     item: TaskItem
     version: int | None = None
-    """Of the weights when its first episode found a place; None while it waits for one."""
+    """Version of the weights when its first episode started; None while it waits for a place."""
     future: Future[RolloutGroup] | None = None
     abandoned: bool = False
 

@@ -34,7 +34,7 @@ class RecordedRollouts:
     """Groups read from disk."""
 
     source: str
-    """Where they come from, for messages."""
+    """Source of the rollouts, for messages."""
     groups: Sequence[RolloutGroup]
 
 
@@ -193,7 +193,7 @@ class RecordedFeed:
         return kept
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next step begins."""
+        """Return the position at which the next step begins."""
         return {"recorded": self._position}
 
     def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:

@@ -103,7 +103,7 @@ def _check_k(num: int, k: int, what: str) -> None:
 
 @frozen(kw_only=True)
 class Scoring:
-    """How rollouts become numbers."""
+    """Settings for scoring rollouts."""
 
     pass_at: Sequence[int] = ()
     """Each k of pass@k."""
@@ -112,7 +112,7 @@ class Scoring:
     correct_reward: float = 1.0
     """A rollout is correct if its reward is at least this."""
     answer_key: str = "extracted_answer"
-    """Where the environment's `info` has the answer."""
+    """Key of the answer in the environment's `info`."""
     answer_pattern: str | None = None
     """Regular expression that finds the answer in the response instead; its last match, of that the last group."""
 
@@ -121,7 +121,7 @@ class Scoring:
         return rollout.reward >= self.correct_reward - _ROUNDING
 
     def answer(self, rollout: Rollout) -> Hashable | None:
-        """What the rollout answered; None if there is nothing."""
+        """Return the answer of a rollout; None if it has none."""
         if self.answer_pattern is None:
             found = rollout.info.get(self.answer_key)
         else:

@@ -28,7 +28,7 @@ __all__ = ["EvaluationResult", "evaluate"]
 
 @frozen(kw_only=True)
 class EvaluationResult:
-    """What an evaluation found."""
+    """Result of an evaluation."""
 
     metrics: dict[str, float]
     """`accuracy` (mean reward), `pass@<k>`, `cons@<k>` and the statistics of the rollouts; means over the runs."""
@@ -51,7 +51,7 @@ def evaluate(config: RunConfig, inputs: RunInputs, *, output: Path | None = None
 
     Args:
         config: Finalized configuration; `evaluation` says how to sample and what to count, `validation` the rest.
-        inputs: Python objects that stand in for configured ones.
+        inputs: Python objects that replace configured ones.
         output: JSON-lines file for the rollouts of all runs.
 
     Raises:
@@ -139,7 +139,7 @@ def _subsets(items: Sequence[TaskItem], column: str | None) -> dict[str, list[in
 
 
 def _scoring(config: RunConfig, groups: Sequence[RolloutGroup]) -> Scoring:
-    """What to count; cons@k by default only where some rollout has an answer.
+    """Choose the scores; cons@k by default only if some rollout has an answer.
 
     Raises:
         ConfigError: cons@k is asked for, and no rollout has an answer.

@@ -35,7 +35,7 @@ class Checkpoint:
     path: Path
 
     def state(self) -> dict[str, Any]:
-        """What was given to `save` as `state`."""
+        """State that was passed to `save`."""
         return dict(_read_state(self.path)["state"])
 
 

@@ -23,7 +23,7 @@ __all__ = ["GlobalCounts", "NormalizedLoss", "count_trained"]
 
 @frozen(kw_only=True)
 class GlobalCounts:
-    """What is trained in one optimizer step, over all micro-batches and ranks."""
+    """Counts of trained items in one optimizer step, over all micro-batches and ranks."""
 
     tokens: int
     sequences: int

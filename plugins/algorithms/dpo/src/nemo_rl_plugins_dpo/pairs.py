@@ -84,7 +84,7 @@ class Pairs:
 class PairLoss(ABC):
     """A loss that compares the two answers of a pair; the mean over the pairs of the global batch.
 
-    A sub-class says what one pair costs and what it takes for the rewards.
+    A subclass says what one pair costs and what it takes for the rewards.
     """
 
     config_class: ClassVar[type]
