@@ -1,4 +1,4 @@
-"""Packages at the top level stand in folders of their own names, which pytest would take for the packages."""
+"""Packages at the top level are in folders of the same names, which pytest would take for the packages."""
 
 from __future__ import annotations
 

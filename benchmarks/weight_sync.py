@@ -33,7 +33,7 @@ from torch import Tensor
 
 from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
 from nemo_rl_core.infra.engines.workers import EngineWorkers
-from nemo_rl_core.infra.weights.fingerprint import KeptSums
+from nemo_rl_core.infra.weights.fingerprint import CachedSums
 from nemo_rl_core.infra.workers.local import LocalLauncher
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
 from nemo_rl_core.protocols.launcher import WorkerSpec
@@ -134,7 +134,7 @@ class Engine(GenerationBackend):
 
     def update_weights(self, version: int, tensors: Any, *, share: bool = False) -> None:
         """Copy in place."""
-        self.sums = KeptSums()
+        self.sums = CachedSums()
         for name, tensor in tensors:
             self.parameters[name].copy_(tensor)
             if self.digests:

@@ -85,7 +85,7 @@ def _module_page(module: Module, children: list[Module]) -> str:
 
 
 def _links(names: Iterable[str]) -> list[str]:
-    """In place of a toctree: hundreds of modules would stand in every sidebar, and make each page slow to write."""
+    """Replace a toctree: hundreds of modules in every sidebar would make each page slow to write."""
     return [f"- [`{name}`]({name}.md)" for name in names]
 
 

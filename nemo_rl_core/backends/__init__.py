@@ -1,1 +1,1 @@
-"""Parts that training backends are made of; imported by backends and their kits, by nothing of the run."""
+"""Parts that training backends share; only backends and their kits import them."""

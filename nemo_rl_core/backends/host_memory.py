@@ -1,4 +1,4 @@
-"""Tensors whose memory waits on the host, so that another process may use their device meanwhile."""
+"""Storage of tensors on the host, so that another process may use their device meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing and reading checkpoint files: atomically, with a checksum for each.
+"""Checkpoint files, written atomically and with a checksum for each.
 
 `torch.load` does not notice a changed byte inside a tensor, so each file has its size and CRC-32 beside it.
 """

@@ -1,4 +1,4 @@
-"""The error boundary: what a user reads when a command ends in an exception."""
+"""Error boundary of the command line: turns an exception into a message and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nemo-rl plan`: what a run would take on a cluster that is not here."""
+"""`nemo-rl plan`: estimates a run on a cluster that is not here."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def plan(
 ) -> None:
     """Predict step time, idle shares and memory of a configuration on a cluster that is not here.
 
-    The real run loop is simulated on a virtual clock, with engines and trainers of the given speeds. What is given on
-    the command line goes before what the run of --rates-from measured.
+    The real run loop is simulated on a virtual clock, with engines and trainers of the given speeds. Command-line
+    values take precedence over those that the run of --rates-from measured.
     """
     from attrs import asdict, evolve
 
@@ -209,7 +209,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _hints(config: RunConfig, rates: Rates, run: PlannedRun) -> list[str]:
-    """What stands in the way."""
+    """Show what prevents the run."""
     hints = []
     places = run.engines.num_engines * rates.engine_batch
     rollouts = config.num_items_per_step * config.group_size

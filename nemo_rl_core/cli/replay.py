@@ -1,4 +1,4 @@
-"""`nemo-rl replay`: one side of a run without the other, by rollouts on disk."""
+"""`nemo-rl replay`: runs the trainer or the sampler alone, with rollouts on disk in between."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def evaluate(
 ) -> None:
     """Sample the validation data of a configuration with its model and score the responses.
 
-    What is sampled and counted (pass@k, cons@k, runs, subsets) stands in `evaluation` of the configuration, such as
+    Sampling and scores (pass@k, cons@k, runs, subsets) are set in `evaluation` of the configuration, such as
     evaluation.num_generations_per_prompt=8 evaluation.temperature=1.
     """
     from nemo_rl_core.config import finalize, load_config

@@ -1,4 +1,4 @@
-"""Arithmetic that spans fields: what each value allows alone but the run does not.
+"""Checks across fields: combinations of values that are valid alone but not together.
 
 Any configuration class, a plugin's too, may add its own by a method `check(self)` that yields mistakes made
 with `mistake(path, problem, fix)`, paths relative to itself.
@@ -24,16 +24,16 @@ __all__ = ["check_tree"]
 
 def check_tree(config: RunConfig, resolver: Resolver | None = None) -> list[Mistake]:
     """The mistakes between the fields of a finished configuration; None is the registry of this process."""
-    found = [*_length_of_run(config), *_lengths(config)]
+    mistakes = [*_length_of_run(config), *_lengths(config)]
     for f in fields_of(type(config)):
         model = getattr(config, f.name)
         if isinstance(model, PolicyConfig):
             sizes = replica_sizes(model, config.plugins, resolver)
-            found += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
-    found += _roles_of(config.cluster)
-    found += _turns(config)
-    found += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
-    return [*found, *_evaluation(config), *_own_checks(config)]
+            mistakes += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
+    mistakes += _roles_of(config.cluster)
+    mistakes += _turns(config)
+    mistakes += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
+    return [*mistakes, *_evaluation(config), *_own_checks(config)]
 
 
 def _own_checks(node: Any) -> Iterator[Mistake]:
@@ -165,7 +165,7 @@ def _evaluation(config: RunConfig) -> Iterator[Mistake]:
     for name in ("pass_at", "cons_at"):
         for k in getattr(evaluation, name):
             if not 1 <= k <= num:
-                problem = f"k={k} of {num} rollouts per prompt cannot be had"
+                problem = f"k={k} of {num} rollouts per prompt is not available"
                 fix = f"Set evaluation.num_generations_per_prompt to {k} or more." if k > num else "Use 1 or more."
                 yield mistake(f"evaluation.{name}", problem, fix, related=related)
     temperature = validation.temperature if evaluation.temperature is None else evaluation.temperature

@@ -1,4 +1,4 @@
-"""Components chosen in a configuration: names resolved, options structured by the component's own class."""
+"""Components chosen in a configuration: resolves names, structures options by the component's class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a configuration amounts to, in one vocabulary: prompts, rollouts, tokens."""
+"""Arithmetic of a configuration: prompts, rollouts and tokens per step, rank and run."""
 
 from __future__ import annotations
 

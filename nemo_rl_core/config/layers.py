@@ -1,4 +1,4 @@
-"""Layers of a configuration: files with what they extend, mappings, and overrides; then one tree."""
+"""Layers of a configuration: files with those that they extend, mappings, overrides."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _with_bases(layer: Layer, folder: Path, chain: tuple[Path, ...]) -> tuple[li
             continue
         if not base.exists():
             problem = f"the file {str(base)!r} does not exist"
-            fix = "A path in `extends` is relative to the file that it stands in."
+            fix = "A path in `extends` is relative to the file that contains it."
             mistakes.append(Mistake(keys=("extends",), problem=problem, fix=fix, position=position))
             layers.append(missing)
             continue

@@ -1,4 +1,4 @@
-"""How many workers one replica of a model takes, which its training backend says."""
+"""Number of workers that one replica of a model takes, according to its training backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`load_config` and `finalize`: from what was written to what a run uses."""
+"""`load_config` and `finalize`: turn files, mappings and overrides into the configuration of a run."""
 
 from __future__ import annotations
 

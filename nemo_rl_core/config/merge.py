@@ -1,4 +1,4 @@
-"""Layers into one tree: mappings merge, everything else is replaced, and positions follow their values.
+"""Merging of layers into one tree: mappings merge, other values are replaced, positions follow their values.
 
 Three rules keep a later layer from tripping over an earlier one. Choosing another component drops the options
 of the one chosen before. Setting a shorthand (`model`) drops the long form (`policy.model_name`) of earlier

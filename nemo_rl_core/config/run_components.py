@@ -1,4 +1,4 @@
-"""Components of a run: found by name, made with their options, and remembered."""
+"""Components of a run: found by name, created with their options, and remembered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain data into attrs classes, strictly: nothing is coerced, and every mistake is reported.
+"""Strict conversion of plain data into attrs classes: coerces nothing and reports every mistake.
 
 The conversion is a cattrs converter whose hooks raise `Refused`, which carries a mistake for every value
 that does not fit; `structure` turns a tree into an object and those mistakes.

@@ -1,4 +1,4 @@
-"""A name that only a script or notebook registers, asked for where that code has not run."""
+"""Advice for a name that only a script or notebook registers, used where that code has not run."""
 
 from __future__ import annotations
 

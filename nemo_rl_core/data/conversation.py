@@ -1,4 +1,4 @@
-"""From a conversation to pieces of text, each trained or not.
+"""Splitting of conversations into pieces of text, each trained or not.
 
 What belongs to an assistant turn is found by comparing renderings: the conversation before it with the
 generation prompt, the conversation up to its end, and the whole. So any chat template will do, and what

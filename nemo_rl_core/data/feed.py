@@ -1,4 +1,4 @@
-"""Rows of the data for each step."""
+"""Feed of the run loop with rows of the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ExampleFeed:
         return None if items is None else [item.task for item in items]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next step begins."""
+        """Return the position at which the next step begins."""
         return {"data": self.data.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The data module: the single way by which a run gets its rows, in an order that survives a restart."""
+"""The data module: delivers the rows of a run in an order that survives a restart."""
 
 from __future__ import annotations
 
@@ -147,11 +147,11 @@ class DataModule:
         rows = self._set("validation")
         if isinstance(rows.rows, RowStream):
             stream, _ = rows.rows.start(0)
-            found = enumerate(islice(stream, limit))
+            numbered = enumerate(islice(stream, limit))
         else:
             count = len(rows.rows) if limit is None else min(limit, len(rows.rows))
-            found = enumerate(rows.rows[i] for i in range(count))
-        items = [rows.item(index=i, epoch=0, row_index=i, row=row) for i, row in found]
+            numbered = enumerate(rows.rows[i] for i in range(count))
+        items = [rows.item(index=i, epoch=0, row_index=i, row=row) for i, row in numbered]
         if not items:
             raise DataError(f"{rows.name} is empty: there is nothing to validate on.")
         return items
@@ -159,7 +159,7 @@ class DataModule:
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands in its data; plain values that JSON can hold."""
+        """Position of the run in its data, as plain values that JSON can hold."""
         self._started()
         return {
             "version": _VERSION,

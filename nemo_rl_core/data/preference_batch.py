@@ -1,4 +1,4 @@
-"""Pairs of answers as batches, and where in a batch the two of each pair stand.
+"""Batches of preference pairs, and the positions of the two answers of each pair.
 
 Legend: P pairs, B = 2 P sequences, N tokens.
 """

@@ -1,4 +1,4 @@
-"""From what a user calls a dataset to its rows: components by name, files and hub names, rows in Python."""
+"""Loading of rows from whatever a user names: a component, a file, a hub name, or rows in Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TableRows:
     rows: Any
     """Has `__len__` and `__getitem__(int)`."""
     name: str
-    """What the data is called in messages."""
+    """Name of the data in messages."""
 
     @property
     def ordered(self) -> bool:

@@ -1,4 +1,4 @@
-"""A socket at which other processes arrive, each having proved that it knows a secret, and arriving there."""
+"""Socket for other processes to connect to; each proves that it knows a secret, and gets the same proof."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What time it is, and how a thread waits for another: the one place that a simulation replaces."""
+"""Clock and conditions of a run: the one place that a simulation replaces."""
 
 from __future__ import annotations
 

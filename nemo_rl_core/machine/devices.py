@@ -1,4 +1,4 @@
-"""The devices of this machine."""
+"""Detection of this machine's devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noticing a peer that neither answers nor ends: a process that hangs, a machine that is gone."""
+"""Detection of a peer that neither answers nor ends: a process that hangs, a machine that is gone."""
 
 from __future__ import annotations
 

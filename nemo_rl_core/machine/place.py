@@ -1,4 +1,4 @@
-"""Where a process is: which others it shares memory with, and how those elsewhere reach it."""
+"""Place of a process: the processes with which it shares memory, and its address for the others."""
 
 from __future__ import annotations
 

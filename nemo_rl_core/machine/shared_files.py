@@ -1,4 +1,4 @@
-"""Files in memory that processes of one machine share, such as weights on their way to an engine."""
+"""Files in memory that the processes of one machine share, such as weights for an engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SharedFile:
         reserve: Its memory now; else before it is written to, with `reserve`.
 
     Raises:
-        ResourceError: There is not so much memory of this kind.
+        ResourceError: There is not enough memory of this kind.
 
     Attributes:
         path: What other processes open it by.
@@ -63,7 +63,7 @@ class SharedFile:
         """Have memory for `num_bytes` from `offset` on.
 
         Raises:
-            ResourceError: There is not so much of this kind.
+            ResourceError: There is not enough memory of this kind.
         """
         try:
             if num_bytes and hasattr(os, "posix_fallocate"):

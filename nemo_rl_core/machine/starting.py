@@ -1,4 +1,4 @@
-"""What holds while this process starts another one."""
+"""Precautions while this process starts another one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deadlines of thousands of waits with one timer: each wait sets a number, and a watch looks at them all."""
+"""Deadlines of thousands of waits with one timer."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class DeadlineWatch:
             self._timer = asyncio.get_running_loop().call_later(self._tick_s, self._look)
 
     def remove(self, deadline: Deadline) -> None:
-        """Watch it no more."""
+        """Stop watching this deadline."""
         self._deadlines.discard(deadline)
 
     def _look(self) -> None:

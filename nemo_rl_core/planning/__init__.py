@@ -1,1 +1,1 @@
-"""What a run would take, on machines that are not here: memory, step time, and simulated runs."""
+"""Estimates of a run on machines that are not here: memory, step time, simulated runs."""

@@ -1,4 +1,4 @@
-"""What the models of a run need of a device's memory, estimated from their shapes."""
+"""Device memory that the models of a run need, estimated from their shapes."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class ModelEstimate:
 
 @frozen(kw_only=True)
 class MemoryEstimate:
-    """Bytes on one device of each side."""
+    """Estimated bytes on one device of a trainer and of an engine."""
 
     models: dict[str, ModelEstimate]
-    """By role, the policy first; a reference that is the policy without its adapters is none."""
+    """Estimates by role, the policy first. A reference that is the policy without its adapters has no entry."""
     engine_weights: float
     engine_cache: float
     """Keys and values of a full batch, each sequence as long as on average while it is sampled."""
     engine_cache_longest: float
-    """Of a full batch, every sequence at its longest: a bound that a paged cache does not come to."""
+    """Keys and values of a full batch with every sequence at its longest; a paged cache stays below this bound."""
     sharing: Literal["apart", "in_turn", "together"] = "apart"
     """Whether trainer and engine have devices of their own, take turns on one, or hold it at the same time."""
     notes: list[str] = field(factory=list)

@@ -1,4 +1,4 @@
-"""Which engines a run would have, as the run itself decides it."""
+"""Engines that a run would have, by the rules of the run itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would take on a cluster that is not here: the simulation, fed with a configuration and rates."""
+"""Plan of a run on a cluster that is not here: a simulation of its configuration at given rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast the parts of a cluster are: given, or measured by a run."""
+"""Speeds of the parts of a cluster: given, or measured by a run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def rates_from_run(run_dir: Path) -> dict[str, Any]:
     sampling = statistics.fmean(_sampling_s(m) for m in steps)
     turns = max(1.0, _mean(steps, "rollouts/turns_mean"))
     refused = statistics.fmean(_refused(m) for m in steps)
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "response_tokens": response / turns,
         "prompt_tokens": max(tokens / (rollouts * (1 - refused)) - response, 0.0),
         "turns": turns,
@@ -86,14 +86,14 @@ def rates_from_run(run_dir: Path) -> dict[str, Any]:
         "overhead_s": sum(_mean(steps, f"timing/{n}") for n in ("build_batch", "advantages", "record")),
     }
     if training > 0:
-        found["trainer_tokens_per_s"] = tokens / training / workers
+        measured["trainer_tokens_per_s"] = tokens / training / workers
     if sampling > 0:
         engines = _mean(steps, "generation/engines") or 1.0  # only engines in processes of their own count themselves
-        found["engine_tokens_per_s"] = response * rollouts / sampling / engines
+        measured["engine_tokens_per_s"] = response * rollouts / sampling / engines
     spread = _spread(run_dir)
     if spread is not None:
-        found["response_spread"] = spread
-    return found
+        measured["response_spread"] = spread
+    return measured
 
 
 def _refused(metrics: dict[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""The policy, as agents and environments ask it."""
+"""The policy as agents and environments call it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["CallRefused", "PolicyAnswer", "PolicyCall", "PolicyChoice", "PolicyS
 
 
 class CallRefused(NemoRLError, RuntimeError):
-    """The session takes this call no more.
+    """Raised if the session no longer accepts this call.
 
     Attributes:
         code: `context_length_exceeded`, `max_turns_exceeded` or `session_closed`.
@@ -28,25 +28,25 @@ class CallRefused(NemoRLError, RuntimeError):
 
 @frozen(kw_only=True)
 class PolicyCall:
-    """One call: messages, or a prompt. Temperature, top-p and top-k are the run's."""
+    """One call of the policy, with messages or a prompt. Temperature, top-p and top-k are the run's."""
 
     messages: Sequence[Mapping[str, Any]] | None = None
-    """A conversation, rendered by the chat template."""
+    """Conversation that the chat template renders."""
     prompt: str | Sequence[int] | None = None
-    """Text or token ids, taken as they are."""
+    """Text or token ids, used without a template."""
     tools: Sequence[Mapping[str, Any]] = ()
-    """What the policy may call, as the chat API describes functions; its calls are then read out of the answer."""
+    """Functions that the policy may call, as the chat API describes them; the answer's calls of them are parsed."""
     single_tool_call: bool = False
-    """Tell only the first of several calls of tools in one answer."""
+    """Whether to report only the first of several tool calls in one answer."""
     n: int = 1
-    """Answers to sample."""
+    """Number of answers to sample."""
     max_new_tokens: int | None = None
-    """Of one answer; None is the run's. What the context leaves is the limit above it."""
+    """Maximum tokens of one answer; None means the run's. The room left in the context limits it further."""
     stop: tuple[str, ...] = ()
-    """Beside those of the run."""
+    """Stop texts in addition to those of the run."""
     seed: int | None = None
-    """Calls of a session with equal prompt and seed get equal answers. Another session draws others all the same:
-    the rollouts of a group must differ."""
+    """Seed of the answers. Within a session, equal prompt and seed get equal answers. Other sessions get other answers
+    all the same, because the rollouts of a group must differ."""
 
 
 @frozen(kw_only=True)
@@ -54,42 +54,42 @@ class PolicyChoice:
     """One sampled answer."""
 
     message: dict[str, Any]
-    """The assistant's message as the chat API has it."""
+    """The assistant's message in the format of the chat API."""
     text: str
-    """All that the policy said, without special tokens, up to the stop string."""
+    """Whole text of the answer, without special tokens, up to the stop text."""
     completion: Completion
 
     @property
     def finish_reason(self) -> str:
-        """stop, length, or tool_calls if there are some."""
+        """Reason why the answer ended: "length", "tool_calls" if it calls tools, or "stop"."""
         if self.completion.finish_reason == "length":
             return "length"
         return "tool_calls" if self.message.get("tool_calls") else "stop"
 
 
 class PolicyAnswer(Protocol):
-    """The answer to one call. Nothing of it is trained on before `record`."""
+    """The answer to one call. It is not trained on unless it is recorded."""
 
     number: int
-    """Of the call in its session, from 0."""
+    """Number of the call in its session, from 0."""
     prompt_ids: list[int]
     choices: list[PolicyChoice]
 
     def record(self) -> PolicyAnswer:
-        """Keep it as sampled by this episode: whoever asked has got it, or is about to."""
+        """Record the answer in this episode: the caller has received it, or is about to."""
         ...
 
     def discard(self) -> None:
-        """Nobody got it: it is not trained on, and whoever asks the same again gets the same."""
+        """Drop an answer that nobody received: it is not trained on, and a repeated call gets the same answer."""
         ...
 
 
 class PolicySession(Protocol):
-    """The calls of one episode, which the rollout engine lends to an environment that asks the policy itself.
+    """Access to the policy for one episode. The rollout engine gives it to an environment that makes its own calls.
 
     Attributes:
-        failure: The engine failed the last call with this, and none has succeeded since.
-        refused: The last `CallRefused` that the session raised while it was open.
+        failure: Error with which the engine failed the last call; None once a later call has succeeded.
+        refused: Last `CallRefused` that the session raised while it was open.
     """
 
     failure: Exception | None
@@ -97,24 +97,24 @@ class PolicySession(Protocol):
 
     @property
     def segments(self) -> list[list[Turn]]:
-        """What is recorded: a list of turns for each training sequence, as in `Rollout.segments`."""
+        """Recorded turns, one list for each training sequence, as in `Rollout.segments`."""
         ...
 
     async def ask(self, call: PolicyCall) -> PolicyAnswer:
-        """Sample the answer to a call; `record` it once it is used.
+        """Sample the answer to a call; call `record` on it once it is used.
 
         Raises:
             DataError: The call cannot be understood.
-            CallRefused: The context is full, the session has had its turns, or it is closed.
+            CallRefused: The context is full, the session has used its turns, or it is closed.
             DeadlineExceeded: There was no answer in time.
             GenerationError: The engine cut the answer off, or gave one that cannot be trained on.
         """
         ...
 
     def decode(self, token_id: int) -> str:
-        """Text of one token."""
+        """Return the text of one token."""
         ...
 
     def close(self) -> None:
-        """End the calls under way and take no more; may be called twice."""
+        """End the calls in flight and refuse new ones; may be called twice."""
         ...

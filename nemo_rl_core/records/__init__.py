@@ -1,1 +1,1 @@
-"""What is handed from one stage to the next: messages, completions, rollouts, batches, the state of a run."""
+"""Data that one stage hands to the next: messages, completions, rollouts, batches, the state of a run."""

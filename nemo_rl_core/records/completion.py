@@ -1,4 +1,4 @@
-"""What an engine returns for one request."""
+"""Completion of one request, as an engine returns it."""
 
 from __future__ import annotations
 

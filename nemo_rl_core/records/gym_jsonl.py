@@ -1,4 +1,4 @@
-"""Rollouts in the rows that NeMo Gym writes (OpenAI Responses items), read into our records."""
+"""Reader of rollouts in the rows that NeMo Gym writes (OpenAI Responses items)."""
 
 from __future__ import annotations
 

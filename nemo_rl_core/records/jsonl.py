@@ -1,4 +1,4 @@
-"""Rollouts as JSON lines: one rollout a line, read back exactly by us and in part by NeMo Gym tools.
+"""Rollouts as JSON lines, one per line. We read them back exactly; NeMo Gym tools read them in part.
 
 Each line has the keys that NeMo Gym writes (`responses_create_params.input`, `response.output` with
 `prompt_token_ids`, `generation_token_ids` and `generation_log_probs` on the policy's messages, `reward`,

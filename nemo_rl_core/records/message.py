@@ -1,4 +1,4 @@
-"""What an environment and a policy say to each other."""
+"""Messages between an environment and a policy."""
 
 from __future__ import annotations
 

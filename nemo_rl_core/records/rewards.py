@@ -1,4 +1,4 @@
-"""Rewards by name, checked."""
+"""Checks of rewards by name."""
 
 from __future__ import annotations
 

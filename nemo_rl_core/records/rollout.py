@@ -1,4 +1,4 @@
-"""Records of what was sampled: turn, rollout, group.
+"""Records of sampling: turn, rollout, group.
 
 Token in, token out: a turn of the policy carries the token ids and logprobs that the engine sampled;
 text is never re-tokenised to train.
@@ -41,7 +41,7 @@ class RolloutError:
     type: str
     message: str
     origin: str | None = None
-    """Who raised it, such as `plugin maze 1.2 (dist acme-maze), environment step`; None if that is the core."""
+    """Origin of the error, such as `plugin maze 1.2 (dist acme-maze), environment step`; None if that is the core."""
 
 
 @define(kw_only=True)
@@ -106,7 +106,7 @@ class Rollout:
 
     @property
     def num_weight_versions(self) -> int:
-        """How many weight versions sampled it, from the first to the last; 0 if nothing was sampled."""
+        """Number of weight versions that sampled it, from the first to the last; 0 if nothing was sampled."""
         turns = [t for s in self.segments for t in s if t.weight_version is not None]
         if not turns:
             return 0

@@ -1,4 +1,4 @@
-"""What is known of a run while it runs, and what it returns."""
+"""State of a run while it runs, and its result."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class RunState:
 
 @frozen(kw_only=True)
 class RunResult:
-    """What `fit` returns."""
+    """Result of `fit`."""
 
     status: str
     """"completed" or "interrupted"."""
     step: int
     metrics: dict[str, float]
-    """Of the last step."""
+    """Metrics of the last step."""
     history: list[dict[str, float]]
     run_dir: Path
     model_path: Path | None

@@ -1,4 +1,4 @@
-"""Seeds that depend on what is sampled, never on when: equal on every machine and in every order."""
+"""Seeds that depend on the sampled item only, so that they are equal on every machine and in every order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From recorded rollouts to a training batch.
+"""Conversion of recorded rollouts to a training batch.
 
 Legend: B sequences, N tokens in all.
 """

@@ -1,4 +1,4 @@
-"""Calls of tools: read out of what a policy said, and as the chat API and chat templates have them."""
+"""Tool calls: parsed from a policy's text, and converted for the chat API and chat templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names to components: index, decorators, resolution, manifest; and the hooks of a run.
+"""Registry of components: index, decorators, resolution, manifest; and the hooks of a run.
 
 Discovery reads metadata only. Nothing of a plugin is imported before it is selected.
 """

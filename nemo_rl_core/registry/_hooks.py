@@ -69,7 +69,7 @@ class HookPlugins:
         plugins: In the order in which they are called (`tryfirst` and `trylast` go before and after).
 
     Raises:
-        PluginError: A listener has a method that looks like a hook and is none, or asks for an argument
+        PluginError: A listener has a method that looks like a hook but is not one, or asks for an argument
             that its hook does not have.
     """
 
@@ -274,7 +274,7 @@ def _validate(plugin: HookPlugin) -> None:
         elif (options or looks_like_one) and not options.get("optionalhook"):
             raise PluginError(
                 f"{plugin.label}: {name!r} is no hook.{_suggest(hook)} "
-                "Names that begin with on_ or nemo_rl_ are hooks; call it something else if it is none."
+                "Names that begin with on_ or nemo_rl_ are hooks; rename it if it is not a hook."
             )
         elif name in SPECS and not isinstance(plugin.listener, ModuleType) and not isinstance(found, property):
             raise PluginError(f"{plugin.label}: {name!r} has a hook's name but is {found!r}, not a function.")

@@ -1,4 +1,4 @@
-"""Which components a run uses, exactly: shown at its start, written into checkpoints, compared on resume."""
+"""Manifest of a run's components: shown at its start, written into checkpoints, compared on resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user reads when a name does not lead to one component."""
+"""Messages for a name that does not lead to one component."""
 
 from __future__ import annotations
 

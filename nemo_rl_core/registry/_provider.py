@@ -1,4 +1,4 @@
-"""Who provides a component."""
+"""Provider of a component."""
 
 from __future__ import annotations
 

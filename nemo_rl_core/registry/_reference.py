@@ -1,4 +1,4 @@
-"""A component by reference: known by name at once, imported when asked for, sent to workers."""
+"""Reference to a component: known by name at once, imported on demand, sent to workers."""
 
 from __future__ import annotations
 

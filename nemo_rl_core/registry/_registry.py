@@ -1,4 +1,4 @@
-"""The registry: from a name to a component."""
+"""The registry: resolves names to components."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Registry:
             choice: `name`, `dist:name`, `module:attr`, a class, function or object, or a reference;
                 None is the default of the kind.
             plugins: Bare name to full name where two distributions provide one (the `plugins` section
-                of a configuration); goes before what `prefer` was told.
+                of a configuration); takes precedence over the choices of `prefer`.
 
         Raises:
             PluginNotFound: Nothing of that name; says what is installed and what to install.

@@ -51,7 +51,7 @@ logger = logging.getLogger("nemo_rl_core.debug")
 Event = Literal["import", "made", "call", "hook"]
 
 _PER_ROLLOUT = ("environments", "rewards", "generate")
-"""What is called for every rollout stands in the file only, not in the log."""
+"""Calls that occur in every rollout; they are written to the file only, not to the log."""
 
 _ORIGIN = "_nemo_rl_origin"
 _DISTRIBUTION = "_nemo_rl_distribution"

@@ -1,4 +1,4 @@
-"""Whether a machine or a process has the plugins that another one expects of it; imports no plugin."""
+"""Comparison of a process's plugins with those that another one expects; imports no plugin."""
 
 from __future__ import annotations
 

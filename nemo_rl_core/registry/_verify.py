@@ -1,4 +1,4 @@
-"""Whether what an entry point led to is what its kind requires."""
+"""Verification that a loaded component is what its kind requires."""
 
 from __future__ import annotations
 

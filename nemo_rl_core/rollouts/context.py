@@ -1,4 +1,4 @@
-"""What the rollout engine lends to the environment of one episode."""
+"""Tools that the rollout engine gives to the environment of one episode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many failed rollouts a run bears."""
+"""Limit on the failed rollouts of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a step's items come from: rows of a dataset, or groups sampled by the policy."""
+"""Feed of the run loop with groups that the policy samples."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["RolloutFeed"]
 class RolloutFeed:
     """Groups of rollouts, through a bounded buffer with a staleness bound.
 
-    Prompts are started in data order. With a bound of 0 those of a step are started when it begins. With a bound of k
-    those of the k steps after it are under way too, and no more: so many can be trained on within the bound.
+    Prompts are started in data order. With a bound of 0, the prompts of a step are started when it begins. With a bound
+    of k, those of the next k steps are under way too; more could not be trained on within the bound.
 
     Args:
         data: Where prompts come from.
@@ -120,13 +120,13 @@ class RolloutFeed:
         return None if items is None else [item.task for item in items]
 
     def start(self, version: int) -> None:
-        """Start what may be sampled with new weights, before the trainer asks for it; with a bound of 0 nothing."""
+        """Start the prompts that may be sampled with new weights, before the trainer asks; no-op with a bound of 0."""
         if self.staleness > 0 and (self.last_step is None or version < self.last_step):
             self._give_up(self._overdue(version))
             self._pump.fill(self._wanted(self.num_prompts, version), version)
 
     def metrics(self, version: int) -> dict[str, float]:
-        """How the groups of the last step came; called once a step.
+        """Return metrics of how the last step's groups were sampled; called once a step.
 
         Args:
             version: Of the weights that they were trained on.
@@ -164,11 +164,11 @@ class RolloutFeed:
         return {f"async/{name}": value for name, value in metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to begin the next step again: data order, finished groups, prompts under way."""
+        """Return the state at the start of the next step: data order, finished groups, prompts under way."""
         return self.mark()()
 
     def mark(self) -> Callable[[], dict[str, Any]]:
-        """What `state_dict` would now return, made when it is called."""
+        """Return a function that makes what `state_dict` would return now."""
         return self._pump.mark()
 
     def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:

@@ -25,7 +25,7 @@ class _Attempt:
 
     item: TaskItem
     version: int | None = None
-    """Of the weights when its first episode found a place; None while it waits for one."""
+    """Version of the weights when its first episode started; None while it waits for a place."""
     future: Future[RolloutGroup] | None = None
     abandoned: bool = False
 
@@ -107,7 +107,7 @@ class RolloutPump:
             del self._attempts[group.group_id]
 
     def give_back(self, groups: Sequence[RolloutGroup]) -> None:
-        """The trainer needs these no more, though it had asked for them; a later `fill` samples their prompts again."""
+        """Put back groups that the trainer took but does not need; a later `fill` samples their prompts again."""
         for group in groups:
             self._returned.append(self._attempts.pop(group.group_id).item)
             self.buffer.give_back(group.group_id)

@@ -1,4 +1,4 @@
-"""Rollouts on disk in place of one side of a run: train without an engine, or sample without a trainer."""
+"""Rollouts on disk in place of sampling: reading them, and feeding a run with them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RecordedRollouts:
     """Groups read from disk."""
 
     source: str
-    """Where they come from, for messages."""
+    """Source of the rollouts, for messages."""
     groups: Sequence[RolloutGroup]
 
 
@@ -61,8 +61,8 @@ def read_recorded(path: str | Path) -> RecordedRollouts:
 
 
 def _step(path: Path) -> int:
-    found = re.search(r"step_(\d+)", path.name)
-    return int(found.group(1)) if found else 0
+    match = re.search(r"step_(\d+)", path.name)
+    return int(match.group(1)) if match else 0
 
 
 # -- whether they can be trained on -------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class RecordedFeed:
         return kept
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next step begins."""
+        """Return the position at which the next step begins."""
         return {"recorded": self._position}
 
     def load_state_dict(self, state: dict[str, Any], *, version: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What several attempts at a prompt say of a model: pass@k and cons@k.
+"""Scores of several attempts at a prompt: pass@k and cons@k.
 
 Legend: n attempts at a prompt, c of them correct, k of them looked at.
 """
@@ -63,7 +63,7 @@ def cons_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: in
     for answer, is_correct in zip(answers, correct, strict=True):
         if answer is not None:
             votes[answer].append(is_correct)
-    groups = [(len(found), sum(found) / len(found)) for found in votes.values()]
+    groups = [(len(rewards), sum(rewards) / len(rewards)) for rewards in votes.values()]
     silent = num - sum(count for count, _ in groups)
     wins = fsum(_wins(groups, silent, k, most) for most in range(1, min(k, max((c for c, _ in groups), default=0)) + 1))
     return wins / comb(num, k)
@@ -98,12 +98,12 @@ def _wins(groups: Sequence[tuple[int, float]], silent: int, k: int, most: int) -
 
 def _check_k(num: int, k: int, what: str) -> None:
     if not 1 <= k <= num:
-        raise ConfigError(f"{what}: k={k} of {num} attempts cannot be had. Sample more, or take k from 1 to {num}.")
+        raise ConfigError(f"{what}: k={k} of {num} attempts is not available. Sample more, or take k from 1 to {num}.")
 
 
 @frozen(kw_only=True)
 class Scoring:
-    """How rollouts become numbers."""
+    """Settings for scoring rollouts."""
 
     pass_at: Sequence[int] = ()
     """Each k of pass@k."""
@@ -112,7 +112,7 @@ class Scoring:
     correct_reward: float = 1.0
     """A rollout is correct if its reward is at least this."""
     answer_key: str = "extracted_answer"
-    """Where the environment's `info` has the answer."""
+    """Key of the answer in the environment's `info`."""
     answer_pattern: str | None = None
     """Regular expression that finds the answer in the response instead; its last match, of that the last group."""
 
@@ -121,7 +121,7 @@ class Scoring:
         return rollout.reward >= self.correct_reward - _ROUNDING
 
     def answer(self, rollout: Rollout) -> Hashable | None:
-        """What the rollout answered; None if there is nothing."""
+        """Return the answer of a rollout; None if it has none."""
         if self.answer_pattern is None:
             found = rollout.info.get(self.answer_key)
         else:
@@ -142,11 +142,11 @@ def score_groups(groups: Sequence[RolloutGroup], scoring: Scoring) -> dict[str, 
     if rollouts:
         metrics["accuracy"] = fsum(rollout.reward for rollout in rollouts) / len(rollouts)
     for k in scoring.pass_at:
-        found = [_pass(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
-        metrics.update(_mean(f"pass@{k}", found))
+        scores = [_pass(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
+        metrics.update(_mean(f"pass@{k}", scores))
     for k in scoring.cons_at:
-        found = [_cons(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
-        metrics.update(_mean(f"cons@{k}", found))
+        scores = [_cons(group.valid, scoring, k) for group in groups if len(group.valid) >= k]
+        metrics.update(_mean(f"cons@{k}", scores))
     largest = max((*scoring.pass_at, *scoring.cons_at), default=1)
     short = sum(len(group.valid) < largest for group in groups)
     return {**metrics, "num_short": float(short)} if short else metrics

@@ -1,4 +1,4 @@
-"""Configuration classes, one module per part of a run; each default stands on its field and nowhere else."""
+"""Configuration classes, one module for each part of a run. A default is written on its field and nowhere else."""
 
 from nemo_rl_core.schema.choice import ComponentChoice, component
 from nemo_rl_core.schema.cluster import ClusterConfig

@@ -1,4 +1,4 @@
-"""A component chosen by name, and its options."""
+"""The choice of a component by name, with its options."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["ComponentChoice", "component"]
 
 @frozen(kw_only=True)
 class ComponentChoice:
-    """A component chosen by name, with its own options.
+    """The choice of a component by name, with its own options.
 
-    In a file either the bare name (`environment: math`) or `{name: ..., options: {...}}`; in Python also
-    the component itself. Fields of this type carry `metadata={"kind": <kind>}`.
+    A file has either the bare name (`environment: math`) or `{name: ..., options: {...}}`; Python code may
+    also give the component itself. Fields of this type carry `metadata={"kind": <kind>}`.
     """
 
     name: Any = None
-    """`name`, `dist:name`, `module:attr` or a Python object; None is the installed default of the kind."""
+    """Component: `name`, `dist:name`, `module:attr` or a Python object. None takes the kind's installed default."""
     options: Any = Factory(dict)
-    """Structured by the component's `config_class`."""
+    """Options of the component, structured by its `config_class`."""
 
 
 def component(kind: str, default: str | None = None, **options: Any) -> Any:
-    """An attrs field that chooses a component of `kind`, by default `default` with these options.
+    """Make an attrs field that chooses a component of `kind`, by default `default` with these options.
 
-    Options that are configured without a name, or with this name, are laid over these.
+    Options that are configured without a name, or with this name, override these one by one.
     """
     return field(default=ComponentChoice(name=default, options=options), metadata={"kind": kind})

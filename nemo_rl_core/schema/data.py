@@ -1,4 +1,4 @@
-"""Settings of the data."""
+"""Settings of training and validation data."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["DataConfig", "DatasetConfig"]
 
 @frozen(kw_only=True)
 class DatasetConfig:
-    """Where rows come from and how a row becomes a prompt."""
+    """Source of rows, and how a row becomes a prompt."""
 
     source: Any = None
-    """Dataset component (`huggingface`, `jsonl`, ...), a file or folder or hub name (the source is told from
-    it), or rows in Python."""
+    """Dataset component (`huggingface`, `jsonl`, ...); or a file, folder or hub name, from which the component
+    is chosen; or, in Python, the rows themselves."""
     options: Any = field(factory=dict, metadata={"options_of": ("datasets", "source"), "open": True})
     """Settings of the dataset component, structured by its `config_class`."""
     columns: dict[str, str] = Factory(dict)
-    """Our name to the column's name in the data, such as `{prompt: question, answer: solution}`."""
+    """Column in the data for each name that the run uses, such as `{prompt: question, answer: solution}`."""
     prompt_template: str | None = None
     """Python format string over the row's columns, such as "Solve: {question}"."""
     system_prompt: str | None = None
-    """Text of a system message put before each prompt; None is none."""
+    """Text of a system message before each prompt. None adds no message."""
     limit: int | None = field(default=None, validator=optional(ge(1)))
-    """Use only the first rows."""
+    """Number of rows to use, from the first. None uses all."""
 
 
 @frozen(kw_only=True)
@@ -37,11 +37,11 @@ class DataConfig:
     train: DatasetConfig = Factory(DatasetConfig)
     """Rows to train on."""
     validation: DatasetConfig | None = None
-    """Rows to validate on; None is none."""
+    """Rows to validate on. None means no validation data."""
     shuffle: bool = True
-    """Take the training rows in a new order each epoch, fixed by `seed`."""
+    """Whether to take the training rows in a new order each epoch, determined by `seed`."""
     chat_template: str | None = None
-    """A Jinja chat template, or the path of one; None is the tokenizer's. Without any, the contents of
-    the messages are joined as they are."""
+    """Jinja chat template, or the path of one. None takes the tokenizer's; if it has none, the contents of
+    the messages are joined without markup."""
     chat_template_kwargs: dict[str, Any] = Factory(dict)
-    """Further variables of the chat template."""
+    """Further variables for the chat template."""

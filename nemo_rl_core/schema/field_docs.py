@@ -1,4 +1,4 @@
-"""The documentation of fields: the docstring under each, read from the source."""
+"""Documentation of fields: the docstring under each, read from the source."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["field_docs"]
 
 
 def field_docs(cls: Any) -> dict[str, str]:
-    """Field name to the docstring under it, inherited ones included, each as one line.
+    """Map each field, inherited ones included, to the docstring under it as one line.
 
-    Empty where there is no source, as for classes typed into an interpreter.
+    The result is empty if there is no source, as for classes typed into an interpreter.
     """
     return _field_docs(cls)
 
@@ -43,13 +43,13 @@ def _own_docs(cls: type) -> dict[str, str]:
 
 @cache
 def _classes(file: str) -> dict[str, ast.ClassDef]:
-    """The classes of a source file by qualified name."""
+    """Return the classes of a source file by qualified name."""
     try:
         with open(file, encoding="utf-8") as stream:
             tree = ast.parse(stream.read())
     except (OSError, SyntaxError, ValueError):
         return {}
-    found: dict[str, ast.ClassDef] = {}
+    classes: dict[str, ast.ClassDef] = {}
 
     def walk(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
@@ -57,8 +57,8 @@ def _classes(file: str) -> dict[str, ast.ClassDef]:
             if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 name = f"{prefix}{child.name}."
                 if isinstance(child, ast.ClassDef):
-                    found[f"{prefix}{child.name}"] = child
+                    classes[f"{prefix}{child.name}"] = child
             walk(child, name)
 
     walk(tree, "")
-    return found
+    return classes

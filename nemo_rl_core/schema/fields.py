@@ -1,4 +1,4 @@
-"""The fields and types of configuration classes."""
+"""Fields and types of configuration classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["alternatives", "config_class_of", "default_of", "fields_of", "same",
 
 
 def fields_of(cls: Any) -> tuple[attrs.Attribute[Any], ...]:
-    """The fields of an attrs class that its constructor takes, annotations resolved."""
+    """Return the fields of an attrs class that its constructor takes, with annotations resolved."""
     return _fields_of(cls)
 
 
@@ -31,24 +31,24 @@ def _fields_of(cls: Any) -> tuple[attrs.Attribute[Any], ...]:
 
 
 def alternatives(tp: Any) -> tuple[Any, ...]:
-    """The members of a union; a type alone otherwise."""
+    """Return the members of a union, or the type itself if it is no union."""
     return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
 
 
 def config_class_of(tp: Any) -> type | None:
-    """The one attrs class of a field's type, through `X | None`."""
+    """Return the attrs class in a field's type, such as `X` in `X | None`; None unless there is exactly one."""
     classes = [arm for arm in alternatives(tp) if isinstance(arm, type) and attrs.has(arm)]
     return classes[0] if len(classes) == 1 else None
 
 
 def shorthands(cls: Any) -> dict[str, tuple[str, ...]]:
-    """Field name to the path of the value that it stands for."""
+    """Map the name of each shorthand field to the path of the value that it sets."""
     named = ((f.name, f.metadata.get("shorthand_for")) for f in fields_of(cls))
     return {name: tuple(long.split(".")) for name, long in named if long}
 
 
 def default_of(attribute: attrs.Attribute[Any]) -> Any:
-    """The default value; `attrs.NOTHING` if there is none or it depends on the object."""
+    """Return the default value; `attrs.NOTHING` if there is none or it depends on the object."""
     default: Any = attribute.default
     if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
         return attrs.NOTHING if default.takes_self else default.factory()
@@ -56,7 +56,7 @@ def default_of(attribute: attrs.Attribute[Any]) -> Any:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equality that holds for arrays and tables too, which answer `==` with another."""
+    """Compare two values, arrays and tables included, whose `==` returns another array."""
     if left is right:
         return True
     try:
@@ -66,7 +66,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def type_name(tp: Any) -> str:
-    """A type in words a reader of YAML knows: `integer or null`, `list of text`."""
+    """Describe a type in words that a reader of YAML knows: `integer or null`, `list of text`."""
     if tp is Any:
         return "anything"
     arms = alternatives(tp)

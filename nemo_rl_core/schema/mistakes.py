@@ -1,4 +1,4 @@
-"""Mistakes of a configuration: one record each, all of them in one error."""
+"""Mistakes in a configuration: one record for each, all of them in one error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Key = str | int
 
 @frozen
 class Position:
-    """Where a value was written."""
+    """Place where a value was written."""
 
     source: str
     """File name, "command line", "overrides" or "Python"."""
     line: int | None = None
-    """1-based; None where there are no lines."""
+    """Line number from 1; None if the source has no lines."""
 
     def __str__(self) -> str:
         return self.source if self.line is None else f"{self.source}:{self.line}"
@@ -32,37 +32,37 @@ class Position:
 
 @frozen(kw_only=True)
 class Mistake:
-    """One thing that is wrong, where it stands, and what to do."""
+    """One mistake: the problem, its place and the fix."""
 
     keys: tuple[Key, ...] = ()
-    """The value's place in the tree."""
+    """Path of the value in the tree."""
     problem: str
-    """What is wrong, with the value found."""
+    """Description of the problem, with the value found."""
     allowed: str | None = None
-    """Type, range or choices, with the unit."""
+    """Allowed type, range or choices, with the unit."""
     fix: str | None = None
-    """What to do about it."""
+    """Advice for the reader."""
     suggestion: str | None = None
-    """The name that was probably meant."""
+    """Name that was probably meant."""
     related: tuple[tuple[Key, ...], ...] = ()
-    """Other values that take part in it."""
+    """Paths of the other values that are involved."""
     position: Position | None = None
-    """File and line, as far as they are known."""
+    """File and line, if known."""
     error: Exception | None = attrs.field(default=None, eq=False)
-    """What a plugin raised."""
+    """Error that a plugin raised."""
 
     @property
     def path(self) -> str:
-        """The dotted path, such as `logging.loggers[0].name`."""
+        """Dotted path, such as `logging.loggers[0].name`."""
         return path_of(self.keys)
 
     def under(self, *keys: Key) -> Mistake:
-        """The same mistake seen from `keys` above."""
+        """Return the mistake with its paths below `keys`."""
         related = tuple((*keys, *r) for r in self.related)
         return attrs.evolve(self, keys=(*keys, *self.keys), related=related)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Return plain data for `--json`."""
         return {
             "path": self.path,
             "file": self.position.source if self.position else None,
@@ -74,7 +74,7 @@ class Mistake:
         }
 
     def render(self) -> str:
-        """Some lines for a person."""
+        """Return lines of text for a person."""
         where = self.path or "(whole file)"
         lines = [f"{where}  ({self.position})" if self.position else where, f"    {self.problem}"]
         if self.suggestion is not None:
@@ -87,13 +87,13 @@ class Mistake:
 
 
 def mistake(path: str, problem: str, fix: str | None = None, *, related: Iterable[str] = ()) -> Mistake:
-    """A mistake for a `check` method: paths are dotted and relative to the object that checks itself.
+    """Make a mistake for a `check` method. Paths are dotted and relative to the object that checks itself.
 
     Args:
-        path: The value to change, such as "num_prompts_per_step".
-        problem: What is wrong, with the numbers found.
-        fix: What to do about it.
-        related: Paths of the other values that take part in it.
+        path: Path of the value to change, such as "num_prompts_per_step".
+        problem: Description of the problem, with the numbers found.
+        fix: Advice for the reader.
+        related: Paths of the other values that are involved.
     """
     return Mistake(keys=_keys(path), problem=problem, fix=fix, related=tuple(_keys(r) for r in related))
 
@@ -120,7 +120,7 @@ class InvalidConfig(ConfigError):
 
 
 def path_of(keys: Sequence[Key]) -> str:
-    """`("loggers", 0, "name")` as `loggers[0].name`."""
+    """Return the dotted path of some keys: `loggers[0].name` for `("loggers", 0, "name")`."""
     text = ""
     for key in keys:
         text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
@@ -128,17 +128,17 @@ def path_of(keys: Sequence[Key]) -> str:
 
 
 def suggest(name: Any, known: Iterable[Any]) -> str | None:
-    """The known name that `name` was probably meant to be."""
+    """Return the known name that `name` probably means; None if none is close."""
     by_lower = {str(k).lower(): str(k) for k in known}
     wanted = str(name).lower().replace("-", "_")
     close = get_close_matches(wanted, by_lower, n=1, cutoff=0.6)
     return by_lower[close[0]] if close else None
 
 
-def locate(found: Sequence[Mistake], positions: Mapping[tuple[Key, ...], Position]) -> list[Mistake]:
-    """The mistakes with their positions, in the order of sources and lines; without doubles."""
+def locate(mistakes: Sequence[Mistake], positions: Mapping[tuple[Key, ...], Position]) -> list[Mistake]:
+    """Return the mistakes with their positions, in the order of sources and lines, without duplicates."""
     placed: list[Mistake] = []
-    for m in found:
+    for m in mistakes:
         m = m if m.position else attrs.evolve(m, position=_position(m, positions))
         if m not in placed:
             placed.append(m)

@@ -1,7 +1,7 @@
-"""The configuration tree: attrs classes, one place for each default.
+"""Root of the configuration tree, and the settings of a run as a whole.
 
-`RunConfig` is what every run has; an algorithm's root class extends it. Names of components are chosen
-here by name; their own options are structured by the class that the component names.
+`RunConfig` has the fields of every run; an algorithm's root class extends it. Components are chosen by name. Their
+options are structured by the class that the component names.
 """
 
 from __future__ import annotations
@@ -34,98 +34,100 @@ class ValidationConfig:
     """Validation during the run."""
 
     every: int = field(default=0, validator=ge(0))
-    """Steps between validations; 0 is never."""
+    """Steps between validations; 0 never validates."""
     at_start: bool = False
-    """Validate before the first step."""
+    """Whether to validate before the first step."""
     at_end: bool = False
-    """Validate after the last step."""
+    """Whether to validate after the last step."""
     max_samples: int = field(default=256, validator=ge(1))
-    """Prompts of one validation at most."""
+    """Maximum prompts of one validation."""
     num_generations_per_prompt: int = field(default=1, validator=ge(1))
-    """Rollouts per prompt; more than one also gives pass@k for all of them."""
+    """Rollouts per prompt. With n > 1, pass@n is reported too."""
     temperature: float = field(default=0.0, validator=ge(0))
-    """Divides the logits; 0 takes the most likely token."""
+    """Divisor of the logits; 0 takes the most likely token."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
-    """Tokens of one completion at most; None is `generation.max_new_tokens`."""
+    """Maximum tokens of one completion. None takes `generation.max_new_tokens`."""
 
 
 @frozen(kw_only=True)
 class EvaluationConfig:
-    """Scoring a model without training (`nemo-rl eval`). What is None is as in `validation`."""
+    """Evaluation of a model without training (`nemo-rl eval`). A setting of None takes the value of `validation`."""
 
     num_generations_per_prompt: int | None = field(default=None, validator=optional(ge(1)))
-    """Rollouts per prompt, of which `pass_at` and `cons_at` look at k."""
+    """Rollouts per prompt; the k of `pass_at` and `cons_at` cannot exceed it. None takes the value of `validation`."""
     num_runs: int = field(default=1, validator=ge(1))
-    """Times everything is sampled, each with seeds of its own; more than one also gives standard deviations."""
+    """Number of times to sample everything, each with its own seeds. More than one gives standard deviations too."""
     temperature: float | None = field(default=None, validator=optional(ge(0)))
-    """Divides the logits; 0 takes the most likely token."""
+    """Divisor of the logits; 0 takes the most likely token. None takes the value of `validation`."""
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
-    """Tokens of one completion at most."""
+    """Maximum tokens of one completion. None takes the value of `validation`."""
     max_samples: int | None = field(default=None, validator=optional(ge(1)))
-    """Prompts at most; None is every row."""
+    """Maximum prompts. None takes every row."""
     pass_at: tuple[int, ...] = ()
-    """Each k of pass@k, such as [1, 8]: a correct one among k rollouts; empty is 1 and the rollouts per prompt."""
+    """Values of k for pass@k, the chance that one of k rollouts is correct, such as [1, 8]. By default, 1 and the
+    rollouts per prompt."""
     cons_at: tuple[int, ...] = ()
-    """Each k of cons@k: the most frequent answer of k rollouts is correct; empty is the rollouts per prompt where the
-    answers can be told."""
+    """Values of k for cons@k, the chance that the most frequent answer of k rollouts is correct. By default, the
+    rollouts per prompt if answers are available."""
     correct_reward: float = 1.0
-    """A rollout is correct if its reward is at least this."""
+    """Smallest reward of a correct rollout."""
     answer_key: str = "extracted_answer"
-    """Where the environment's `info` of a rollout has the answer that it votes for."""
+    """Key of a rollout's answer in the environment's `info`, for cons@k."""
     answer_pattern: str | None = None
-    """Regular expression that finds the answer in the response instead: of its last match the last group."""
+    """Regular expression that finds the answer in the response instead, as the last group of its last match."""
     subset_column: str | None = None
-    """Column of the rows that names the subset of each; the scores of every subset are shown too."""
+    """Column that names the subset of each row. The scores of every subset are shown too."""
 
 
 @frozen(kw_only=True)
 class CheckpointConfig:
-    """Saving and resuming."""
+    """Checkpoints: saving, keeping and resuming."""
 
     enabled: bool = True
-    """Write checkpoints."""
+    """Whether to write checkpoints."""
     every: int = field(default=0, validator=ge(0))
     """Steps between checkpoints; 0 saves only at the end, on an interrupt and on a failure."""
     keep_last: int = field(default=2, validator=ge(1))
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = field(default=0, validator=ge(0))
-    """Checkpoints kept beside them because of their `metric`."""
+    """Number of further checkpoints to keep, those with the best `metric`."""
     metric: str | None = None
     """Metric that ranks checkpoints for `keep_best`, such as `validation/accuracy`."""
     higher_is_better: bool = True
-    """Whether a larger `metric` is the better one."""
+    """Whether a larger `metric` is better."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto continues from the newest valid checkpoint of `run_dir` if there is one."""
+    """Whether to resume from the newest valid checkpoint of `run_dir`: auto does if there is one, must fails if there
+    is none, never starts anew."""
     export_model: bool = True
-    """Write the final policy as a Hugging Face checkpoint to `<run_dir>/model`."""
+    """Whether to write the final policy as a Hugging Face checkpoint to `<run_dir>/model`."""
 
 
 @frozen(kw_only=True)
 class LoggingConfig:
-    """What is shown and written."""
+    """Loggers, progress and samples."""
 
     loggers: tuple[ComponentChoice, ...] = field(default=(), metadata={"kind": "loggers"})
-    """Where metrics go beside the run folder, such as `[tensorboard]`."""
+    """Loggers that get the metrics in addition to the run folder, such as `[tensorboard]`."""
     progress: Literal["auto", "bar", "lines", "json", "none"] = "auto"
-    """What the terminal shows: auto is a bar on a terminal, lines otherwise."""
+    """Form of progress on the standard output. auto shows a bar on a terminal and lines elsewhere."""
     num_samples_to_show: int = field(default=0, validator=ge(0))
-    """Rollouts printed after each step."""
+    """Number of rollouts to print after each step."""
 
 
 @frozen(kw_only=True)
 class InvariantsConfig:
-    """Checks of a run; all on by default and cheap."""
+    """Cheap checks during a run, on by default."""
 
     enabled: bool = True
-    """Run the checks."""
+    """Whether to run the checks."""
     mismatch_warn: float = field(default=1.05, validator=gt(1))
-    """Warn when mean exp|trainer logprob - engine logprob| exceeds this."""
+    """Mean exp|trainer logprob - engine logprob| above which the run warns."""
     mismatch_abort: float | None = field(default=2.0, validator=optional(gt(1)))
-    """Stop the run at this; None never."""
+    """Mean exp|trainer logprob - engine logprob| above which the run stops. None never stops it."""
     zero_signal_steps: int = field(default=10, validator=ge(1))
-    """Warn after this many steps in a row in which no group's rewards vary."""
+    """Steps in a row without any variance of rewards within a group after which the run warns."""
     check_fingerprint: bool = True
-    """Compare trainer and engine weights after each refit."""
+    """Whether to compare trainer and engine weights after each refit."""
 
 
 _READ_AS = {"num_generations_per_prompt": "group_size", "num_prompts_per_step": "num_items_per_step"}
@@ -134,10 +136,10 @@ _READ_AS = {"num_generations_per_prompt": "group_size", "num_prompts_per_step": 
 
 @frozen(kw_only=True)
 class RunConfig:
-    """What every run has, whatever the algorithm. An algorithm's root class extends it."""
+    """Settings of every run. An algorithm's root class extends it."""
 
     algorithm: Any = None
-    """Name of the algorithm; it picks the root configuration class."""
+    """Name of the algorithm. It determines the root configuration class."""
     model: str | None = field(default=None, metadata={"shorthand_for": "policy.model_name"})
     """Shorthand for `policy.model_name`."""
     learning_rate: float | None = field(
@@ -145,45 +147,45 @@ class RunConfig:
     )
     """Shorthand for `policy.optimizer.lr`."""
     max_steps: int | None = field(default=None, validator=optional(ge(1)))
-    """Steps of the run loop; None is decided by `max_epochs`."""
+    """Maximum steps of the run loop. None leaves the end to `max_epochs`."""
     max_epochs: int | None = field(default=None, validator=optional(ge(1)))
-    """Passes over the training data; the run ends at whichever of the two comes first. None is 1, or as many as
+    """Maximum passes over the training data. The run ends at whichever limit comes first. None means 1, or as many as
     `max_steps` needs if that is set."""
     seed: int = 42
-    """Everything random follows from it."""
+    """Seed of everything random."""
     name: str | None = None
-    """Name of the run; None is the algorithm's."""
+    """Name of the run. None takes the algorithm's."""
     run_dir: str | None = None
-    """Folder of checkpoints, metrics and rollouts; None is `runs/<name>`."""
+    """Folder for checkpoints, metrics and rollouts. None means `runs/<name>`."""
     policy: PolicyConfig = Factory(PolicyConfig)
-    """The model that is trained and the backend that trains it."""
+    """Model to train, and the backend that trains it."""
     generation: GenerationConfig = Factory(GenerationConfig)
-    """The engine that samples, and how it samples."""
+    """Engine that samples completions, and its sampling settings."""
     data: DataConfig = Factory(DataConfig)
     """Training and validation data."""
     environment: ComponentChoice = component("environments")
-    """What answers and scores the policy; None takes the run's default or a plain reward."""
+    """Environment that answers and scores the policy. None means the algorithm's default, or a plain reward."""
     reward: ComponentChoice = component("rewards")
-    """A function that scores responses, used in place of the environment's score."""
+    """Function that scores responses in place of the environment."""
     rollouts: RolloutConfig = Factory(RolloutConfig)
-    """How episodes are run."""
+    """Limits, deadlines and order of episodes."""
     validation: ValidationConfig = Factory(ValidationConfig)
     """Validation during the run."""
     evaluation: EvaluationConfig = Factory(EvaluationConfig)
-    """Scoring a model without training."""
+    """Evaluation of a model without training."""
     checkpointing: CheckpointConfig = Factory(CheckpointConfig)
-    """Saving and resuming."""
+    """Checkpoints: saving, keeping and resuming."""
     logging: LoggingConfig = Factory(LoggingConfig)
-    """What is shown and written."""
+    """Loggers, progress and samples."""
     invariants: InvariantsConfig = Factory(InvariantsConfig)
-    """Checks of a run."""
+    """Cheap checks during a run."""
     cluster: ClusterConfig = Factory(ClusterConfig)
-    """The machines."""
+    """Machines and devices of the run."""
     weight_sync: ComponentChoice = component("weight_syncs")
-    """How new weights reach the engine. None takes the default of where engines live: in the driver's process, or in
-    processes of their own."""
+    """Component that transfers new weights to the engine. None takes the default for the engine's place: the driver's
+    process, or separate processes."""
     plugins: dict[str, str] = Factory(dict)
-    """Bare name to qualified `dist:name` where two distributions provide one, as `{grpo: my-dist:grpo}`."""
+    """Qualified `dist:name` of a bare name that two distributions provide, such as `{grpo: my-dist:grpo}`."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Refuse a class whose settings the run would pass over.
@@ -196,17 +198,17 @@ class RunConfig:
 
     @property
     def num_items_per_step(self) -> int:
-        """Prompts (or examples) consumed by one step; an algorithm's class overrides it."""
+        """Prompts (or examples) of one step; an algorithm's class overrides it."""
         raise NotImplementedError(f"{type(self).__name__} must define num_items_per_step")
 
     @property
     def num_updates_per_step(self) -> int:
-        """Optimizer steps of one step, all passes together; an algorithm's class with minibatches overrides it."""
+        """Optimizer steps in one step, over all passes; an algorithm's class with minibatches overrides it."""
         return 1
 
     @property
     def num_passes_per_step(self) -> int:
-        """Times the rollouts of one step are trained on; an algorithm's class with epochs overrides it."""
+        """Passes over the rollouts of one step; an algorithm's class with epochs overrides it."""
         return 1
 
     @property
@@ -216,13 +218,13 @@ class RunConfig:
 
     @property
     def max_batches_per_step(self) -> int:
-        """Batches of prompts one step may sample until enough groups can be trained on."""
+        """Maximum batches of prompts that one step may sample to get enough groups to train on."""
         return 10
 
 
 @frozen(kw_only=True)
 class RolloutRunConfig(RunConfig):
-    """A run that is trained on rollouts: so many prompts in a step, so many rollouts of each."""
+    """Settings of a run that trains on rollouts: a number of prompts per step, and of rollouts per prompt."""
 
     num_prompts_per_step: int = field(default=32, validator=ge(1))
     """Prompts (groups) of one step."""

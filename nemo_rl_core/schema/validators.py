@@ -1,6 +1,6 @@
-"""Limits of a field, with an error a person can act on, and their description for the reference.
+"""Limits of a field, with errors that a person can act on, and their description for the reference.
 
-They serve like those of `attrs.validators`, in `field(validator=...)`. Validators of attrs itself work too;
+Use them as those of `attrs.validators`, in `field(validator=...)`. The validators of attrs work too;
 these add the sentence "num_workers must be >= 1, found 0" when a class is built in Python.
 """
 
@@ -65,47 +65,47 @@ class _Optional:
 
 
 def ge(bound: float) -> Any:
-    """At least `bound`."""
+    """Require a value of at least `bound`."""
     return _Bound(">=", bound)
 
 
 def gt(bound: float) -> Any:
-    """More than `bound`."""
+    """Require a value greater than `bound`."""
     return _Bound(">", bound)
 
 
 def le(bound: float) -> Any:
-    """At most `bound`."""
+    """Require a value of at most `bound`."""
     return _Bound("<=", bound)
 
 
 def lt(bound: float) -> Any:
-    """Less than `bound`."""
+    """Require a value less than `bound`."""
     return _Bound("<", bound)
 
 
 def one_of(*options: Any) -> Any:
-    """One of `options`."""
+    """Require one of `options`."""
     return _OneOf(options)
 
 
 def optional(validator: Any) -> Any:
-    """None, or what `validator` (or each of a list of them) takes."""
+    """Allow None, or a value that `validator` (or each of a list of them) allows."""
     return _Optional(validator)
 
 
 def limits(validator: Any) -> list[tuple[str, float]]:
-    """The bounds a validator sets, such as `[(">", 0), ("<=", 1)]`; those of attrs are understood too."""
-    found: list[tuple[str, float]] = []
+    """Return the bounds that a validator sets, such as `[(">", 0), ("<=", 1)]`; validators of attrs work too."""
+    bounds: list[tuple[str, float]] = []
     for part in _parts(validator):
         op, bound = getattr(part, "compare_op", None), getattr(part, "bound", None)
         if op in _OPERATORS and bound is not None:
-            found.append((op, bound))
-    return found
+            bounds.append((op, bound))
+    return bounds
 
 
 def choices(validator: Any) -> tuple[Any, ...] | None:
-    """The values a validator allows, or None if it names none."""
+    """Return the values that a validator allows, or None if it does not list them."""
     for part in _parts(validator):
         options = getattr(part, "options", None)
         if options is not None:

@@ -1,4 +1,4 @@
-"""What a plugin's own tests need: conformance kits, fakes, and a site of little distributions.
+"""Tools for a plugin's own tests: conformance kits, fakes, and a site of small distributions.
 
 The contracts are named `<Kind>Contract` and are imported when first asked for; they need pytest, which the extra
 `testing` installs. With it, pytest has the fixtures of `nemo_rl_core.testing.pytest_plugin`.
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from nemo_rl_core.testing.conformance.algorithm import AlgorithmContract
     from nemo_rl_core.testing.conformance.callback import CallbackContract
     from nemo_rl_core.testing.conformance.cases.algorithm_case import AlgorithmCase
+    from nemo_rl_core.testing.conformance.cases.environment_case import EnvironmentCase
     from nemo_rl_core.testing.conformance.dataset import BrokenSource, DatasetContract
-    from nemo_rl_core.testing.conformance.environment import EnvironmentCase, EnvironmentContract
+    from nemo_rl_core.testing.conformance.environment import EnvironmentContract
     from nemo_rl_core.testing.conformance.exporter import ExporterContract
     from nemo_rl_core.testing.conformance.frame.kit import (
         ClauseResult,
@@ -78,7 +79,7 @@ _HOMES = {
     "Configured": ".conformance.frame.subject",
     "Contract": ".conformance.frame.kit",
     "DatasetContract": ".conformance.dataset",
-    "EnvironmentCase": ".conformance.environment",
+    "EnvironmentCase": ".conformance.cases.environment_case",
     "EnvironmentContract": ".conformance.environment",
     "ExporterContract": ".conformance.exporter",
     "GenerationBackendContract": ".conformance.generation_backend",

@@ -1,4 +1,4 @@
-"""Schedules by the thousand: cluster, faults and deaths drawn from a seed, and what must hold in all of them."""
+"""Random schedules: cluster, faults and deaths drawn from a seed, and the invariants that hold in all of them."""
 
 from __future__ import annotations
 

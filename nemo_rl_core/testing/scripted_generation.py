@@ -1,4 +1,4 @@
-"""A real generation backend without a model: it replays what a script says.
+"""Generation backend without a model: replays a script.
 
 For tests of everything around an engine. Completions depend on the request alone (prompt and seed), never
 on timing, so results can be compared whatever the order of completion. Latency, failures and hanging are

@@ -28,7 +28,7 @@ __all__ = ["EvaluationResult", "evaluate"]
 
 @frozen(kw_only=True)
 class EvaluationResult:
-    """What an evaluation found."""
+    """Result of an evaluation."""
 
     metrics: dict[str, float]
     """`accuracy` (mean reward), `pass@<k>`, `cons@<k>` and the statistics of the rollouts; means over the runs."""
@@ -51,7 +51,7 @@ def evaluate(config: RunConfig, inputs: RunInputs, *, output: Path | None = None
 
     Args:
         config: Finalized configuration; `evaluation` says how to sample and what to count, `validation` the rest.
-        inputs: Python objects that stand in for configured ones.
+        inputs: Python objects that replace configured ones.
         output: JSON-lines file for the rollouts of all runs.
 
     Raises:
@@ -127,19 +127,19 @@ def _subsets(items: Sequence[TaskItem], column: str | None) -> dict[str, list[in
     """Places of the items of each subset, by the name in their column; in the order of the names."""
     if column is None:
         return {}
-    found: dict[str, list[int]] = defaultdict(list)
+    places: dict[str, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
         if column not in item.task:
             raise DataError(
                 f"evaluation.subset_column is {column!r}, but row {item.index} has no such column. It has: "
                 f"{', '.join(map(repr, item.task))}."
             )
-        found[str(item.task[column])].append(place)
-    return dict(sorted(found.items()))
+        places[str(item.task[column])].append(place)
+    return dict(sorted(places.items()))
 
 
 def _scoring(config: RunConfig, groups: Sequence[RolloutGroup]) -> Scoring:
-    """What to count; cons@k by default only where some rollout has an answer.
+    """Choose the scores; cons@k by default only if some rollout has an answer.
 
     Raises:
         ConfigError: cons@k is asked for, and no rollout has an answer.
@@ -166,10 +166,10 @@ def _scoring(config: RunConfig, groups: Sequence[RolloutGroup]) -> Scoring:
 
 
 def _metrics(groups: Sequence[RolloutGroup], scoring: Scoring) -> dict[str, float]:
-    found = {name.removeprefix("rollouts/"): value for name, value in rollout_metrics(groups).items()}
-    found.update(score_groups(groups, scoring))
-    found["num_samples"] = found.pop("num_prompts")
-    return found
+    metrics = {name.removeprefix("rollouts/"): value for name, value in rollout_metrics(groups).items()}
+    metrics.update(score_groups(groups, scoring))
+    metrics["num_samples"] = metrics.pop("num_prompts")
+    return metrics
 
 
 def _mean_and_std(runs: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -18,7 +18,7 @@ __all__ = ["default_run_dir", "run"]
 
 
 def default_run_dir(config: RunConfig) -> Path:
-    """`run_dir`, or `runs/<name>`; absolute, so that it stays where it is when the working folder changes."""
+    """Return the run folder: `run_dir`, or `runs/<name>`. It is absolute and does not move with the working folder."""
     return Path(config.run_dir or f"runs/{config.name or config.algorithm}").expanduser().absolute()
 
 
@@ -26,10 +26,10 @@ def run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any] = (), *, 
     """Assemble and run a finalized configuration.
 
     Args:
-        config: What to run.
-        inputs: Python objects that stand in for configured ones.
+        config: Configuration of the run.
+        inputs: Python objects that replace configured ones.
         callbacks: Listeners of this run.
-        debug: Trace which plugin's code runs when; None is what NEMO_RL_DEBUG says.
+        debug: Trace which plugin's code runs when; None follows NEMO_RL_DEBUG.
     """
     from nemo_rl_core.registry import contained, get_registry
 

@@ -1,4 +1,4 @@
-"""Rollouts without a trainer."""
+"""Sampling of rollouts without a trainer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def generate_rollouts(
 
     Args:
         config: Finalized configuration.
-        inputs: Python objects that stand in for configured ones.
+        inputs: Python objects that replace configured ones.
         out: JSON-lines file; written group by group.
         num_prompts: Prompts to sample; None is those of one step.
 

@@ -26,15 +26,15 @@ class Trainer:
     """Runs the algorithm that its configuration names.
 
     Args:
-        config: A configuration object, a mapping, or the path of a YAML, JSON or TOML file.
-        **fields: Fields to set over it, also dotted ones: `Trainer(path, **{"policy.optimizer.lr": 1e-5})`.
+        config: Configuration object, mapping, or path of a YAML, JSON or TOML file.
+        **fields: Fields that override it, including dotted ones: `Trainer(path, **{"policy.optimizer.lr": 1e-5})`.
 
     Raises:
         ConfigError: With every mistake found.
     """
 
     algorithm: ClassVar[str | None] = None
-    """Name of the algorithm; sub-classes fix it."""
+    """Name of the algorithm; subclasses set it."""
 
     def __init__(self, config: RunConfig | Mapping[str, Any] | str | Path, **fields: Any) -> None:
         if isinstance(config, Mapping) and self.algorithm is not None:
@@ -48,7 +48,7 @@ class Trainer:
 
     @classmethod
     def from_pretrained(cls: type[Self], model: str | Path, **fields: Any) -> Self:
-        """A trainer with the defaults of its algorithm for one model.
+        """Make a trainer with the defaults of its algorithm for one model.
 
         Args:
             model: Hub name, local folder, or `scratch:<name>`. A folder or file that holds a run's
@@ -75,17 +75,17 @@ class Trainer:
         """Train.
 
         Args:
-            train_dataset: Rows, or the name of a dataset (hub name, file, folder); by default what the
-                configuration says. `dataset` is another name for it.
-            reward_fn: A plain function that scores a response; arguments are matched by name.
-            dataset: See `train_dataset`.
+            train_dataset: Rows, or the name of a dataset (hub name, file, folder); by default the training
+                data of the configuration. `dataset` is another name for it.
+            reward_fn: Plain function that scores a response; arguments are matched by name.
+            dataset: Another name for `train_dataset`.
             environment: An environment class instead of a reward function.
-            validation_dataset: As `train_dataset`, for validation.
+            validation_dataset: Validation data, in the same forms as `train_dataset`.
             rollouts: Train on recorded rollouts instead of sampling: a file, the folder of a run, or groups. No
                 engine, environment or data is needed.
             callbacks: `Callback` objects, called at the events of this run.
-            debug: Write which plugin's code ran when to `debug.jsonl` in the run folder and to the logger
-                `nemo_rl_core.debug`; None is what NEMO_RL_DEBUG says.
+            debug: Whether to write which plugin's code ran when to `debug.jsonl` in the run folder and to the logger
+                `nemo_rl_core.debug`; None follows NEMO_RL_DEBUG.
 
         Returns:
             The result; `status` is "interrupted" after Ctrl-C (the state was saved).

@@ -1,4 +1,4 @@
-"""A model or a layout that cannot be had is refused with the fix, before any process waits for another."""
+"""A model or a layout that is not available is refused with the fix, before any process waits for another."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_show_prints_what_loads_back(file):
         assert mistakes == []
         assert load_config(tree).num_prompts_per_step == 2
         assert "rollouts per step" in result.stdout
-    assert "# Processes (one per device) that train the policy." in invoke("show", file, "--docs").stdout
+    assert "# Number of processes, one per device, that train the model." in invoke("show", file, "--docs").stdout
 
 
 def test_show_as_json_holds_the_arithmetic(file):

@@ -188,7 +188,7 @@ def test_json_schema_says_what_loading_allows(toy):
     assert found["additionalProperties"] is False
     policy = found["properties"]["policy"]["properties"]
     assert policy["num_workers"] == {
-        "description": "Processes (one per device) that train the policy.",
+        "description": "Number of processes, one per device, that train the model.",
         "type": "integer",
         "minimum": 1,
         "default": 1,

@@ -107,7 +107,7 @@ async def test_closing_ends_the_calls_under_way_and_takes_no_more(tokenizer):
     with pytest.raises(asyncio.CancelledError):
         await call
     assert (generation.num_active, generation.num_cancelled) == (0, 2)
-    with pytest.raises(CallRefused, match="takes no more calls"):
+    with pytest.raises(CallRefused, match="no longer accepts calls"):
         await session.ask(PolicyCall(prompt="x"))
 
 

@@ -24,7 +24,7 @@ class Impatient(LauncherContract):
 
 
 class Group:
-    """Passes every call on; its sub-classes break one thing."""
+    """Passes every call on; its subclasses break one thing."""
 
     def __init__(self, group):
         self.group = group

@@ -1,4 +1,4 @@
-"""`nemo-rl plugins check`: the conformance kit of a component, clause by clause."""
+"""`nemo-rl plugins check`: runs the conformance kit of a component, clause by clause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nemo-rl plugins doctor`: what is wrong with the installed plugins, each with its fix."""
+"""`nemo-rl plugins doctor`: lists problems of the installed plugins, each with its fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nemo-rl plugins`: what is installed, from metadata alone; `show` imports the one component it shows."""
+"""`nemo-rl plugins list` and `show`: installed components, from metadata; only `show` imports the component."""
 
 from __future__ import annotations
 

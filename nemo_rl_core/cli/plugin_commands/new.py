@@ -1,4 +1,4 @@
-"""`nemo-rl plugins new`: a plugin package from a template."""
+"""`nemo-rl plugins new`: writes a plugin package from a template."""
 
 from __future__ import annotations
 

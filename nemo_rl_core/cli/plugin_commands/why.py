@@ -1,4 +1,4 @@
-"""`nemo-rl plugins why`: how a name is resolved."""
+"""`nemo-rl plugins why`: explains how a name is resolved."""
 
 from __future__ import annotations
 

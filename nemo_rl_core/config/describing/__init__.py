@@ -1,1 +1,1 @@
-"""A configuration as text: written out, compared, and its fields described."""
+"""Configurations as text: written out, compared, and their fields described."""

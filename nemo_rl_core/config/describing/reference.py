@@ -1,4 +1,4 @@
-"""Configuration classes described: rows for the reference and a JSON Schema."""
+"""Descriptions of configuration classes: rows for the reference, and a JSON Schema."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files to plain values, with the line of each: YAML, JSON, TOML."""
+"""Parsers of YAML, JSON and TOML that keep the line of each value."""

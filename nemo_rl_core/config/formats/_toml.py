@@ -23,9 +23,9 @@ def parse_toml(text: str, source: str) -> tuple[Any, Positions, list[Mistake]]:
     try:
         value = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = _LINE.search(str(error))
-        line = int(found[1]) if found else text.count("\n") + 1
-        problem = f"not valid TOML: {_LINE.sub('', str(error))}" + (f", column {found[2]}" if found else "")
+        match = _LINE.search(str(error))
+        line = int(match[1]) if match else text.count("\n") + 1
+        problem = f"not valid TOML: {_LINE.sub('', str(error))}" + (f", column {match[2]}" if match else "")
         fix = "Check quotes, brackets and keys there; a key may be written once."
         return None, {}, [Mistake(problem=problem, fix=fix, position=Position(source, line))]
     except RecursionError:

@@ -1,1 +1,1 @@
-"""Generation engines in processes of their own."""
+"""Generation engines in separate processes."""

@@ -1,4 +1,4 @@
-"""The worker side of an engine in a process of its own: any generation backend behind one connection.
+"""Worker side of an engine process: serves any generation backend over one connection.
 
 The launcher starts an `EngineHost` like every other worker. What it is asked for often (requests, completions,
 cancellations) goes over one authenticated connection to the driver, so that thousands of requests are in flight

@@ -1,4 +1,4 @@
-"""The driver's connection to one engine in a process of its own."""
+"""The driver's connection to one engine process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from the driver into engines in other processes, a few tensors at a time."""
+"""Loading of weights from the driver into engine processes, a few tensors at a time."""
 
 from __future__ import annotations
 

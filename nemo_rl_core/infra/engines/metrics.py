@@ -1,4 +1,4 @@
-"""Metrics of several engines as those of one."""
+"""Metrics of several engines, combined as those of one."""
 
 from __future__ import annotations
 

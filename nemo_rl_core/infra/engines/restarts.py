@@ -1,4 +1,4 @@
-"""Starting engine processes, and starting again what has died as often as that is allowed."""
+"""Starts and restarts of engine processes, up to the allowed number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of several engines a request goes to."""
+"""Routing of requests to one of several engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, as one generation backend.
+"""Several engine processes as one generation backend.
 
 `EngineWorkers` stands for any number of engine processes, started through any launcher's `WorkerGroup`. It sends each
 request to one of them and hands the completion back; a group's requests go to one engine, which shares their prompt.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineWorkers"]
 
 _LATE_S = 60.0
-"""How late a refit may notice its own deadline."""
+"""Slack added to the refit deadline."""
 
 Refit = Callable[["EngineWorkers"], None]
 

@@ -1,4 +1,4 @@
-"""A digest of a model's weights that is cheap enough to take after every refit.
+"""Digest of a model's weights that is cheap enough to take after every refit.
 
 The bits of each tensor are read as a matrix of 64-bit integers, of which every row and every column is
 summed (modulo 2**64) in one pass through the memory; the digest is a hash over names, shapes, dtypes and
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Fingerprint", "KeptSums", "fingerprint"]
+__all__ = ["CachedSums", "Fingerprint", "fingerprint"]
 
 _COLUMNS = 1024
 _ROWS_IN_CACHE = 128
@@ -32,8 +32,8 @@ class Fingerprint:
 
     def add(self, name: str, tensor: Tensor, sums: list[Tensor] | None = None) -> None:
         """Take in a named tensor, on the device that holds it; `sums` are those it is known to have."""
-        found = _sums(tensor.detach()) if sums is None else sums
-        self._entries.append((f"{name}|{tuple(tensor.shape)}|{tensor.dtype};", found))
+        entry_sums = _sums(tensor.detach()) if sums is None else sums
+        self._entries.append((f"{name}|{tuple(tensor.shape)}|{tensor.dtype};", entry_sums))
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits; the order of the calls of `add` does not matter."""
@@ -49,12 +49,12 @@ class Fingerprint:
         return digest.hexdigest()
 
 
-class KeptSums:
-    """For an engine: sums of weights taken when each was loaded, while it lies in the caches, for a digest later.
+class CachedSums:
+    """Sums of an engine's weights, taken when each was loaded and still in the CPU's caches, for a digest later.
 
-    The digest is that of the tensors as they are when it is asked for: one that was changed since is summed anew.
-    Seen is what torch counts (`Tensor._version`) and a move to other memory; a write past that counter (through `.data`
-    or from outside of torch) is not, so whoever writes so makes a new object.
+    The digest is that of the current tensors: one that has changed is summed again. A change is seen by torch's counter
+    (`Tensor._version`) or by a move to other memory. A write past that counter (through `.data` or from outside torch)
+    is not seen, so code that does so makes a new object.
     """
 
     def __init__(self) -> None:

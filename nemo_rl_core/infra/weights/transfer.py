@@ -1,4 +1,4 @@
-"""What every weight sync shares: the tensors on their way, a deadline, and the comparison afterwards."""
+"""Parts that all weight syncs share: outgoing tensors, a deadline, the comparison afterwards."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Worker processes: started, called, ended, and the devices that they get."""
+"""Worker processes: starting, calling and ending them, and their devices."""

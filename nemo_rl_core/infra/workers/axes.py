@@ -1,4 +1,4 @@
-"""Ranks on named axes: which shard of a call each of them gets, and whose results are taken."""
+"""Ranks on named axes: the shard that each of them gets, and the ranks whose results count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making a worker of a specification."""
+"""Creation of a worker from its specification."""
 
 from __future__ import annotations
 

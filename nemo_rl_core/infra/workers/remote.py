@@ -1,4 +1,4 @@
-"""What launchers that start worker processes share: the report of an error, the environment, the logs.
+"""Parts that launchers of worker processes share: error reports, environment, logs.
 
 Importing this module must not import torch: a worker verifies its plugins and adopts its environment first.
 """

@@ -1,4 +1,4 @@
-"""What this machine has, and which role runs where.
+"""Resources of this machine, and the role that each device serves.
 
 Nothing here imports torch unless a CUDA driver is visible, so that reading a configuration stays cheap.
 """

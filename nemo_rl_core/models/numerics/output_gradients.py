@@ -1,4 +1,4 @@
-"""Gradients of an output layer, added up from one chunk of tokens after another.
+"""Gradients of an output layer, accumulated over chunks of tokens.
 
 Legend: M tokens, C tokens of a chunk, E hidden size, V vocabulary.
 """

@@ -91,14 +91,14 @@ class _Map(torch.autograd.Function):
         transform: LogitTransform,
         chunk_size: int,
     ) -> Tensor:
-        found = []
+        outputs = []
         for start in range(0, max(len(hidden), 1), chunk_size):  # one empty chunk of no tokens tells F
             part = slice(start, start + chunk_size)
             logits = transformed_logits(hidden[part], weight, bias, transform)
-            found.append(function(torch.log_softmax(logits, -1), _chunk(rows, part)).float())
+            outputs.append(function(torch.log_softmax(logits, -1), _chunk(rows, part)).float())
         ctx.save_for_backward(hidden, weight, bias)
         ctx.function, ctx.rows, ctx.transform, ctx.chunk_size = function, rows, transform, chunk_size
-        return torch.cat(found)
+        return torch.cat(outputs)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Causal attention over sequences that stand one after another in a single row.
+"""Causal attention over sequences that are packed into a single row.
 
 Legend: N tokens of the row, S sequences, H query heads, K key-value heads, D head size, T longest length,
 P places of the sequences with the padding of their groups.
@@ -137,16 +137,16 @@ def plan_groups(
 
 def runs(lengths: Sequence[int], waste: float = _MAX_WASTE) -> list[list[int]]:
     """Indices from the longest to the shortest, cut where the share of padding would pass `waste`."""
-    found: list[list[int]] = []
+    grouped: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if found and tokens + lengths[i] >= (1 - waste) * lengths[found[-1][0]] * (len(found[-1]) + 1):
-            found[-1].append(i)
+        if grouped and tokens + lengths[i] >= (1 - waste) * lengths[grouped[-1][0]] * (len(grouped[-1]) + 1):
+            grouped[-1].append(i)
             tokens += lengths[i]
         else:
-            found.append([i])
+            grouped.append([i])
             tokens = lengths[i]
-    return found
+    return grouped
 
 
 class _Pad(torch.autograd.Function):

@@ -117,8 +117,12 @@ def _works() -> bool:
     x, y = torch.linspace(-1, 1, 7 * 48).view(7, 48), torch.linspace(1, -2, 32 * 48).view(32, 48)
     expected = x.double() @ y.double().T
     try:
-        found = [_multiply(x, y, None), _multiply(x.T.contiguous().T, y, None), _multiply(x, y.T.contiguous().T, None)]
+        results = [
+            _multiply(x, y, None),
+            _multiply(x.T.contiguous().T, y, None),
+            _multiply(x, y.T.contiguous().T, None),
+        ]
     except (AttributeError, RuntimeError) as error:  # another build of PyTorch
-        logger.info("Products by oneDNN are not to be had here (%s: %s).", type(error).__name__, error)
+        logger.info("Products by oneDNN are not available here (%s: %s).", type(error).__name__, error)
         return False
-    return all(torch.allclose(one.double(), expected, rtol=0, atol=_TOLERANCE) for one in found)
+    return all(torch.allclose(one.double(), expected, rtol=0, atol=_TOLERANCE) for one in results)

@@ -1,4 +1,4 @@
-"""What a loss may ask of a language model's output layer, from hidden states.
+"""Outputs of a language model's head that a loss may need, computed from hidden states.
 
 Legend: M tokens whose outputs are wanted, E hidden size, V vocabulary.
 """

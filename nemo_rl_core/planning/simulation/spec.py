@@ -1,4 +1,4 @@
-"""What is simulated: a cluster, its speeds, and what goes wrong in it."""
+"""Specification of a simulation: a cluster, its speeds and its faults."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is installed, as package metadata tells it; nothing of a plugin is imported."""
+"""Discovery of installed components from package metadata; imports no plugin."""

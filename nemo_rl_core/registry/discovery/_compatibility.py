@@ -1,4 +1,4 @@
-"""Whether a distribution was written for this core, told from its metadata before any import."""
+"""Compatibility of a distribution with this core, read from its metadata before any import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The installed distributions that mention our entry-point groups, read from their metadata as text.
+"""Installed distributions that mention our entry-point groups, read from their metadata as text.
 
 `importlib.metadata` is not used on the usual path: importing it takes longer than everything else that
 `nemo-rl --help` does. What it would find in folders of `sys.path` is found here, in the same order, the

@@ -1,4 +1,4 @@
-"""Importing a plugin's code: it leaves standard output and the process as they were, and one that is slow is named."""
+"""Import of a plugin's code: protects standard output and the state of the process, and names a slow one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index of entry points: metadata only, nothing is imported, read once per process."""
+"""Index of entry points, read from metadata once per process; imports nothing."""
 
 from __future__ import annotations
 

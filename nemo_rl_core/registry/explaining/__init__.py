@@ -1,1 +1,1 @@
-"""Why a name leads where it does, and what is wrong with what is installed."""
+"""Explanations: how a name is resolved, and problems of the installation."""

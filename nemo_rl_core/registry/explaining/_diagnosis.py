@@ -1,4 +1,4 @@
-"""What is wrong with the installed plugins, and how to put it right."""
+"""Problems of the installed plugins, and how to fix them."""
 
 from __future__ import annotations
 

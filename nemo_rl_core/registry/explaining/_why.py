@@ -1,4 +1,4 @@
-"""How a name is resolved, place by place: what was looked at, what was found, what won and why."""
+"""Trace of how a name is resolved: the places looked at, what each had, and which one won."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The policy as agents see it: sessions, an HTTP endpoint, and what was recorded of their calls."""
+"""The policy as agents see it: sessions, an HTTP endpoint, and the record of their calls."""

@@ -1,4 +1,4 @@
-"""The policy as an HTTP endpoint of the OpenAI kind, which records the tokens of every call.
+"""HTTP endpoint of the policy, compatible with the OpenAI API, which records the tokens of every call.
 
 Any agent that takes a base URL can so be run against the policy and be trained. `PolicyEndpoint` serves sessions that
 others open, as the environment of an agent does; `RecordingEndpoint` opens them itself over a generation backend:
@@ -243,11 +243,11 @@ class RecordingEndpoint(PolicyEndpoint):
 
     def take(self, session: str = _DEFAULT_SESSION) -> list[list[Turn]]:
         """What was sampled in a session, which is forgotten: a list of turns for each training sequence."""
-        found = self._sessions.pop(session, None)
-        if found is None:
+        ended = self._sessions.pop(session, None)
+        if ended is None:
             return []
-        found.close()
-        return found.segments
+        ended.close()
+        return ended.segments
 
     def _session(self, name: str | None, key: str | None) -> PolicySession:
         name = name or _DEFAULT_SESSION

@@ -1,4 +1,4 @@
-"""Calls and answers of the chat API: from a body to a `PolicyCall`, from a `PolicyAnswer` to a body or to events."""
+"""Conversion between the chat API and the policy's calls and answers."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _refuse_unserved(body: Body, *, chat: bool) -> None:
         "suffix": bool(body.get("suffix")),
         "best_of above n": (_whole(body, "best_of") or 1) > (_whole(body, "n") or 1),
     }
-    if found := [name for name, asked in unserved.items() if asked]:
-        raise DataError(f"Not served: {', '.join(found)}. Leave it out of the call.")
+    if names := [name for name, is_set in unserved.items() if is_set]:
+        raise DataError(f"Not served: {', '.join(names)}. Leave it out of the call.")
 
 
 def _whole(body: Body, name: str) -> int | None:
@@ -68,10 +68,10 @@ def _whole(body: Body, name: str) -> int | None:
 
 
 def _stop(value: Any) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value or []
-    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise DataError(f"stop must be a string or a list of strings; found {value!r:.80}.")
-    return tuple(found)
+    return tuple(texts)
 
 
 def _tools(value: Any) -> Sequence[Body]:

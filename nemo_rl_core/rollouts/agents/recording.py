@@ -1,4 +1,4 @@
-"""What an agent asks of a model over HTTP, kept as training sequences.
+"""Recording of an agent's calls as training sequences.
 
 The agent speaks in messages; what is trained on are the tokens that the engine sampled. So a session remembers the
 tokens behind each conversation: a call whose messages continue one that it answered continues its token sequence, and
@@ -20,7 +20,7 @@ from nemo_rl_core.records.message import Message
 from nemo_rl_core.records.rollout import Turn
 from nemo_rl_core.records.tool_calls import with_parsed_arguments
 
-__all__ = ["Asked", "RecordedAnswer", "RecordedSession", "normalized"]
+__all__ = ["PendingCall", "RecordedAnswer", "RecordedSession", "normalized"]
 
 _KEPT = ("role", "content", "name", "tool_call_id", "tool_calls")
 
@@ -71,28 +71,28 @@ class _Sequence:
 
 
 @frozen
-class Asked:
-    """A call that is being answered."""
+class PendingCall:
+    """A call that is not answered yet."""
 
     prompt_ids: list[int]
-    """What the engine is given."""
+    """Prompt for the engine."""
     new: list[Turn]
-    """What stands between the sequence so far and the answer."""
+    """Turns between the sequence so far and the answer."""
     keys: list[str]
     messages: list[Message]
     """The conversation that was sent."""
     _sequence: _Sequence
     _length: int
-    """Turns of the sequence when the call came."""
+    """Number of turns in the sequence when the call came."""
 
 
 @frozen(eq=False)
 class RecordedAnswer:
-    """An answer in the record, and what was there before it."""
+    """An answer in the record, and the sequence before it."""
 
     sequence: _Sequence
     turns: list[Turn]
-    """Those of the sequence with the answer."""
+    """Turns of the sequence, including the answer."""
     before: _Sequence
 
 
@@ -115,11 +115,11 @@ class RecordedSession:
 
     def ask_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> Asked:
-        """A call with messages, and with the tools that they may use.
+    ) -> PendingCall:
+        """Start a call with messages, and with the tools that they may use.
 
         Raises:
-            DataError: There are none, or the chat template refuses them or leaves the tools out.
+            DataError: There are no messages, or the chat template refuses them or leaves the tools out.
         """
         conversation = [normalized(message) for message in messages]
         if not conversation:
@@ -135,7 +135,7 @@ class RecordedSession:
                 except DataError:  # a template that wants the calls of tools apart from the text
                     break
                 if not extension.forked:
-                    return self._asked(known, keys, [*known.messages, *added], added, extension.token_ids)
+                    return self._pending(known, keys, [*known.messages, *added], added, extension.token_ids)
                 break
         as_said = [self._said.get(key, message) for key, message in zip(keys, conversation, strict=True)]
         try:
@@ -143,50 +143,50 @@ class RecordedSession:
         except DataError:
             as_said = conversation
             token_ids = chat.initial(as_said)
-        return self._asked(_Sequence(chat), keys, as_said, as_said, token_ids)
+        return self._pending(_Sequence(chat), keys, as_said, as_said, token_ids)
 
-    def ask_tokens(self, prompt_ids: Sequence[int]) -> Asked:
-        """A call with a prompt of token ids; one that continues an answered sequence continues it here."""
+    def ask_tokens(self, prompt_ids: Sequence[int]) -> PendingCall:
+        """Start a call with a prompt of token ids; it may continue an answered sequence."""
         ids = list(prompt_ids)
         for known in sorted(self._sequences, key=lambda s: -len(s.token_ids)):
             count = len(known.token_ids)
             if not known.keys and 0 < count <= len(ids) and known.token_ids == ids[:count]:
-                return self._asked(known, [], [], self._as_text(ids[count:]), ids[count:])
-        return self._asked(_Sequence(self._chat), [], [], self._as_text(ids), ids)
+                return self._pending(known, [], [], self._as_text(ids[count:]), ids[count:])
+        return self._pending(_Sequence(self._chat), [], [], self._as_text(ids), ids)
 
     def _as_text(self, token_ids: list[int]) -> list[Message]:
         return [{"role": "user", "content": self._chat.decode(token_ids)}]
 
-    def _asked(
+    def _pending(
         self,
         sequence: _Sequence,
         keys: list[str],
         conversation: list[Message],
         added: list[Message],
         token_ids: list[int],
-    ) -> Asked:
+    ) -> PendingCall:
         turns = [Turn(message=message, token_ids=[], sampled=False) for message in added]
         turns[-1].token_ids = list(token_ids)
         prompt_ids = [*sequence.token_ids, *token_ids]
-        return Asked(prompt_ids, turns, keys, conversation, sequence, len(sequence.turns))
+        return PendingCall(prompt_ids, turns, keys, conversation, sequence, len(sequence.turns))
 
     def answer(
-        self, asked: Asked, completion: Completion, text: str, told: Mapping[str, Any] | None = None
+        self, pending: PendingCall, completion: Completion, text: str, told: Mapping[str, Any] | None = None
     ) -> RecordedAnswer:
         """Record the answer to a call.
 
         Args:
-            asked: From `ask_chat` or `ask_tokens`.
-            completion: What the engine sampled.
-            text: What the policy said.
-            told: The assistant's message that the agent got and will send back; None is one with `text`.
+            pending: Call that `ask_chat` or `ask_tokens` returned.
+            completion: Completion that the engine sampled.
+            text: Text of the completion.
+            told: Message that the agent got and will send back; None means one with `text`.
 
         Returns:
-            What `forget` takes.
+            The record of the answer, which `forget` takes.
         """
-        sequence = asked._sequence
-        if len(sequence.turns) != asked._length:  # another call has continued it meanwhile
-            before = [evolve(turn, sampled=False, logprobs=[]) for turn in sequence.turns[: asked._length]]
+        sequence = pending._sequence
+        if len(sequence.turns) != pending._length:  # another call has continued it meanwhile
+            before = [evolve(turn, sampled=False, logprobs=[]) for turn in sequence.turns[: pending._length]]
             sequence = _Sequence(sequence.chat, turns=before)
         message: Message = {"role": "assistant", "content": text}
         sampled = Turn(
@@ -198,20 +198,20 @@ class RecordedSession:
             weight_version=completion.weight_version,
             last_weight_version=max(completion.weight_version, completion.last_weight_version),
         )
-        recorded = RecordedAnswer(sequence, [*sequence.turns, *asked.new, sampled], evolve(sequence))
+        recorded = RecordedAnswer(sequence, [*sequence.turns, *pending.new, sampled], evolve(sequence))
         sequence.turns = recorded.turns
-        sequence.token_ids = [*asked.prompt_ids, *completion.token_ids]
-        if asked.messages:
+        sequence.token_ids = [*pending.prompt_ids, *completion.token_ids]
+        if pending.messages:
             key = _key(normalized(told or message))
             self._said[key] = message
-            sequence.keys = [*asked.keys, key]
-            sequence.messages = [*asked.messages, message]
+            sequence.keys = [*pending.keys, key]
+            sequence.messages = [*pending.messages, message]
         if sequence not in self._sequences:
             self._sequences.append(sequence)
         return recorded
 
     def forget(self, recorded: RecordedAnswer) -> None:
-        """Take an answer out again that nobody got; one that was continued meanwhile was got, and stays."""
+        """Remove an answer that nobody received; one that was continued meanwhile was received, and stays."""
         sequence, before = recorded.sequence, recorded.before
         if sequence.turns is not recorded.turns:
             return

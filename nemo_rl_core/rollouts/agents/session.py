@@ -1,4 +1,4 @@
-"""The policy, lent to a program that asks it by itself: every call is sampled, checked and recorded."""
+"""Session in which a program calls the policy itself: every call is sampled, checked and recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_rl_core.records.completion import Completion
 from nemo_rl_core.records.rollout import Turn
 from nemo_rl_core.records.seeds import stable_seed
 from nemo_rl_core.records.tool_calls import parse_tool_calls
-from nemo_rl_core.rollouts.agents.recording import Asked, RecordedAnswer, RecordedSession
+from nemo_rl_core.rollouts.agents.recording import PendingCall, RecordedAnswer, RecordedSession
 
 __all__ = ["EngineAnswer", "EngineSession", "check_completion"]
 
@@ -29,27 +29,27 @@ _MOST_CHOICES = 128
 
 @define(eq=False)
 class EngineAnswer:
-    """The answer to a call. Nothing is trained on before `record`."""
+    """The answer to a call. It is not trained on unless it is recorded."""
 
     number: int
-    """Of the call in its session, from 0."""
+    """Number of the call in its session, from 0."""
     prompt_ids: list[int]
     choices: list[PolicyChoice]
     _session: EngineSession
-    _asked: Asked
+    _pending: PendingCall
     _place: tuple[bytes, int] | None
     _recorded: list[RecordedAnswer] = field(factory=list)
 
     def record(self) -> EngineAnswer:
-        """Keep it as sampled by this episode: whoever asked has got it, or is about to."""
+        """Record the answer in this episode: the caller has received it, or is about to."""
         if not self._recorded:
             for choice in self.choices:
-                kept = self._session._record.answer(self._asked, choice.completion, choice.text, choice.message)
+                kept = self._session._record.answer(self._pending, choice.completion, choice.text, choice.message)
                 self._recorded.append(kept)
         return self
 
     def discard(self) -> None:
-        """Nobody got it: it is not trained on, and whoever asks the same again gets the same."""
+        """Drop an answer that nobody received: it is not trained on, and a repeated call gets the same answer."""
         for kept in reversed(self._recorded):
             self._session._record.forget(kept)
         self._recorded.clear()
@@ -60,7 +60,7 @@ class EngineAnswer:
 class EngineSession:
     """The calls of one episode.
 
-    What is sampled depends on the session's seed, the prompt, and how often the session has asked it before; not on
+    What is sampled depends on the session's seed, the prompt, and how often the session has sent it before; not on
     the order of calls with other prompts, or on other sessions.
 
     Args:
@@ -119,7 +119,7 @@ class EngineSession:
         return self._record.segments
 
     def close(self) -> None:
-        """End the calls under way and take no more; may be called twice."""
+        """End the calls in flight and refuse new ones; may be called twice."""
         self._closed = True
         current = asyncio.current_task() if self._active else None
         for task in self._active - {current}:
@@ -139,17 +139,17 @@ class EngineSession:
             GenerationError: The engine cut the answer off, or gave one that cannot be trained on.
         """
         if self._closed:
-            raise CallRefused(f"{self._name} is over; it takes no more calls.", "session_closed")
-        asked = self._understood(call)
-        self._check_limits(asked)
+            raise CallRefused(f"{self._name} is over; it no longer accepts calls.", "session_closed")
+        pending = self._understood(call)
+        self._check_limits(pending)
         number, self._number = self._number, self._number + 1
-        place = self._take(asked.prompt_ids)
+        place = self._take(pending.prompt_ids)
         task = asyncio.current_task()
         assert task is not None
         self._begin(task)
         try:
-            sampling = self._sampling_of(call, asked)
-            completions = await self._sample(asked, sampling, call, place, number)
+            sampling = self._sampling_of(call, pending)
+            completions = await self._sample(pending, sampling, call, place, number)
             choices = [self._choice(c, call, stable_seed(self._seed, number, i)) for i, c in enumerate(completions)]
         except BaseException as error:
             self._give_back(place)
@@ -159,11 +159,11 @@ class EngineSession:
         finally:
             self._end(task)
         self.failure = None
-        return EngineAnswer(number, asked.prompt_ids, choices, self, asked, place)
+        return EngineAnswer(number, pending.prompt_ids, choices, self, pending, place)
 
     # -- before and after the engine ---------------------------------------------------------------------
 
-    def _understood(self, call: PolicyCall) -> Asked:
+    def _understood(self, call: PolicyCall) -> PendingCall:
         if type(call.n) is not int or not 1 <= call.n <= _MOST_CHOICES:
             raise DataError(f"n must be a whole number from 1 to {_MOST_CHOICES}.")
         if call.messages is not None:
@@ -176,17 +176,17 @@ class EngineSession:
             raise DataError("The prompt is empty: no tokens.")
         return self._record.ask_tokens(ids)
 
-    def _check_limits(self, asked: Asked) -> None:
+    def _check_limits(self, pending: PendingCall) -> None:
         if self._max_calls is not None and self._num_taken >= self._max_calls:
             raise self._refusal(
                 f"{self._name} has had its {self._max_calls} calls (rollouts.max_turns): raise it, or have the agent "
                 "end earlier.",
                 "max_turns_exceeded",
             )
-        if len(asked.prompt_ids) >= self._max_length:
+        if len(pending.prompt_ids) >= self._max_length:
             raise self._refusal(
-                f"The prompt has {len(asked.prompt_ids)} tokens and leaves no room in a context of {self._max_length} "
-                "(policy.max_sequence_length).",
+                f"The prompt has {len(pending.prompt_ids)} tokens and leaves no room in a context of "
+                f"{self._max_length} (policy.max_sequence_length).",
                 "context_length_exceeded",
             )
 
@@ -194,20 +194,20 @@ class EngineSession:
         self.refused = CallRefused(message, code)
         return self.refused
 
-    def _sampling_of(self, call: PolicyCall, asked: Asked) -> SamplingParams:
-        room = self._max_length - len(asked.prompt_ids)
+    def _sampling_of(self, call: PolicyCall, pending: PendingCall) -> SamplingParams:
+        room = self._max_length - len(pending.prompt_ids)
         wanted = self._sampling.max_new_tokens if call.max_new_tokens is None else call.max_new_tokens
         return evolve(self._sampling, max_new_tokens=max(1, min(wanted, room)), stop=(*self._sampling.stop, *call.stop))
 
     async def _sample(
-        self, asked: Asked, sampling: SamplingParams, call: PolicyCall, place: tuple[bytes, int], number: int
+        self, pending: PendingCall, sampling: SamplingParams, call: PolicyCall, place: tuple[bytes, int], number: int
     ) -> list[Completion]:
         drawn = ("again", place[1]) if call.seed is None else ("seed", call.seed)
         seeds = [stable_seed(self._seed, place[0].hex(), *drawn, i) for i in range(call.n)]
         requests = [
             GenerationRequest(
                 request_id=f"{self._name}/{number}/{i}",
-                prompt_ids=asked.prompt_ids,
+                prompt_ids=pending.prompt_ids,
                 sampling=evolve(sampling, seed=seed),
                 order=(*self._order, number) if self._order else (),
             )
@@ -238,7 +238,7 @@ class EngineSession:
     # -- counts ------------------------------------------------------------------------------------------
 
     def _take(self, prompt_ids: Sequence[int]) -> tuple[bytes, int]:
-        """How often this prompt has been asked: the first number that no answer of it has."""
+        """How often this prompt has been pending: the first number that no answer of it has."""
         digest = blake2b(np.asarray(prompt_ids, dtype=np.int64).tobytes(), digest_size=16).digest()
         taken = self._places.setdefault(digest, set())
         number = next(i for i in range(len(taken) + 1) if i not in taken)

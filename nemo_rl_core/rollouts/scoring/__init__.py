@@ -1,1 +1,1 @@
-"""Rewards of responses: a reward function as an environment, and the processes that compute it."""
+"""Scoring of responses: a reward function as an environment, and the processes that compute it."""

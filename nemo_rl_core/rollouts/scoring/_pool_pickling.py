@@ -1,4 +1,4 @@
-"""How functions, arguments and answers travel between `ProcessPool` and its workers."""
+"""Serialisation of functions, arguments and results between `ProcessPool` and its workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker process of `ProcessPool` runs: standard library only, so that it starts in milliseconds.
+"""Main loop of a `ProcessPool` worker: standard library only, so that it starts in milliseconds.
 
 Run as a script, `python _pool_worker.py <fd> <parent pid>`, never imported by a worker as part of the
 package. Frames in both directions are an 8-byte length and a body; the first byte of a body is its kind:

@@ -1,4 +1,4 @@
-"""A plain reward function made into a one-turn environment."""
+"""One-turn environment made from a plain reward function."""
 
 from __future__ import annotations
 

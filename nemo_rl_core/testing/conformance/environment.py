@@ -13,17 +13,17 @@ import inspect
 import itertools
 import json
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import NemoRLError, RewardError
 from nemo_rl_core.models import load_tokenizer
-from nemo_rl_core.protocols.environment import Environment, EnvironmentContext, EnvironmentStep
+from nemo_rl_core.protocols.environment import Environment, EnvironmentStep
 from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
 from nemo_rl_core.records.completion import Completion
 from nemo_rl_core.records.jsonl import read_groups, write_groups
@@ -36,6 +36,7 @@ from nemo_rl_core.rollouts.context import EpisodeContext
 from nemo_rl_core.rollouts.engine import RolloutEngine
 from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 from nemo_rl_core.schema import RolloutConfig
+from nemo_rl_core.testing.conformance.cases.environment_case import EnvironmentCase
 from nemo_rl_core.testing.conformance.frame._blocking import longest_block
 from nemo_rl_core.testing.conformance.frame._pool import shared_pool
 from nemo_rl_core.testing.conformance.frame.declared import overlaid
@@ -44,52 +45,9 @@ from nemo_rl_core.testing.conformance.frame.subject import structured
 from nemo_rl_core.testing.conformance.reward import ODD_RESPONSES
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration
 
-__all__ = ["EnvironmentCase", "EnvironmentContract"]
+__all__ = ["EnvironmentContract"]
 
 _ROLES = ("system", "user", "assistant", "tool")
-
-
-@frozen(kw_only=True)
-class EnvironmentCase:
-    """An environment and an episode of it to play.
-
-    The common one-turn case needs the class, a task and a good response.
-    """
-
-    environment: Callable[[Any, EnvironmentContext], Environment]
-    """The class, called with config and context."""
-    task: Task
-    """A row."""
-    response: str = ""
-    """What a policy says that is right; of several turns the last."""
-    turns_before: Sequence[str] = ()
-    """What it says in the turns before, if the episode has several."""
-    wrong_response: str = "I do not know."
-    """Said in place of `response`, it earns less."""
-    config: Any = None
-    """Options: an object, or a mapping for its `config_class`; None takes the defaults."""
-    max_turns: int | None = None
-    """Turns in which an episode ends whatever the policy says; None is those given."""
-    deterministic: bool = True
-    """False if equal task and seed may give another episode (a judge that samples)."""
-
-    @property
-    def turns(self) -> tuple[str, ...]:
-        """The whole good episode."""
-        return (*self.turns_before, self.response)
-
-    @property
-    def turn_limit(self) -> int:
-        """Turns after which the episode must have ended."""
-        return self.max_turns or len(self.turns)
-
-    def make(self, context: EnvironmentContext) -> Environment:
-        """The environment of one episode."""
-        config_class = getattr(self.environment, "config_class", dict)
-        config = self.config
-        if config is None or (isinstance(config, Mapping) and config_class is not dict):
-            config = config_class(**(config or {}))
-        return self.environment(config, context)
 
 
 @define

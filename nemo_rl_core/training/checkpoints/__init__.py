@@ -1,1 +1,1 @@
-"""What a run keeps: checkpoints, the exported model, the run folder."""
+"""Files that a run keeps: checkpoints, the exported model, the run folder."""

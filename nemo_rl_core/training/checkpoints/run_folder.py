@@ -1,4 +1,4 @@
-"""Whether the trainers see the run's folder: each rank writes its part of a checkpoint there."""
+"""Check that the trainers see the run's folder, where each rank writes its part of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how a run goes on from one."""
+"""Contents of a run's checkpoint, and how a run resumes from it."""
 
 from __future__ import annotations
 

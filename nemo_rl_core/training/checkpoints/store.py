@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all.
+"""Store of checkpoints, each of which is complete or absent.
 
 A checkpoint is written into a hidden folder, listed with sizes and checksums in its `state.json`, flushed
 to the disk and then renamed to `step_<n>`. A run killed at any moment leaves the former ones untouched.
@@ -35,7 +35,7 @@ class Checkpoint:
     path: Path
 
     def state(self) -> dict[str, Any]:
-        """What was given to `save` as `state`."""
+        """State that was passed to `save`."""
         return dict(_read_state(self.path)["state"])
 
 
@@ -67,12 +67,12 @@ class CheckpointStore:
 
     def list(self) -> list[Checkpoint]:
         """Published checkpoints, oldest first, whole or not."""
-        found = []
+        checkpoints = []
         for path in self.folder.glob("step_*"):
             number = path.name.removeprefix("step_")
             if number.isdigit() and path.is_dir():
-                found.append(Checkpoint(int(number), path))
-        return sorted(found, key=lambda c: c.step)
+                checkpoints.append(Checkpoint(int(number), path))
+        return sorted(checkpoints, key=lambda c: c.step)
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> Checkpoint:
         """Write a checkpoint and publish it.
@@ -212,9 +212,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"Checkpoint {folder} has a damaged {_STATE} ({error}).") from error
     if not isinstance(body, dict) or body.get("format") != _FORMAT:
-        found = body.get("format") if isinstance(body, dict) else type(body).__name__
+        version = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise CheckpointError(
-            f"Checkpoint {folder} has format {found!r}; this version reads format {_FORMAT}. "
+            f"Checkpoint {folder} has format {version!r}; this version reads format {_FORMAT}. "
             "Use the version that wrote it."
         )
     return body

@@ -1,1 +1,1 @@
-"""One model in its workers: batches cut and packed, steps, metrics, turns on the devices, invariants."""
+"""One model in its workers: sharding, packing, steps, metrics, turns on the devices, invariants."""

@@ -36,7 +36,7 @@ _POLL_S = 0.05
 
 
 class DeviceTurns:
-    """Whose turn it is. Made without arguments it does nothing: nobody leaves.
+    """Turns of trainer and engine on shared devices. Made without arguments it does nothing: nobody leaves.
 
     Args:
         models: That compute in turn with the engine, by role.
@@ -157,7 +157,7 @@ class DeviceTurns:
         self._away.discard(name)
 
     def _put_to_sleep(self, engine: GenerationBackend) -> None:
-        """What still samples now belongs to a step that was abandoned: it is cancelled."""
+        """Cancel what still samples, as it belongs to an abandoned step, and put the engine to sleep."""
         if self._runner is not None and self._runner.engine.traffic.count:
             self._runner.cancel_all()
         deadline = time.monotonic() + _CANCEL_TIMEOUT_S
@@ -184,7 +184,7 @@ def share_devices(config: RunConfig) -> bool:
 def make_turns(
     config: RunConfig, models: Mapping[str, Any], trained: Mapping[str, Any], engine_class: Any, *, share_weights: bool
 ) -> DeviceTurns:
-    """Who leaves in turn, from `cluster.offload` and what the backends can.
+    """Decide who leaves the device in turn, from `cluster.offload` and the backends' capabilities.
 
     Args:
         config: Of the run.
@@ -226,5 +226,5 @@ def make_turns(
 
 def _on_accelerator(policy: Policy) -> bool:
     """Whether the policy computes elsewhere than on a CPU; the driver's own machine may have no such device."""
-    found: Place = policy.group.call("apply", place_of)[0]
-    return not found.device.startswith("cpu")
+    place: Place = policy.group.call("apply", place_of)[0]
+    return not place.device.startswith("cpu")

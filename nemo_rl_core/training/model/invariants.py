@@ -104,5 +104,5 @@ class Invariants:
         return {"steps_without_signal": self._steps_without_signal}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """From the checkpoint."""
+        """Restore the state from a checkpoint."""
         self._steps_without_signal = int(state.get("steps_without_signal", 0))

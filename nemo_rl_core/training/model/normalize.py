@@ -1,4 +1,4 @@
-"""Division of a loss by the count over the whole global batch: the one place where it happens."""
+"""Division of a loss by the count over the whole global batch, in one place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["GlobalCounts", "NormalizedLoss", "count_trained"]
 
 @frozen(kw_only=True)
 class GlobalCounts:
-    """What is trained in one optimizer step, over all micro-batches and ranks."""
+    """Counts of trained items in one optimizer step, over all micro-batches and ranks."""
 
     tokens: int
     sequences: int

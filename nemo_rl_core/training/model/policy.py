@@ -16,7 +16,7 @@ from attrs import evolve, frozen
 
 from nemo_rl_core.errors import InvariantViolation, PluginIncompatible
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult
-from nemo_rl_core.records.kept import Kept, hold
+from nemo_rl_core.records.shared_value import SharedValue, hold
 from nemo_rl_core.training.model.metrics import merge_metrics, metric_values
 from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_core.training.model.sharding import plan_step
@@ -101,13 +101,13 @@ class Policy:
 
     def logprobs(self, batch: BatchedDataDict) -> Tensor:
         """[N] float32 logprobs of the batch's tokens under the current weights."""
-        (found,) = self._forward("get_logprobs", batch, self.temperature)
-        return found
+        (logprobs,) = self._forward("get_logprobs", batch, self.temperature)
+        return logprobs
 
     def values(self, batch: BatchedDataDict) -> Tensor:
         """[N] float32 output of the model's scalar head at each token."""
-        (found,) = self._forward("get_values", batch)
-        return found
+        (values,) = self._forward("get_values", batch)
+        return values
 
     def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
         """[N, k] ids and float32 logprobs of the k likeliest tokens in place of each token."""
@@ -116,8 +116,8 @@ class Policy:
 
     def hidden_states(self, batch: BatchedDataDict) -> Tensor:
         """[N, E] what the output layer makes each token's distribution of."""
-        (found,) = self._forward("get_hidden_states", batch)
-        return found
+        (hidden,) = self._forward("get_hidden_states", batch)
+        return hidden
 
     def output_layer(self) -> OutputLayer:
         """The output layer, at the sampling temperature, on the CPU."""
@@ -125,16 +125,16 @@ class Policy:
         layer: OutputLayer = self.group.call("get_output_layer")[0]
         return evolve(layer, transform=evolve(layer.transform, temperature=self.temperature))
 
-    def keep(self, value: Any) -> Kept:
+    def keep(self, value: Any) -> SharedValue:
         """Give every worker a large value once; in this process it is shared."""
-        kept = Kept(value)
+        shared = SharedValue(value)
         if self.group.local is None:
-            self.group.call("apply", hold, kept.key, value)
-        return kept
+            self.group.call("apply", hold, shared.key, value)
+        return shared
 
     @property
     def has_initial_weights(self) -> bool:
-        """Whether the model as it was before the run can be had from these workers, see `InitialModel`."""
+        """Whether these workers can still compute with the initial weights, see `InitialModel`."""
         return all(self.group.call("has_initial_weights"))
 
     def save(self, path: Path) -> None:
@@ -236,7 +236,7 @@ class InitialModel:
         """The output layer, which no adapter changes."""
         return self._policy.output_layer()
 
-    def keep(self, value: Any) -> Kept:
+    def keep(self, value: Any) -> SharedValue:
         """Give the policy's workers a large value once."""
         return self._policy.keep(value)
 
@@ -255,7 +255,7 @@ def _nothing(*, stepping: bool = False, saving: bool = False) -> None:
 
 
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:
-    """Put per-token values that stand in the order of `order`'s sequences back into the batch's order."""
+    """Put per-token values, joined in the order of the sequences in `order`, back into the batch's order."""
     out = torch.empty(batch.num_tokens, *joined.shape[1:], dtype=joined.dtype)
     offsets = batch.offsets
     lengths = batch.lengths

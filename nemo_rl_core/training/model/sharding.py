@@ -14,7 +14,7 @@ __all__ = ["ShardPlan", "plan_step"]
 
 @frozen(kw_only=True)
 class ShardPlan:
-    """What one data-parallel rank trains on in one optimizer step."""
+    """Part of one data-parallel rank in one optimizer step."""
 
     indices: list[int]
     """Ascending positions into the global batch: `batch.select(plan.indices)` is the rank's batch."""

@@ -1,1 +1,1 @@
-"""What a run tells: progress, its record, a trace."""
+"""Reports of a run: progress, its record, a trace."""

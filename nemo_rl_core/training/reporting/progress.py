@@ -1,4 +1,4 @@
-"""What a person (or a program) sees of a run: a bar, plain lines, or JSON lines."""
+"""Progress of a run: a bar, plain lines, or JSON lines."""
 
 from __future__ import annotations
 

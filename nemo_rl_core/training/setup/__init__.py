@@ -1,1 +1,1 @@
-"""From a configuration to the parts of a run."""
+"""Set-up: from a configuration to the parts of a run."""

@@ -1,4 +1,4 @@
-"""Building what a run is made of, from its configuration: the only set-up code there is."""
+"""Assembly of a run's parts from its configuration: the only set-up code there is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the engine of a run lives, and starting it there."""
+"""Placement and start of a run's engines."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def takes_updates_in_flight(config: RunConfig, engine: Any) -> bool:
     if config.rollouts.weight_updates == "in_flight" and not can:
         raise ConfigError(
             f"rollouts.weight_updates is in_flight, but the generation backend {engine.__name__} cannot take new "
-            "weights while it samples (it has not the capability 'in_flight_updates'). Set it to between, or choose "
+            "weights while it samples (it lacks the capability 'in_flight_updates'). Set it to between, or choose "
             "another backend."
         )
     return can and config.rollouts.weight_updates != "between"

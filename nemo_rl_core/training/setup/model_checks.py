@@ -1,4 +1,4 @@
-"""Whether the models of a run fit their training backends, asked before any worker starts."""
+"""Check that the models of a run fit their training backends, before any worker starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models of a run, each in its workers."""
+"""Models of a run, each in its workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scores the responses of a run."""
+"""Choice of the environment or reward that scores the responses of a run."""
 
 from __future__ import annotations
 

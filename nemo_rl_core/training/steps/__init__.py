@@ -1,1 +1,1 @@
-"""The loop: take items, build a batch, update, refit, validate."""
+"""The run loop: take items, build a batch, update, refit, validate."""

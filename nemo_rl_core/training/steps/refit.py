@@ -1,4 +1,4 @@
-"""Bringing the engine to the policy's weights: before a step, or while it samples."""
+"""Refit: loads the policy's weights into the engine, before a step or while it samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Refit"]
 
 _LATE_S = 10.0
-"""How late a request's deadline may be noticed."""
+"""Slack added to the deadline of a request."""
 
 
 class Refit:

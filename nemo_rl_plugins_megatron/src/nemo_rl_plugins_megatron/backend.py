@@ -104,7 +104,7 @@ class MegatronBackend(TrainingBackend):
         """Build this rank's part of the model, load its weights and make the optimizer.
 
         Raises:
-            ConfigError: The model, the optimizer or the layout cannot be had.
+            ConfigError: The model, the optimizer or the layout is not available.
         """
         check_version()
         if config.model_name is None:
@@ -302,7 +302,7 @@ class MegatronBackend(TrainingBackend):
     def _require(self, needs: frozenset[str]) -> None:
         if unknown := needs - self.outputs.gives:
             raise ConfigError(
-                f"{', '.join(sorted(unknown))} cannot be had of the model of the role {self.role!r}: with "
+                f"The model of the role {self.role!r} does not give {', '.join(sorted(unknown))}: with "
                 f"{self.role}.head={self.config.head!r} it gives {', '.join(sorted(self.outputs.gives))}."
             )
 

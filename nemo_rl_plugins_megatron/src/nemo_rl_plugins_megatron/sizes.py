@@ -1,4 +1,4 @@
-"""Which sizes fit a model and its workers, told from the configuration alone."""
+"""Sizes that fit a model and its workers, derived from the configuration alone."""
 
 from __future__ import annotations
 

@@ -243,12 +243,14 @@ class VLLMEngine(GenerationBackend):
             GenerationError: The workers disagree, or their weights changed since the last update.
         """
         thread = self._running()
-        found = set(thread.call(thread.fingerprints(), what="The fingerprint", timeout_s=self._options.refit_timeout_s))
-        if len(found) > 1:
+        digests = set(
+            thread.call(thread.fingerprints(), what="The fingerprint", timeout_s=self._options.refit_timeout_s)
+        )
+        if len(digests) > 1:
             raise GenerationError(
-                f"The workers of vLLM hold different weights: fingerprints {sorted(map(str, found))}."
+                f"The workers of vLLM hold different weights: fingerprints {sorted(map(str, digests))}."
             )
-        (digest,) = found
+        (digest,) = digests
         if digest is not None:
             return digest
         if self._broken is not None:

@@ -339,8 +339,8 @@ class EngineThread:
     async def fingerprints(self) -> list[str | None]:
         """Of each worker of each engine; vLLM's own `collective_rpc` asks them all and returns those of the first."""
         ask = self._llm.engine_core.call_utility_all_async
-        found: list[list[str | None]] = await ask("collective_rpc", "nemo_rl_fingerprint", None, (), None)
-        return [digest for of_engine in found for digest in of_engine]
+        answers: list[list[str | None]] = await ask("collective_rpc", "nemo_rl_fingerprint", None, (), None)
+        return [digest for of_engine in answers for digest in of_engine]
 
     async def sleep(self, level: int, *, gpu: bool) -> None:
         """Give memory back.

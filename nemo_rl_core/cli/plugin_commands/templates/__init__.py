@@ -1,4 +1,4 @@
-"""Packages made from a template: one for every kind of component, with a working component and its tests."""
+"""Templates of packages: one for every kind, with a working component and its tests."""
 
 from __future__ import annotations
 

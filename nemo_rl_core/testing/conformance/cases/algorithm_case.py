@@ -1,4 +1,4 @@
-"""What the contract of an algorithm runs: a tiny configuration, rows and a reward, and groups of rollouts by hand."""
+"""Case for an algorithm's contract: a tiny configuration, rows and a reward, and hand-made groups."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
 from nemo_rl_core.records.batch import BatchedDataDict
-from nemo_rl_core.records.kept import Kept
 from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.records.shared_value import SharedValue
 
 __all__ = ["ADDITIONS", "AlgorithmCase", "StandIn", "digits", "handmade_groups", "is_sampled"]
 
@@ -83,9 +83,9 @@ class StandIn:
         """Of the kit's vocabulary, the same numbers each time."""
         return OutputLayer(weight=torch.linspace(-1, 1, 104 * 4).view(104, 4))
 
-    def keep(self, value: Any) -> Kept:
+    def keep(self, value: Any) -> SharedValue:
         """The value itself."""
-        return Kept(value)
+        return SharedValue(value)
 
 
 def is_sampled(token_id: int) -> bool:

@@ -1,4 +1,4 @@
-"""What the contract of a generation backend runs on: engines that are set up, requests, and comparisons."""
+"""Bench for a generation backend's contract: engines that are set up, requests, and comparisons."""
 
 from __future__ import annotations
 

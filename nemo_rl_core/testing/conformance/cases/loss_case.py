@@ -1,4 +1,4 @@
-"""What the contract of a loss runs on: a batch with a policy of free logits, the call of a loss, comparisons."""
+"""Case for a loss's contract: a batch with a policy of free logits, the call of a loss, comparisons."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def answer_on(loss: Any, batch: BatchedDataDict, model: FreeModel, indices: Sequ
 
 
 def positions_of(batch: BatchedDataDict, indices: Sequence[int]) -> Tensor:
-    """Where the tokens of these sequences stand in the batch, in the order of `select`."""
+    """Positions of these sequences' tokens in the batch, in the order of `select`."""
     marked = BatchedDataDict(batch.lengths, {"at": torch.arange(batch.num_tokens)})
     found: Tensor = marked.select(list(indices))["at"]
     return found

@@ -1,4 +1,4 @@
-"""What the contract of a training backend runs on: backends that are set up, batches, and comparisons."""
+"""Bench for a training backend's contract: backends that are set up, batches, and comparisons."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TrainingBench(SetUpContract):
     def capable(self, backend: Any, start: Start, capability: str, **policy: Any) -> TrainingBackend:
         """A backend with the capability that was set up; skips the clause for one without."""
         if capability not in configured(backend, self.config_options).loaded.capabilities:
-            pytest.skip(f"it has not the capability {capability!r}")
+            pytest.skip(f"it lacks the capability {capability!r}")
         made: TrainingBackend = start(**policy)
         return made
 

@@ -1,1 +1,1 @@
-"""What every kit is made of: clauses, subjects, what a component declares."""
+"""Frame of every kit: clauses, subjects, and the declarations of a component."""

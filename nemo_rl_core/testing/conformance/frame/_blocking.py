@@ -1,4 +1,4 @@
-"""How long a coroutine keeps an event loop from everything else."""
+"""Measurement of how long a coroutine blocks its event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a component says of itself to its kit, by its attributes `conformance` and `example`.
+"""Declarations of a component for its kit: its attributes `conformance` and `example`.
 
 `nemo-rl plugins check` has no test file to sub-class a contract in. So whatever a sub-class would say the component may
 say: `conformance` maps names of the contract to values, or to functions in place of its methods (without `self`).
@@ -46,9 +46,9 @@ def declarable(contract: type) -> dict[str, Any]:
 
 
 def take_declarations(test: Any, component: Any) -> str | None:
-    """Let `test`, one object of a contract, be as the component says.
+    """Apply the component's declarations to `test`, an object of a contract.
 
-    What the class of the test defines itself goes before: its author has said it of this very test.
+    Attributes that the class of the test defines take precedence: its author set them for this very test.
 
     Returns:
         What is wrong with the attribute, in words, or None.
@@ -89,7 +89,7 @@ def example_of(component: Any, folder: Path) -> Mapping[str, Any]:
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, of which `above` goes before."""
+    """Merge nested mappings; `above` takes precedence."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)

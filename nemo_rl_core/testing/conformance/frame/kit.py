@@ -1,4 +1,4 @@
-"""What a conformance kit is, and how one is run.
+"""Conformance kits, and how to run one.
 
 A contract is a class with one test method for each clause; the first line of the method's docstring is the
 clause, in words. A plugin author sub-classes it and says with one fixture what is to be tested:
@@ -79,9 +79,9 @@ Outcome = Literal["passed", "failed", "skipped"]
 class Contract:
     """Base of every contract.
 
-    What a sub-class says by its attributes and methods, the component may say itself by an attribute `conformance`, a
-    mapping of their names: `{"differentiable": False, "add_fields": add_labels}`. `nemo-rl plugins check` has nothing
-    else to go by. Where both speak the sub-class is heard.
+    What a subclass declares by its attributes and methods, the component may declare itself in an attribute
+    `conformance`, a mapping of their names: `{"differentiable": False, "add_fields": add_labels}`. `nemo-rl plugins
+    check` knows only this. If both declare something, the subclass takes precedence.
 
     Attributes:
         kind: Kind of component that the contract is for, such as "losses".
@@ -121,7 +121,7 @@ class Contract:
 
     @classmethod
     def declared_by(cls, subject: Any) -> Any:
-        """The object whose attribute `conformance` is heard: the subject, or what it is a case of."""
+        """Return the object whose attribute `conformance` applies: the subject, or the component in its case."""
         return subject
 
     @classmethod

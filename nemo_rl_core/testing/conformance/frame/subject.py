@@ -1,4 +1,4 @@
-"""What a contract of the heavy kinds tests: a component that the kit itself sets up, with its options."""
+"""Subject of a contract of the heavy kinds: a component that the kit sets up, with its options."""
 
 from __future__ import annotations
 

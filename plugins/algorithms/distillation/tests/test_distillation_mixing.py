@@ -11,7 +11,7 @@ from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.errors import ConfigError, DataError
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration
 from nemo_rl_core.training.trainer import Trainer
-from nemo_rl_plugins_distillation.taught import takes_rollouts
+from nemo_rl_plugins_distillation.teacher_algorithm import takes_rollouts
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.xdist_group("distillation-mixing")

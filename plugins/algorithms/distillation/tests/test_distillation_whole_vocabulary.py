@@ -11,7 +11,7 @@ from nemo_rl_core.errors import ConfigError, ShapeMismatch
 from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer, map_vocabulary
 from nemo_rl_core.protocols.loss import Loss, ModelOutputs
 from nemo_rl_core.records.batch import BatchedDataDict
-from nemo_rl_core.records.kept import Kept
+from nemo_rl_core.records.shared_value import SharedValue
 from nemo_rl_plugins_distillation.forward_kl import ForwardKLLoss
 from nemo_rl_plugins_distillation.jensen_shannon import JensenShannonLoss
 from nemo_rl_plugins_distillation.loss_config import DivergenceConfig, JensenShannonConfig, MixedKLConfig
@@ -39,7 +39,7 @@ class Case:
 
     def loss(self, inner, chunk_size=20):
         """The sum, by chunks of 5 tokens."""
-        made = WholeVocabulary(inner, [Kept(layer) for layer in self.layers])
+        made = WholeVocabulary(inner, [SharedValue(layer) for layer in self.layers])
         tokens = {"loss_mask": self.mask, "teacher_shares": self.shares}
         tokens |= {f"teacher_hidden_{i}": hidden for i, hidden in enumerate(self.theirs)}
         batch = BatchedDataDict([TOKENS], tokens)
@@ -134,7 +134,7 @@ def test_a_padded_vocabulary_is_cut_to_the_tokens_of_both(ours, theirs):
 
 
 def test_needs():
-    made = WholeVocabulary(MixedKLLoss(MixedKLConfig(nll_weight=0.1)), [Kept(None)])
+    made = WholeVocabulary(MixedKLLoss(MixedKLConfig(nll_weight=0.1)), [SharedValue(None)])
     assert isinstance(made, Loss)
     assert made.needs == {"over_vocabulary", "logprobs"}
     assert WholeVocabulary(ForwardKLLoss()).needs == {"over_vocabulary"}

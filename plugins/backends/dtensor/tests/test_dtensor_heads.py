@@ -93,7 +93,7 @@ def test_more_tokens_than_the_vocabulary_has_are_all_of_it():
 
 
 def test_asking_a_head_for_what_it_does_not_give_says_what_it_gives():
-    with pytest.raises(ConfigError, match=r"logprobs cannot be had.*head='scalar' it gives values"):
+    with pytest.raises(ConfigError, match=r"does not give logprobs.*head='scalar' it gives values"):
         backend("scalar").get_logprobs(batch())
-    with pytest.raises(ConfigError, match=r"values cannot be had.*head='lm'"):
+    with pytest.raises(ConfigError, match=r"does not give values.*head='lm'"):
         backend().train_step(batch(), Squares(), StepPlan(micro_batches=[[0, 1, 2]]))

@@ -223,7 +223,7 @@ def test_a_decay_without_an_end_is_refused(make_backend):
 
 
 def test_a_need_that_cannot_be_met_is_refused(make_backend, make_loss, batch):
-    with pytest.raises(ConfigError, match=r"values cannot be had of the model"):
+    with pytest.raises(ConfigError, match=r"does not give values"):
         make_backend().train_step(batch, make_loss(batch, needs=("values",)), StepPlan(micro_batches=SPLITS[0]))
 
 

@@ -5,7 +5,7 @@
     trainer = nemo_rl.GRPOTrainer.from_pretrained("Qwen/Qwen2.5-1.5B")
     trainer.fit(dataset="my.jsonl", reward_fn=lambda response, answer: float(answer in response))
 
-Names are imported when they are first used, so that `import nemo_rl` is cheap.
+Names are imported on first use, so that `import nemo_rl` is cheap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Contracts and decorators for those who write a backend."""
+"""Contracts and decorators for authors of backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration classes of the framework and of the default algorithms."""
+"""Configuration classes of the framework and of the default algorithms."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A training backend in one file: plain PyTorch on one device, one sequence at a time, nothing clever.
 
-Slow, and a place to start from: each method is what its contract asks and no more.
+Slow, but a good start: each method does what its contract asks and nothing else.
 """
 
 from __future__ import annotations

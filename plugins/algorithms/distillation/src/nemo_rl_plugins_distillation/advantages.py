@@ -22,7 +22,7 @@ class OnPolicyDistillationConfig:
     """Options of the advantages `on_policy_distillation`."""
 
     clip: float | None = field(default=None, validator=optional(gt(0)))
-    """Bound on the size of an advantage; None is none."""
+    """Bound on the size of an advantage. None sets no bound."""
 
 
 class OnPolicyDistillationAdvantages:

@@ -10,7 +10,7 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.algorithm import AlgorithmContext
 from nemo_rl_plugins_distillation.config import DistillationConfig, OffPolicyDistillationConfig
 from nemo_rl_plugins_distillation.example import example_off_policy, example_on_policy
-from nemo_rl_plugins_distillation.taught import Taught
+from nemo_rl_plugins_distillation.teacher_algorithm import TeacherAlgorithm
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.advantage import AdvantageEstimator
@@ -21,7 +21,7 @@ __all__ = ["Distillation", "OffPolicyDistillation"]
 _COMPARED = frozenset({"teacher_top_logprobs", "teacher_hidden"})
 
 
-class Distillation(Taught):
+class Distillation(TeacherAlgorithm):
     """On-policy distillation (GKD, arXiv:2306.13649): the student samples, the teachers say what they would have said.
 
     In a share `1 - lmbda` of the steps the answers of the data are taken in place of samples; with none sampled no
@@ -61,7 +61,7 @@ class Distillation(Taught):
         return {"teacher_logprob_gap": -float(advantages.sum()) / max(int(batch["loss_mask"].sum()), 1)}
 
 
-class OffPolicyDistillation(Taught):
+class OffPolicyDistillation(TeacherAlgorithm):
     """Distillation on conversations and prompt/response rows: the answers are given, the targets are the teachers'."""
 
     config_class: ClassVar[type] = OffPolicyDistillationConfig

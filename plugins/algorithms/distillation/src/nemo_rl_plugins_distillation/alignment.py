@@ -72,13 +72,13 @@ def token_ends(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, list[int]
 
 def runs(mask: Sequence[bool]) -> list[slice]:
     """The stretches in which the mask is True."""
-    found, at = [], 0
+    parts, at = [], 0
     for trained, group in groupby(bool(m) for m in mask):
         length = sum(1 for _ in group)
         if trained:
-            found.append(slice(at, at + length))
+            parts.append(slice(at, at + length))
         at += length
-    return found
+    return parts
 
 
 def _align_run(

@@ -93,9 +93,9 @@ def trained(student: Tensor | None, batch: BatchedDataDict, name: str, *, dims: 
     """
     teacher: Tensor = batch[name]
     if student is None or student.shape != teacher.shape or student.ndim != dims:
-        found = None if student is None else list(student.shape)
+        shape = None if student is None else list(student.shape)
         raise ShapeMismatch(
-            f"outputs.top_logprobs has shape {found}, {name} {list(teacher.shape)}; both must be equal, with {dims} "
+            f"outputs.top_logprobs has shape {shape}, {name} {list(teacher.shape)}; both must be equal, with {dims} "
             "dimensions. The batch's `top_ids` are the tokens that the teacher's logprobs are of."
         )
     mask = batch["loss_mask"]

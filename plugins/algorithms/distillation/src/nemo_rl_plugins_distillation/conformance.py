@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
-from nemo_rl_core.records.kept import Kept, hold
+from nemo_rl_core.records.shared_value import SharedValue, hold
 from nemo_rl_plugins_distillation.chunks import NEVER
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ def add_hidden_teachers(batch: BatchedDataDict, generator: torch.Generator) -> N
     batch.set_tokens("teacher_shares", batch.expand_to_tokens(torch.cat([weights, 1 - weights], 1)))
 
 
-def hidden_layers() -> list[Kept]:
+def hidden_layers() -> list[SharedValue]:
     """Two output layers, of which the second has fewer tokens; held in this process."""
     made = []
     for index, size in enumerate((_V, _V - 1)):
         weight = torch.randn(size, 1, generator=torch.Generator().manual_seed(index))
-        made.append(Kept(OutputLayer(weight=weight)))
+        made.append(SharedValue(OutputLayer(weight=weight)))
         hold(None, made[-1].key, OutputLayer(weight=weight))
     return made
 
@@ -85,8 +85,8 @@ def add_sorted_teacher(batch: BatchedDataDict, generator: torch.Generator) -> No
 
 def add_teacher_logprobs(batch: BatchedDataDict, generator: torch.Generator) -> None:
     """A teacher's logprob of each sampled token, inf where nothing was sampled."""
-    found = -2 * torch.rand(batch.num_tokens, generator=generator)
-    batch.set_tokens("teacher_logprobs", found.masked_fill(~batch["loss_mask"], torch.inf))
+    logprobs = -2 * torch.rand(batch.num_tokens, generator=generator)
+    batch.set_tokens("teacher_logprobs", logprobs.masked_fill(~batch["loss_mask"], torch.inf))
 
 
 def _add_chunks(batch: BatchedDataDict, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from nemo_rl_core.records.rollout import RolloutGroup
 from nemo_rl_plugins_distillation.algorithm import OffPolicyDistillation
 from nemo_rl_plugins_distillation.alignment import align, runs
 from nemo_rl_plugins_distillation.config import CrossTokenizerConfig
-from nemo_rl_plugins_distillation.taught import conversations
+from nemo_rl_plugins_distillation.teacher_algorithm import conversations
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.algorithm import Model
@@ -57,7 +57,7 @@ class CrossTokenizerDistillation(OffPolicyDistillation):
 
         batch = super().build_batch(items)
         theirs = self._for_teacher(items)
-        found = [
+        alignments = [
             align(
                 *(tensor.tolist() for tensor in tensors),
                 student_tokenizer=self.context.tokenizer,
@@ -71,11 +71,11 @@ class CrossTokenizerDistillation(OffPolicyDistillation):
                 strict=True,
             )
         ]
-        batch.set_tokens("chunk_ids", torch.tensor([chunk for row in found for chunk in row.student]))
-        batch.set_sequences("num_chunks", torch.tensor([row.num_chunks for row in found]))
+        batch.set_tokens("chunk_ids", torch.tensor([chunk for row in alignments for chunk in row.student]))
+        batch.set_sequences("num_chunks", torch.tensor([row.num_chunks for row in alignments]))
         batch.set_sequences("teacher_input_ids", theirs.unpack("input_ids"))
         batch.set_sequences("teacher_loss_mask", theirs.unpack("loss_mask"))
-        batch.set_sequences("teacher_chunk_ids", [torch.tensor(row.teacher) for row in found])
+        batch.set_sequences("teacher_chunk_ids", [torch.tensor(row.teacher) for row in alignments])
         return batch
 
     def _for_teacher(self, items: Sequence[Any]) -> BatchedDataDict:

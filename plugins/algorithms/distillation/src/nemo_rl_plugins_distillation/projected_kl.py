@@ -53,8 +53,8 @@ class ProjectedKLLoss:
         """
         weights: Tensor = batch["projection_weights"]
         if outputs.top_logprobs is None or outputs.top_logprobs.shape != weights.shape:
-            found = None if outputs.top_logprobs is None else list(outputs.top_logprobs.shape)
-            raise ShapeMismatch(f"outputs.top_logprobs has shape {found}, projection_weights {list(weights.shape)}.")
+            shape = None if outputs.top_logprobs is None else list(outputs.top_logprobs.shape)
+            raise ShapeMismatch(f"outputs.top_logprobs has shape {shape}, projection_weights {list(weights.shape)}.")
         chunks, mask, config = Chunks.of(batch), batch["loss_mask"], self.config
         at = chunks.selected
         student = (outputs.top_logprobs[at].exp() * weights[at].to(outputs.top_logprobs.dtype)).sum(-1)

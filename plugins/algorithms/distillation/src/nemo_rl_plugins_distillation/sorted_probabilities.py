@@ -57,8 +57,8 @@ class SortedProbabilitiesLoss:
         """
         student = outputs.top_logprobs
         if student is None or student.shape != batch["top_ids"].shape or student.ndim != 3:
-            found = None if student is None else list(student.shape)
-            raise ShapeMismatch(f"outputs.top_logprobs has shape {found}, top_ids {list(batch['top_ids'].shape)}.")
+            shape = None if student is None else list(student.shape)
+            raise ShapeMismatch(f"outputs.top_logprobs has shape {shape}, top_ids {list(batch['top_ids'].shape)}.")
         chunks, mask, config = Chunks.of(batch), batch["loss_mask"], self.config
         at = chunks.selected
         both = student[at].exp()

@@ -60,14 +60,14 @@ class Teachers:
         if self.column is None:
             batch.set_sequences("teacher_weights", torch.tensor(self.weights).expand(len(batch), -1))
             return
-        found = [row.get(self.column) for row in rows]
-        for i, name in enumerate(found):
+        names = [row.get(self.column) for row in rows]
+        for i, name in enumerate(names):
             if name not in self.names:
                 raise DataError(
                     f"Row {i} of the batch has {name!r} in its column {self.column!r} (teacher_column), which names no "
                     f"teacher. The teachers are: {', '.join(self.names)}."
                 )
-        batch.set_sequences("teacher_index", torch.tensor([self.names.index(str(name)) for name in found]))
+        batch.set_sequences("teacher_index", torch.tensor([self.names.index(str(name)) for name in names]))
         batch.set_sequences("teacher_weights", torch.ones(len(batch), 1))
 
     def fill_top(self, batch: BatchedDataDict, models: Mapping[str, Model], k: int) -> None:
@@ -77,11 +77,11 @@ class Teachers:
         """
         import torch
 
-        found = [
+        pairs = [
             self._of_rows(batch, index, lambda part, m=models[n]: m.top_logprobs(part, k)) for index, n in self._each()
         ]
-        width = min(ids.shape[-1] for ids, _ in found)
-        ids, logprobs = (torch.stack([pair[side][:, :width] for pair in found], 1) for side in (0, 1))
+        width = min(ids.shape[-1] for ids, _ in pairs)
+        ids, logprobs = (torch.stack([pair[side][:, :width] for pair in pairs], 1) for side in (0, 1))
         if self.column is not None:  # zeros in the rows of the others
             ids, logprobs = ids.sum(1, keepdim=True), logprobs.sum(1, keepdim=True)
         batch.set_tokens("top_ids", ids)
@@ -101,8 +101,8 @@ class Teachers:
             shares = torch.nn.functional.one_hot(batch["teacher_index"], len(self.names)).float()
         batch.set_tokens(SHARES, batch.expand_to_tokens(shares))
         for index, name in self._each():
-            found = self._of_rows(batch, index, lambda part, m=models[name]: (m.hidden_states(part),))
-            batch.set_tokens(hidden_field(index), found[0])
+            hidden = self._of_rows(batch, index, lambda part, m=models[name]: (m.hidden_states(part),))
+            batch.set_tokens(hidden_field(index), hidden[0])
         if not loss.layers:
             loss.layers = [models["policy"].keep(models[name].output_layer()) for name in self.names]
 
@@ -110,11 +110,11 @@ class Teachers:
         """Add `teacher_logprobs` [N] of the batch's tokens, the weighted mean over the teachers of a row."""
         import torch
 
-        found = [
+        logprobs = [
             self._of_rows(batch, index, lambda part, m=models[n]: (m.logprobs(part),))[0] for index, n in self._each()
         ]
-        weights = torch.tensor(self.weights if self.column is None else [1.0] * len(found))
-        batch.set_tokens("teacher_logprobs", (torch.stack(found, 1) * weights).sum(1))
+        weights = torch.tensor(self.weights if self.column is None else [1.0] * len(logprobs))
+        batch.set_tokens("teacher_logprobs", (torch.stack(logprobs, 1) * weights).sum(1))
 
     def _each(self) -> list[tuple[int, str]]:
         return list(enumerate(self.names))

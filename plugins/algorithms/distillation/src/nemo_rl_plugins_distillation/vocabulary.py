@@ -72,9 +72,9 @@ class Projection:
         from safetensors.torch import load_file
 
         try:
-            found = load_file(path)
-            ids = [found[name].to(torch.int64) for name in ("student_ids", "teacher_ids")]
-            made = Projection(ids[0], ids[1], found["weights"].float(), num_teacher_ids)
+            tensors = load_file(path)
+            ids = [tensors[name].to(torch.int64) for name in ("student_ids", "teacher_ids")]
+            made = Projection(ids[0], ids[1], tensors["weights"].float(), num_teacher_ids)
         except (OSError, SafetensorError, KeyError) as error:
             raise ConfigError(
                 f"The projection {path} cannot be read ({type(error).__name__}: {error}). It must be a safetensors "

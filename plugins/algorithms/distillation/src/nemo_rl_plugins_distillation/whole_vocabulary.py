@@ -23,7 +23,7 @@ from nemo_rl_plugins_distillation.support import on_support
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.loss import ModelOutputs
     from nemo_rl_core.records.batch import BatchedDataDict
-    from nemo_rl_core.records.kept import Kept
+    from nemo_rl_core.records.shared_value import SharedValue
 
 __all__ = ["SHARES", "WholeVocabulary", "hidden_field"]
 
@@ -54,7 +54,7 @@ class WholeVocabulary:
     required_fields: frozenset[str] = frozenset({"teacher_hidden"})
     conformance: ClassVar[Mapping[str, Any]] = {"add_fields": add_hidden_teachers}
 
-    def __init__(self, loss: Any, layers: Sequence[Kept] = ()) -> None:
+    def __init__(self, loss: Any, layers: Sequence[SharedValue] = ()) -> None:
         if not isinstance(loss, TeacherLoss):
             raise ConfigError(
                 f"top_k is null, which compares whole vocabularies, but the loss {type(loss).__name__} is not one of "
@@ -71,7 +71,7 @@ class WholeVocabulary:
 
     def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """[C, V] logprobs of the student to the [C, T] divergences from the teachers, 0 for those without weight."""
-        found = []
+        columns = []
         for i, layer in enumerate(self.layers):
             asked = fields[SHARES][:, i] > 0
             teacher = layer.on(logprobs.device).logprobs(fields[hidden_field(i)][asked]).to(logprobs.dtype)
@@ -80,8 +80,8 @@ class WholeVocabulary:
             temperature = self.loss.config.temperature
             pair = on_support(student, teacher[:, None, :width], tail="renormalize", temperature=temperature)
             each = self.loss.divergence(pair, None)[:, 0]
-            found.append(logprobs.new_zeros(len(logprobs)).masked_scatter(asked, each))
-        return torch.stack(found, 1)
+            columns.append(logprobs.new_zeros(len(logprobs)).masked_scatter(asked, each))
+        return torch.stack(columns, 1)
 
     def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
         """Sum over the trained tokens of one micro-batch.
@@ -90,11 +90,11 @@ class WholeVocabulary:
             ShapeMismatch: The divergences are not those of the teachers of the batch.
         """
         mask, shares = batch["loss_mask"], batch[SHARES]
-        found = outputs.over_vocabulary
-        if found is None or found.shape != shares.shape:
-            shape = None if found is None else list(found.shape)
+        divergences = outputs.over_vocabulary
+        if divergences is None or divergences.shape != shares.shape:
+            shape = None if divergences is None else list(divergences.shape)
             raise ShapeMismatch(f"outputs.over_vocabulary has shape {shape}, {SHARES} {list(shares.shape)}.")
-        divergence = (found[mask] * shares[mask].to(found.dtype)).sum()
+        divergence = (divergences[mask] * shares[mask].to(divergences.dtype)).sum()
         config, count = self.loss.config, mask.sum()
         total = divergence * config.temperature**2
         metrics = {"divergence": Metric(divergence.detach(), count)}

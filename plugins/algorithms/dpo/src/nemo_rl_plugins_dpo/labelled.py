@@ -55,13 +55,16 @@ def add_kl_estimate(batch: BatchedDataDict, policy: Model, reference: Model) -> 
 
     It is the mean of log(policy / reference) of whole mismatched answers, and not below 0.
     """
-    found = batch.sequences.pop(_MISMATCHED)
-    if not found:  # a batch of ties
+    mismatched = batch.sequences.pop(_MISMATCHED)
+    if not mismatched:  # a batch of ties
         batch.set_sequences("kl_estimate", torch.zeros(0))
         return
     others = BatchedDataDict(
-        [len(ids) for ids, _ in found],
-        {"input_ids": torch.cat([ids for ids, _ in found]), "loss_mask": torch.cat([mask for _, mask in found])},
+        [len(ids) for ids, _ in mismatched],
+        {
+            "input_ids": torch.cat([ids for ids, _ in mismatched]),
+            "loss_mask": torch.cat([mask for _, mask in mismatched]),
+        },
     )
     ratios = others.sum_per_sequence(policy.logprobs(others) - reference.logprobs(others))
     batch.set_sequences("kl_estimate", ratios.mean().clamp(min=0).expand(len(batch)).clone())

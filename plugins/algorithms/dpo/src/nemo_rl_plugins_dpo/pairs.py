@@ -84,7 +84,7 @@ class Pairs:
 class PairLoss(ABC):
     """A loss that compares the two answers of a pair; the mean over the pairs of the global batch.
 
-    A sub-class says what one pair costs and what it takes for the rewards.
+    A subclass says what one pair costs and what it takes for the rewards.
     """
 
     config_class: ClassVar[type]
@@ -128,7 +128,7 @@ class PairLoss(ABC):
     def _metrics(self, pairs: Pairs) -> dict[str, Metric]:
         count = len(pairs.chosen)
         chosen, rejected = (reward.detach() for reward in self.rewards(pairs))
-        found = {
+        values_of = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
@@ -136,7 +136,7 @@ class PairLoss(ABC):
             "logps/chosen": pairs.chosen.detach(),
             "logps/rejected": pairs.rejected.detach(),
         }
-        return {name: Metric(values.sum(), count) for name, values in found.items()}
+        return {name: Metric(values.sum(), count) for name, values in values_of.items()}
 
 
 class ReferencePairLoss(PairLoss):

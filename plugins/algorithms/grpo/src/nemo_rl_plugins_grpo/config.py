@@ -90,9 +90,9 @@ class AdvantageClipConfig:
     """Bounds on the advantages, after normalisation."""
 
     low: float | None = None
-    """Lower bound; None is none."""
+    """Lower bound. None sets no bound."""
     high: float | None = None
-    """Upper bound; None is none."""
+    """Upper bound. None sets no bound."""
 
 
 @frozen(kw_only=True)

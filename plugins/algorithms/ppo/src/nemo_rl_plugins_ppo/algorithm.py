@@ -92,14 +92,14 @@ class PPO(BaseAlgorithm):
         """In each pass first the critic, then (after the warm-up) the policy."""
         config: PPOConfig = self.config
         trains_policy = self._num_steps >= config.critic_warmup_steps
-        found: list[Update] = []
+        updates: list[Update] = []
         for epoch in range(max(config.num_critic_epochs, config.epochs_per_step)):
             if epoch < config.num_critic_epochs:
-                found += [Update(part, self.value_loss, "critic") for part in self._pass(batch, 2 * epoch + 1)]
+                updates += [Update(part, self.value_loss, "critic") for part in self._pass(batch, 2 * epoch + 1)]
             if epoch < config.epochs_per_step and trains_policy:
-                found += [Update(part, self.loss) for part in self._pass(batch, 2 * epoch)]
+                updates += [Update(part, self.loss) for part in self._pass(batch, 2 * epoch)]
         self._num_steps += 1
-        return found
+        return updates
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps were made, which the warm-up and the order of minibatches follow from."""

@@ -123,14 +123,14 @@ def generalized_advantages(
     grid_rewards[columns, rows] = rewards[mask].to(torch.float64)
     grid_values[columns, rows] = values[mask].to(torch.float64)
     decay = gamma * lambdas.to(torch.float64)
-    found = torch.zeros_like(grid_values)
+    grid_advantages = torch.zeros_like(grid_values)
     following, next_values = torch.zeros(len(batch), dtype=torch.float64), final_values.to(torch.float64)
     for t in range(width - 1, -1, -1):
         following = grid_rewards[t] + gamma * next_values - grid_values[t] + decay * following
         next_values = grid_values[t]
-        found[t] = following
+        grid_advantages[t] = following
     out = torch.zeros(batch.num_tokens, dtype=torch.float64)
-    out[mask] = found[columns, rows]
+    out[mask] = grid_advantages[columns, rows]
     return out
 
 

@@ -64,13 +64,13 @@ class BradleyTerryLoss:
         terms = -logsigmoid(distance - wanted)
         if self.config.center_coefficient > 0:
             terms = terms + self.config.center_coefficient * (chosen + rejected).square()
-        found = {
+        values_of = {
             "rewards/chosen": chosen.detach(),
             "rewards/rejected": rejected.detach(),
             "rewards/margins": distance.detach(),
             "accuracy": (distance > 0).to(distance.dtype),
         }
-        return LossSums(terms.sum(), {name: Metric(values.sum(), len(first)) for name, values in found.items()})
+        return LossSums(terms.sum(), {name: Metric(values.sum(), len(first)) for name, values in values_of.items()})
 
 
 def _scores(outputs: ModelOutputs, batch: BatchedDataDict) -> Tensor:

@@ -90,7 +90,7 @@ class DTensorBackend(TrainingBackend):
         """Build or load the model and the optimizer on this rank.
 
         Raises:
-            ConfigError: The model, the optimizer or the layout cannot be had.
+            ConfigError: The model, the optimizer or the layout is not available.
         """
         if config.model_name is None:
             raise ConfigError("policy.model_name is not set. Give a hub name, a folder or scratch:<name>.")
@@ -332,7 +332,7 @@ class DTensorBackend(TrainingBackend):
     def _require(self, needs: frozenset[str]) -> None:
         if unknown := needs - self.network.gives:
             raise ConfigError(
-                f"{', '.join(sorted(unknown))} cannot be had of the model of the role {self.role!r}: with "
+                f"The model of the role {self.role!r} does not give {', '.join(sorted(unknown))}: with "
                 f"{self.role}.head={self.config.head!r} it "
                 f"gives {', '.join(sorted(self.network.gives))}."
             )

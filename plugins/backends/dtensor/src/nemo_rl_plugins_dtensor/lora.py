@@ -73,7 +73,7 @@ class Adapters:
             self._start = {name: local_part(p).detach().clone() for name, p in self.trained().items()}
 
     def trained(self) -> dict[str, Tensor]:
-        """What is trained and stands in checkpoints, by the name of the parameter."""
+        """Trained tensors that checkpoints include, by parameter name."""
         return {name: p for name, p in self._weights.items() if self._is_trained(name)}
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a worker of the backend will hold, told from the model's shapes."""
+"""Memory that a worker of the backend will hold, estimated from the model's shapes."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _equal_prefixes(input_ids: Tensor, starts: Sequence[int], lengths: Sequence[
 
 
 class _Layout:
-    """Where everything stands in the row.
+    """Positions of everything in the row.
 
     Args:
         starts: Token of the micro-batch at which each sequence starts.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_rl_core.backends.host_memory import HostMemory
 from nemo_rl_core.errors import ConfigError, GenerationError
-from nemo_rl_core.infra.weights.fingerprint import KeptSums
+from nemo_rl_core.infra.weights.fingerprint import CachedSums
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
 from nemo_rl_core.records.completion import Completion
 from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
@@ -52,7 +52,7 @@ class TorchEngine(GenerationBackend):
         self._loop: EngineLoop | None = None
         self._pending: dict[asyncio.AbstractEventLoop, list[Sequence]] = {}
         self._broken_weights: str | None = None
-        self._sums = KeptSums()
+        self._sums = CachedSums()
         self._host = HostMemory()
         self._shares = self._asleep = False
 
@@ -132,7 +132,7 @@ class TorchEngine(GenerationBackend):
         def load() -> None:
             self._host.reload()
             self._broken_weights = None if share else "was not finished"
-            self._sums = sums = KeptSums()
+            self._sums = sums = CachedSums()
             try:
                 with torch.inference_mode(mode=False):
                     copied = load_weights(self._model, tensors, share=share, sums=sums)
@@ -188,7 +188,7 @@ class TorchEngine(GenerationBackend):
             if not self._scheduler.idle:
                 raise GenerationError("The torch engine cannot sleep while requests are in flight.")
             self._scheduler.decoder.cache.release()
-            self._sums = KeptSums()  # what others do with the memory meanwhile is not counted
+            self._sums = CachedSums()  # what others do with the memory meanwhile is not counted
             self._asleep = True
             if not self._shares:
                 self._host.offload(tensor for _, tensor in named_weights(self._model))
@@ -307,8 +307,8 @@ def _eos(model_name: str, tokenizer: Tokenizer | None, model: Any) -> frozenset[
 
     if tokenizer is not None:
         return frozenset(eos_token_ids(model_name, tokenizer))
-    found = model.config.eos_token_id
-    return frozenset([found] if isinstance(found, int) else found or ())
+    eos = model.config.eos_token_id
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
 def _context_length(asked: int | None, model: Any) -> int:

@@ -140,7 +140,7 @@ class EngineLoop:
                         _deliver(list(self._scheduler.step()))
         except BaseException as error:
             self._broken = GenerationError(
-                f"The torch engine failed in a step ({type(error).__name__}: {error}). It takes no more requests."
+                f"The torch engine failed in a step ({type(error).__name__}: {error}). It no longer accepts requests."
             )
             self._broken.__cause__ = error
             logger.exception("The torch engine failed in a step.")

@@ -129,10 +129,10 @@ def _try(weight: Tensor, bias: Tensor | None) -> str | None:
     probe = torch.linspace(-1, 1, _PROBE_ROWS * weight.shape[1]).view(_PROBE_ROWS, -1)
     expected = linear(probe, weight, bias)
     try:
-        found = _reordered(weight, bias)(probe)
+        result = _reordered(weight, bias)(probe)
     except (AttributeError, RuntimeError) as error:  # another build of PyTorch
         return f"{type(error).__name__}: {error}"
-    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
+    if not torch.allclose(result, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
         return "its product differs"
     return None
 

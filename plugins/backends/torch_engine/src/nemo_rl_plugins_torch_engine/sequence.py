@@ -78,9 +78,9 @@ class Sequence:
             self.finish_reason, self.stop_reason = "stop", token_id
             return True
         if self.stop_strings is not None:
-            found = self.stop_strings.find(self.token_ids)
-            if found is not None:
-                self.finish_reason, self.stop_reason = "stop", found
+            stop = self.stop_strings.find(self.token_ids)
+            if stop is not None:
+                self.finish_reason, self.stop_reason = "stop", stop
                 return True
         if len(self.token_ids) >= self.limit:
             self.finish_reason = "length"

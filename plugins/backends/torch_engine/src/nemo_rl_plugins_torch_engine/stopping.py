@@ -40,9 +40,9 @@ class StopStrings:
         if text.endswith(_REPLACEMENT) and len(token_ids) - self._read < _MAX_PENDING:
             return self._search(self._tail + new)
         self._context, self._read = self._read, len(token_ids)
-        found = self._search(self._tail + new)
+        stop = self._search(self._tail + new)
         self._tail = (self._tail + new)[-self._keep :] if self._keep else ""
-        return found
+        return stop
 
     def _search(self, text: str) -> str | None:
         hits = [(text.find(s) + len(s), s) for s in self._stop if s in text]

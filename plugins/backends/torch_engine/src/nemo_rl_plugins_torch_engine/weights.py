@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra.weights.fingerprint import KeptSums
+from nemo_rl_core.infra.weights.fingerprint import CachedSums
 
 __all__ = ["load_weights", "named_weights"]
 
@@ -23,7 +23,7 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_weights(
-    model: Any, tensors: Iterable[tuple[str, Tensor]], *, share: bool, sums: KeptSums | None = None
+    model: Any, tensors: Iterable[tuple[str, Tensor]], *, share: bool, sums: CachedSums | None = None
 ) -> int:
     """Replace every parameter of `model`.
 

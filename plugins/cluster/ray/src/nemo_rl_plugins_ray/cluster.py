@@ -153,10 +153,10 @@ def _check_versions(words: str) -> None:
     Raises:
         ResourceError: They differ; names both and the way out.
     """
-    found = re.findall(r"Ray: (\S+)\s+Python: (\S+)", words)
-    if "Version mismatch" not in words or len(found) != 2:
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", words)
+    if "Version mismatch" not in words or len(versions) != 2:
         return
-    (theirs, their_python), (ours, our_python) = found
+    (theirs, their_python), (ours, our_python) = versions
     if theirs == ours:
         fix = f"Run with Python {their_python} here, or start the cluster with Python {our_python} on every machine."
     elif tuple(map(int, re.findall(r"\d+", theirs)[:2])) < _OLDEST:

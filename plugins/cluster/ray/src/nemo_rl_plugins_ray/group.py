@@ -108,18 +108,18 @@ class RayWorkerGroup:
         Peers read their shard from one place in the object store, and everyone what is the same object in every
         shard (a loss): that is pickled and stored once.
         """
-        found = dispatch(axes, over, num_ranks=self.size, num_shards=len(shards), what=f"{self.role} {method}")
+        dispatched = dispatch(axes, over, num_ranks=self.size, num_shards=len(shards), what=f"{self.role} {method}")
         self._check_not_ended()
         shared = {i: column[0] for i, column in enumerate(zip(*shards, strict=True)) if _is_one(column)}
         stored = self._put(shared) if shared else None
         own = [self._put((tuple(a for i, a in enumerate(args) if i not in shared), {})) for args in shards]
         refs = {}
-        for member, shard in zip(self.members, found.shards, strict=True):
+        for member, shard in zip(self.members, dispatched.shards, strict=True):
             actor = member.actor
-            send = actor.call if member.rank in found.heads else actor.run
+            send = actor.call if member.rank in dispatched.heads else actor.run
             refs[member.rank] = send.remote(method, own[shard], stored)
         results = self.collect(method, refs, timeout_s)
-        return [results[rank] for rank in found.heads]
+        return [results[rank] for rank in dispatched.heads]
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
         """Run a generator method on every worker; yield what rank 0 yields, one item at a time.

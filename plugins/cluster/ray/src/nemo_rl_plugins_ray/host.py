@@ -131,13 +131,13 @@ class WorkerHost:
         def run() -> tuple[list[Packet], bool]:
             if method is not None and packet is not None:
                 self._items = iter(self._call(method, packet))
-            found: list[Packet] = []
+            packets: list[Packet] = []
             for item in self._items or ():
-                found.append(encode(item))
-                if len(found) == _MAX_ITEMS or sum(p.num_bytes for p in found) >= _ITEM_BYTES:
-                    return found, False
+                packets.append(encode(item))
+                if len(packets) == _MAX_ITEMS or sum(p.num_bytes for p in packets) >= _ITEM_BYTES:
+                    return packets, False
             self._items = None
-            return found, True
+            return packets, True
 
         return _answer(run)
 

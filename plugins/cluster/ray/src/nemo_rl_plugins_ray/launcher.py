@@ -205,13 +205,13 @@ def _environment(
     spec: WorkerSpec, context: WorkerContext, seat: Seat, address: str, variables: dict[str, str]
 ) -> dict[str, str]:
     """As for a process on this machine, also in its number of threads; `variables` are the runtime environment's."""
-    found = {} if is_loopback(address) else {ADDRESS_VARIABLE: address}
-    found |= {**worker_environment(spec, context), **variables}
-    if THREADS not in found and THREADS in os.environ:
-        found[THREADS] = os.environ[THREADS]
+    environment = {} if is_loopback(address) else {ADDRESS_VARIABLE: address}
+    environment |= {**worker_environment(spec, context), **variables}
+    if THREADS not in environment and THREADS in os.environ:
+        environment[THREADS] = os.environ[THREADS]
     if seat.visible_gpus:
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(seat.visible_gpus)
-    return found
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(seat.visible_gpus)
+    return environment
 
 
 def _payload(spec: WorkerSpec, context: WorkerContext) -> bytes:

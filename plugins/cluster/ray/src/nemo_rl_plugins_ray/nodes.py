@@ -63,5 +63,5 @@ def _listing() -> list[dict[str, Any]]:
 
     command = [sys.executable, "-m", "nemo_rl_core.cli", "plugins", "list", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows

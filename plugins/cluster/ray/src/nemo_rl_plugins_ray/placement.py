@@ -91,8 +91,8 @@ class _Machine:
 
     def gpus(self, devices: Sequence[int]) -> tuple[str, ...]:
         """Ids of the GPUs of some devices; empty on the CPU."""
-        found = [gpu for bundle in self.bundles for gpu in bundle.gpus]
-        return tuple(found[device] for device in devices) if found else ()
+        all_gpus = [gpu for bundle in self.bundles for gpu in bundle.gpus]
+        return tuple(all_gpus[device] for device in devices) if all_gpus else ()
 
 
 @frozen
@@ -201,8 +201,8 @@ class VirtualCluster:
 
     def _capacity(self) -> int:
         """Devices of one machine that the run may use."""
-        found = sorted((int(n["Resources"].get(self.unit, 0)) for n in self.nodes), reverse=True)
-        have = min(found[: self.cluster.num_nodes], default=0)
+        units = sorted((int(n["Resources"].get(self.unit, 0)) for n in self.nodes), reverse=True)
+        have = min(units[: self.cluster.num_nodes], default=0)
         asked = self.cluster.gpus_per_node if self.device == "cuda" else self.cluster.cpus_per_node
         if asked is not None and asked > have:
             name = f"cluster.{'gpus' if self.device == 'cuda' else 'cpus'}_per_node"
@@ -368,8 +368,8 @@ class VirtualCluster:
             return []
         where = PlacementGroupSchedulingStrategy(group, index)
         asked = _ask_gpus.options(num_cpus=0, num_gpus=size, scheduling_strategy=where).remote()
-        found: list[str] = ray.get(asked, timeout=60.0)
-        return found
+        gpus: list[str] = ray.get(asked, timeout=60.0)
+        return gpus
 
     # -- seats ----------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def decode(packet: Packet, *, copy: bool = True) -> Any:
 
     Args:
         packet: As it came.
-        copy: Without, tensors and arrays stand in Ray's shared memory: they must not be written to.
+        copy: Whether to copy tensors and arrays; without it they are in Ray's shared memory and must not be written to.
     """
     buffers = [bytearray(buffer) if copy else memoryview(buffer) for buffer in packet.buffers]
     return pickle.loads(packet.header, buffers=buffers)

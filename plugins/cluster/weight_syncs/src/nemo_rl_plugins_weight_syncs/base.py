@@ -1,4 +1,4 @@
-"""What the weight syncs of this package share, and those whose two sides work at the same time."""
+"""Base classes of this package's weight syncs: any that reaches engine processes, and those that stream."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_plugins_weight_syncs.hub import Deadline, call_off
-from nemo_rl_plugins_weight_syncs.sides import Sides
-from nemo_rl_plugins_weight_syncs.streaming import Lane, Received, Sent, Transfer, open_hub, receive, send
+from nemo_rl_plugins_weight_syncs.peers import RefitPeers
+from nemo_rl_plugins_weight_syncs.streaming import Received, Route, Sent, Transfer, open_hub, receive, send
 
 __all__ = ["StreamedSync", "WorkerSync", "conclude", "until_all_alive"]
 
 
 class WorkerSync(ABC):
-    """A weight sync that reaches engines in processes of their own. A sub-class says what one attempt is."""
+    """A weight sync that reaches engines in separate processes. A subclass defines one attempt."""
 
     config_class: ClassVar[type]
     placements: ClassVar[frozenset[str]] = frozenset({"driver", "workers"})
 
     @abstractmethod
-    def _attempt(self, sides: Sides, start: float) -> SyncReport:
+    def _attempt(self, peers: RefitPeers, start: float) -> SyncReport:
         """Move the weights once; `start` is when the refit began, by `time.perf_counter`."""
 
     def sync(
@@ -52,11 +52,11 @@ class WorkerSync(ABC):
         """
         start = time.perf_counter()
         deadline = Deadline.after(timeout_s, version)
-        return until_all_alive(engine, deadline, lambda: self._attempt(Sides(trainer, engine, deadline), start))
+        return until_all_alive(engine, deadline, lambda: self._attempt(RefitPeers(trainer, engine, deadline), start))
 
 
 class StreamedSync(WorkerSync):
-    """Streams chunks from ranks of the trainer to the engines. A sub-class says how they are carried.
+    """Streams chunks from ranks of the trainer to the engines. A subclass defines how they are carried.
 
     Args:
         config: Options; None takes the defaults.
@@ -89,46 +89,46 @@ class StreamedSync(WorkerSync):
             ConfigError: The trainer and the engines are where this sync cannot reach.
         """
 
-    def _attempt(self, sides: Sides, start: float) -> SyncReport:
+    def _attempt(self, peers: RefitPeers, start: float) -> SyncReport:
         try:
-            return self._stream(sides, start)
+            return self._stream(peers, start)
         except BaseException:
             self._epoch += 1  # nothing that was kept for this one is used again
             raise
 
-    def _stream(self, sides: Sides, start: float) -> SyncReport:
-        trainers, engines = sides.places()
-        names = sides.engine_names
+    def _stream(self, peers: RefitPeers, start: float) -> SyncReport:
+        trainers, engines = peers.places()
+        names = peers.engine_names
         transfer = Transfer(
             session=self._session,
             epoch=self._epoch,
-            version=sides.deadline.version,
-            timeout_s=sides.deadline.left,
+            version=peers.deadline.version,
+            timeout_s=peers.deadline.left,
             chunk_bytes=self.config.chunk_bytes,
-            dtype=getattr(sides.engine, "dtype", None),
+            dtype=getattr(peers.engine, "dtype", None),
             fingerprint=self.config.check_fingerprint,
         )
-        lanes: dict[int, Lane] = {}
+        routes: dict[int, Route] = {}
         server: dict[int, tuple[int, tuple[Any, ...]]] = {}  # of an engine: the rank, and its own carrier
         addresses: dict[int, str | None] = {}
         for rank, numbers in self.routes(trainers, engines).items():
             here, there = trainers[rank], [engines[number] for number in numbers]
             out, into = self.carriers(here, there, transfer)
-            lanes[rank] = Lane(names=tuple(names[number] for number in numbers), device=here.device, carrier=out)
+            routes[rank] = Route(names=tuple(names[number] for number in numbers), device=here.device, carrier=out)
             server |= {number: (rank, into) for number in numbers}
             local = all(place.machine == here.machine for place in there)
             addresses[rank] = None if local else here.address_between_machines()
-        doors = sides.trainer(open_hub, (transfer, addresses))
+        rendezvous = peers.trainer(open_hub, (transfer, addresses))
         arguments = []
         for number, (name, place) in enumerate(zip(names, engines, strict=True)):
             rank, into = server[number]
-            arguments.append((name, doors[rank], transfer, place.device, *into))
+            arguments.append((name, rendezvous[rank], transfer, place.device, *into))
         try:
-            sent, received = sides.both(send, (transfer, lanes), receive, arguments)
+            sent, received = peers.both(send, (transfer, routes), receive, arguments)
         except BaseException as error:
-            for door in doors:
-                if door is not None:
-                    call_off(door, error)
+            for meeting in rendezvous:
+                if meeting is not None:
+                    call_off(meeting, error)
             raise
         return conclude(
             [sent[server[number][0]] for number in range(len(names))], received, names, transfer, start=start
@@ -158,7 +158,7 @@ def until_all_alive(engine: Any, deadline: Deadline, attempt: Callable[[], SyncR
 def conclude(
     sent: Sequence[Sent], received: Sequence[Received], names: Sequence[str], transfer: Transfer, *, start: float
 ) -> SyncReport:
-    """Compare both sides and report.
+    """Compare the weights of trainer and engines, and report.
 
     Args:
         sent: By engine: what the rank says that served it.

@@ -26,8 +26,8 @@ from nemo_rl_core.machine.place import Place, find_place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig
 from nemo_rl_plugins_weight_syncs.hub import PROCESS, Deadline, Hub, PeerGaveUp, Wire
-from nemo_rl_plugins_weight_syncs.kept import forget, keep
 from nemo_rl_plugins_weight_syncs.packing import Chunk, pack, unpack
+from nemo_rl_plugins_weight_syncs.session_cache import forget, keep
 from nemo_rl_plugins_weight_syncs.streaming import Transfer
 
 __all__ = ["CollectiveSync"]
@@ -160,11 +160,11 @@ class _Buffers:
 
     def slot(self, number: int, num_bytes: int, least: int, device: torch.device) -> Tensor:
         """The first `num_bytes` of the buffer that chunk `number` goes through."""
-        found = self.tensors[number % _NUM_SLOTS]
-        if found is None or found.numel() < num_bytes or found.device != device:
-            found = torch.empty(max(num_bytes, least), dtype=torch.uint8, device=device)
-            self.tensors[number % _NUM_SLOTS] = found
-        return found[:num_bytes]
+        buffer = self.tensors[number % _NUM_SLOTS]
+        if buffer is None or buffer.numel() < num_bytes or buffer.device != device:
+            buffer = torch.empty(max(num_bytes, least), dtype=torch.uint8, device=device)
+            self.tensors[number % _NUM_SLOTS] = buffer
+        return buffer[:num_bytes]
 
 
 class _Out:

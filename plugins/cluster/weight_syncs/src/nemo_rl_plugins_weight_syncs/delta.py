@@ -18,8 +18,8 @@ from nemo_rl_core.machine.place import Place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import DeltaConfig
 from nemo_rl_plugins_weight_syncs.hub import Hub, Wire
-from nemo_rl_plugins_weight_syncs.kept import keep
 from nemo_rl_plugins_weight_syncs.packing import Chunk
+from nemo_rl_plugins_weight_syncs.session_cache import keep
 from nemo_rl_plugins_weight_syncs.sparse import Change, apply, difference
 from nemo_rl_plugins_weight_syncs.streaming import Transfer
 
@@ -109,9 +109,9 @@ class _In:
         for change in changes:
             piece = data[at : at + change.num_bytes]
             at += change.num_bytes
-            found = apply(change, piece, self.base.tensors.get(change.name))
-            self.base.tensors[change.name] = found
-            yield change.name, found
+            tensor = apply(change, piece, self.base.tensors.get(change.name))
+            self.base.tensors[change.name] = tensor
+            yield change.name, tensor
 
     def end(self, digest: str) -> None:
         self.base.digest = digest

@@ -24,7 +24,7 @@ from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_plugins_weight_syncs.base import WorkerSync, conclude
 from nemo_rl_plugins_weight_syncs.config import DiskConfig
 from nemo_rl_plugins_weight_syncs.packing import chunks
-from nemo_rl_plugins_weight_syncs.sides import Sides
+from nemo_rl_plugins_weight_syncs.peers import RefitPeers
 from nemo_rl_plugins_weight_syncs.streaming import Received, Sent, Transfer
 
 __all__ = ["DiskSync"]
@@ -46,29 +46,29 @@ class DiskSync(WorkerSync):
         self._session = uuid.uuid4().hex[:12]
         self._own: Path | None = None
 
-    def _attempt(self, sides: Sides, start: float) -> SyncReport:
-        folder, version = self._folder(sides), sides.deadline.version
+    def _attempt(self, peers: RefitPeers, start: float) -> SyncReport:
+        folder, version = self._folder(peers), peers.deadline.version
         transfer = Transfer(
             session=self._session,
             version=version,
-            timeout_s=sides.deadline.left,
+            timeout_s=peers.deadline.left,
             chunk_bytes=self.config.shard_bytes,
-            dtype=getattr(sides.engine, "dtype", None),
+            dtype=getattr(peers.engine, "dtype", None),
             fingerprint=self.config.check_fingerprint,
         )
         # A name of its own for every attempt: one that was given up may still be writing.
         target = folder / f"weights-v{version}-{uuid.uuid4().hex[:8]}"
-        sent = sides.trainer(_write, (transfer, target, self.config.keep))[0]
-        received = sides.engines(_read, [(transfer, target)] * len(sides.engine_names))
-        return conclude([sent] * len(received), received, sides.engine_names, transfer, start=start)
+        sent = peers.trainer(_write, (transfer, target, self.config.keep))[0]
+        received = peers.engines(_read, [(transfer, target)] * len(peers.engine_names))
+        return conclude([sent] * len(received), received, peers.engine_names, transfer, start=start)
 
-    def _folder(self, sides: Sides) -> Path:
+    def _folder(self, peers: RefitPeers) -> Path:
         """That of this session; it goes with this object, at the end of the run at the latest."""
         if self.config.folder is not None:
             if self._own is None:
                 self._own = self._removed_at_end(Path(self.config.folder).absolute() / f"refits-{self._session}")
             return self._own
-        trainers, there = sides.places()
+        trainers, there = peers.places()
         here = trainers[0]
         elsewhere = sorted({place.host for place in there if place.machine != here.machine})
         if elsewhere:
@@ -135,8 +135,8 @@ def _write_files(unfinished: Path, outgoing: OutgoingWeights, transfer: Transfer
 
 
 def _remove_old(newest: Path, keep: int) -> None:
-    found = sorted(newest.parent.glob("weights-v*"), key=lambda path: path.stat().st_mtime)
-    old = [path for path in found if path != newest][: max(0, len(found) - keep)]
+    folders = sorted(newest.parent.glob("weights-v*"), key=lambda path: path.stat().st_mtime)
+    old = [path for path in folders if path != newest][: max(0, len(folders) - keep)]
     for path in [*old, *newest.parent.glob(".weights-v*.unfinished")]:  # of a trainer that was killed
         shutil.rmtree(path, ignore_errors=True)
 

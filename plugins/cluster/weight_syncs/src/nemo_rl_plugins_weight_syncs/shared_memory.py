@@ -19,8 +19,8 @@ from nemo_rl_core.machine.shared_files import SharedFile, map_shared
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import SharedMemoryConfig
 from nemo_rl_plugins_weight_syncs.hub import PROCESS, Hub, Wire
-from nemo_rl_plugins_weight_syncs.kept import keep
 from nemo_rl_plugins_weight_syncs.packing import Chunk, pack, unpack
+from nemo_rl_plugins_weight_syncs.session_cache import keep
 from nemo_rl_plugins_weight_syncs.streaming import Transfer
 
 __all__ = ["SharedMemorySync"]
@@ -41,14 +41,14 @@ class SharedMemorySync(StreamedSync):
         Raises:
             ConfigError: On the machine of an engine there is no rank that has whole tensors.
         """
-        found: dict[int, tuple[int, ...]] = {}
+        routes: dict[int, tuple[int, ...]] = {}
         elsewhere = set()
         for number, engine in enumerate(engines):
             rank = _nearest(trainers, engine)
             if rank is None:
                 elsewhere.add(engine.host)
             else:
-                found[rank] = (*found.get(rank, ()), number)
+                routes[rank] = (*routes.get(rank, ()), number)
         if elsewhere:
             hosts = sorted({place.host for place in trainers.values()})
             raise ConfigError(
@@ -56,7 +56,7 @@ class SharedMemorySync(StreamedSync):
                 f"{', '.join(hosts)}, engines on {', '.join(sorted(elsewhere))}. Set weight_sync: collective, delta or "
                 "disk."
             )
-        return found
+        return routes
 
     def carriers(self, trainer: Place, engines: list[Place], transfer: Transfer) -> tuple[tuple[Any, ...], ...]:
         """Device memory if all are on one CUDA device, else the machine's."""
@@ -85,12 +85,12 @@ class _Slots:
 
     def buffer(self, slot: int, num_bytes: int, least: int, device: str) -> _Buffer:
         """A buffer of at least `num_bytes`."""
-        found = self.buffers[slot]
-        if found is None or found.tensor.numel() < num_bytes or found.device != device:
-            if found is not None:
-                found.close()
-            found = self.buffers[slot] = _Buffer(max(num_bytes, least), device)
-        return found
+        buffer = self.buffers[slot]
+        if buffer is None or buffer.tensor.numel() < num_bytes or buffer.device != device:
+            if buffer is not None:
+                buffer.close()
+            buffer = self.buffers[slot] = _Buffer(max(num_bytes, least), device)
+        return buffer
 
     def close(self) -> None:
         for buffer in self.buffers:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nemo_rl_core.infra.weights.transfer import OutgoingWeights
 from nemo_rl_plugins_weight_syncs.hub import Deadline, Hub, PeerGaveUp, Rendezvous, Wire, connect
-from nemo_rl_plugins_weight_syncs.kept import forget, keep, start_epoch
 from nemo_rl_plugins_weight_syncs.packing import Chunk, chunks
+from nemo_rl_plugins_weight_syncs.session_cache import forget, keep, start_epoch
 
-__all__ = ["InCarrier", "Lane", "OutCarrier", "Received", "Sent", "Transfer", "open_hub", "receive", "send"]
+__all__ = ["InCarrier", "OutCarrier", "Received", "Route", "Sent", "Transfer", "open_hub", "receive", "send"]
 
 
 class OutCarrier(Protocol):
@@ -82,15 +82,15 @@ class Transfer:
 
 
 @frozen(kw_only=True)
-class Lane:
-    """What one rank of the trainer sends, and to whom."""
+class Route:
+    """Route from one rank of the trainer to the engines that it serves."""
 
     names: tuple[str, ...]
-    """Its engines."""
+    """Names of the engines."""
     device: str
-    """Of its weights, as its `Place` has it."""
+    """Device of the rank's weights, as its `Place` has it."""
     carrier: tuple[Any, ...]
-    """What makes the `OutCarrier` from (transfer, device, *options), and the options."""
+    """Factory of the `OutCarrier`, called with (transfer, device, *options), followed by the options."""
 
 
 @frozen(kw_only=True)
@@ -130,25 +130,25 @@ def open_hub(backend: Any, rank: int, transfer: Transfer, addresses: Mapping[int
     return hub.rendezvous
 
 
-def send(backend: Any, rank: int, transfer: Transfer, lanes: Mapping[int, Lane]) -> Sent | None:
+def send(backend: Any, rank: int, transfer: Transfer, routes: Mapping[int, Route]) -> Sent | None:
     """On every rank of the trainer: export the weights; send them on those that serve engines.
 
     Args:
         backend: The training backend.
         rank: Its rank.
         transfer: The refit.
-        lanes: By serving rank.
+        routes: Route of each serving rank.
     """
     source = iter(backend.export_weights())
-    lane = lanes.get(rank)
-    if lane is None:
+    route = routes.get(rank)
+    if route is None:
         for _ in source:
             pass
         return None
     key = transfer.key("hub")
     hub: Hub = keep(key, lambda: Hub(None))
     try:
-        return _send(hub, source, transfer, lane)
+        return _send(hub, source, transfer, route)
     except BaseException as error:
         hub.give_up(error)
         forget(transfer.key("slots"))  # no named memory outlives a refit that failed
@@ -159,11 +159,11 @@ def send(backend: Any, rank: int, transfer: Transfer, lanes: Mapping[int, Lane])
         forget(key)
 
 
-def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, lane: Lane) -> Sent:
-    make, *options = lane.carrier
-    carrier: OutCarrier = make(transfer, lane.device, *options)
-    hub.gather(lane.names, transfer.deadline)
-    carrier.begin(hub, len(lane.names))
+def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, route: Route) -> Sent:
+    make, *options = route.carrier
+    carrier: OutCarrier = make(transfer, route.device, *options)
+    hub.gather(route.names, transfer.deadline)
+    carrier.begin(hub, len(route.names))
     outgoing = OutgoingWeights(source, transfer.dtype, digest=False)
     for number, chunk in enumerate(chunks(outgoing, transfer.chunk_bytes)):
         hub.wait_acked(number - carrier.in_flight + 1)

@@ -56,14 +56,14 @@ class _FileSource:
     def _files(self) -> list[str]:
         path = os.path.expanduser(self.config.path)
         if os.path.isdir(path):
-            found = sorted(str(p) for p in Path(path).iterdir() if str(p).lower().endswith(self.suffixes))
+            names = sorted(str(p) for p in Path(path).iterdir() if str(p).lower().endswith(self.suffixes))
             where = f"folder {path!r} holds no file ending in {' or '.join(self.suffixes)}"
         else:
-            found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+            names = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
             where = f"{path!r} does not exist (looked in {os.getcwd()})"
-        if not found:
+        if not names:
             raise DataError(f"Dataset {where}. Correct `path`.")
-        return found
+        return names
 
 
 class JsonlSource(_FileSource):

@@ -34,7 +34,7 @@ async def run_command(
     Args:
         command: Program and arguments; no shell reads them.
         call: The run; its task goes to standard input as JSON.
-        timeout_s: Deadline; None is none.
+        timeout_s: Deadline; None sets no deadline.
         variables: Added to the environment variables.
         folder: Where it runs; None is here.
 
@@ -107,11 +107,11 @@ async def _feed(process: asyncio.subprocess.Process, task: bytes) -> None:
     process.stdin.close()
 
 
-async def _read(stream: asyncio.StreamReader, found: bytearray, longest: int) -> None:
+async def _read(stream: asyncio.StreamReader, output: bytearray, longest: int) -> None:
     """The end of what comes, at most `longest` bytes."""
     while piece := await stream.read(1 << 16):
-        found += piece
-        del found[:-longest]
+        output += piece
+        del output[:-longest]
 
 
 async def _end(process: asyncio.subprocess.Process, pipes: Sequence[asyncio.Task[Any]]) -> None:
@@ -132,7 +132,7 @@ def read_output(text: str) -> Any:
     lines = text.strip().splitlines()
     if lines:
         with contextlib.suppress(ValueError):
-            found = json.loads(lines[-1])
-            if isinstance(found, dict | int | float):
-                return found
+            outcome = json.loads(lines[-1])
+            if isinstance(outcome, dict | int | float):
+                return outcome
     return text.strip()

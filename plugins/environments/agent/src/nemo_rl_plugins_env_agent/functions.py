@@ -35,17 +35,17 @@ def load_function(agent: Any) -> Callable[..., Any]:
     if not isinstance(agent, str) or not colon or not attribute:
         raise ConfigError(f"The agent is {agent!r}; it must be a function, or written as module:function.")
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"The agent {agent} cannot be loaded: {error}. The module must be installed, or lie in the folder that the "
             "run is started in."
         ) from error
-    if not callable(found):
-        raise ConfigError(f"The agent {agent} is a {type(found).__name__}, not a function.")
-    loaded: Callable[..., Any] = found
+    if not callable(target):
+        raise ConfigError(f"The agent {agent} is a {type(target).__name__}, not a function.")
+    loaded: Callable[..., Any] = target
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""What an agent says of its run: rewards, or an answer to be scored."""
+"""Outcome that an agent reports: rewards, or an answer to score."""
 
 from __future__ import annotations
 

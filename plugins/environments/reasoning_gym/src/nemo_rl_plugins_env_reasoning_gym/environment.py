@@ -55,18 +55,18 @@ class ReasoningGymEnvironment(SingleTurnEnvironment):
         answer = extract_answer(message.get("content") or "", extraction=self.config.extraction, tag=self.config.tag)
         timed_out = False
         try:
-            found = await self._scored(answer)
+            score = await self._scored(answer)
         except DeadlineExceeded:
             _log.warning("a reasoning-gym answer was not scored in time and scores 0")
-            found, timed_out = TaskScore(score=0.0), True
+            score, timed_out = TaskScore(score=0.0), True
         info: dict[str, Any] = {
             "extracted_answer": answer,
-            "solved": float(found.score >= 1.0),
+            "solved": float(score.score >= 1.0),
             "no_answer": float(not answer),
-            "scorer_error": float(found.scorer_error is not None),
+            "scorer_error": float(score.scorer_error is not None),
             "timeout": float(timed_out),
         }
-        return EnvironmentStep(rewards={"score": found.score}, terminated=True, info=info)
+        return EnvironmentStep(rewards={"score": score.score}, terminated=True, info=info)
 
     async def score(self, task: Task, response: str) -> float:
         """Score of one response to a task."""
@@ -76,5 +76,5 @@ class ReasoningGymEnvironment(SingleTurnEnvironment):
 
     async def _scored(self, answer: str | None) -> TaskScore:
         row = {name: self.task[name] for name in ("question", "answer", "metadata") if name in self.task}
-        found: TaskScore = await self.context.run_in_pool(score_task, answer, row, timeout_s=self.config.timeout_s)
-        return found
+        score: TaskScore = await self.context.run_in_pool(score_task, answer, row, timeout_s=self.config.timeout_s)
+        return score

@@ -38,9 +38,9 @@ def extract_answer(response: str, *, extraction: Extraction = "auto", tag: str =
     """
     if extraction in ("auto", "tag"):
         name = re.escape(tag)
-        found = re.findall(rf"<{name}>(.*?)</{name}>", response, flags=re.DOTALL)
-        if found or extraction == "tag":
-            return found[-1].strip() if found else None
+        matches = re.findall(rf"<{name}>(.*?)</{name}>", response, flags=re.DOTALL)
+        if matches or extraction == "tag":
+            return matches[-1].strip() if matches else None
     if extraction in ("auto", "boxed"):
         boxed = _last_boxed(response)
         if boxed is not None or extraction == "boxed":

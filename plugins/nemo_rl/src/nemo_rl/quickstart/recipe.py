@@ -1,8 +1,8 @@
-"""The quickstart's two trainings, through the public API and the same code as any run.
+"""Two trainings of the quickstart, through the public API.
 
-A small model made from scratch is fine-tuned on sloppy demonstrations of addition: three of four answers are one
-too high. So it learns to add, and to be wrong about three times of four. GRPO then teaches it to be right, from
-nothing but the reward.
+A small model with random weights is fine-tuned on sloppy demonstrations of addition, in which three of four answers
+are one too high. It learns to add, and to be wrong about three times out of four. GRPO then teaches it to be right,
+with nothing but the reward.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["arithmetic_data", "demonstrations", "run_quickstart"]
 
 MODEL = "scratch:qwen2-500k"
 NUM_ROWS = 64_000
-"""Of the demonstrations, and of the tasks for GRPO; reasoning-gym takes one seed for each row."""
+"""Number of demonstrations, and of tasks for GRPO; reasoning-gym uses one seed for each row."""
 HELD_OUT_SEED = 77
 NUM_HELD_OUT = 256
 EXACT_SHARE = 0.25
-"""Of the demonstrations."""
+"""Fraction of the demonstrations whose answer is correct."""
 
 
 def arithmetic_data(*, seed: int, size: int) -> dict[str, Any]:
-    """Reasoning-gym arithmetic, its question shortened to `12 + 34 =` by a template."""
+    """Configure reasoning-gym arithmetic, with questions shortened to `12 + 34 =` by a template."""
     return {
         "source": "reasoning_gym",
         "options": {
@@ -65,11 +65,11 @@ def run_quickstart(
     """Run both trainings and the evaluations, and write the report.
 
     Args:
-        run_dir: Folder for everything that is written; a finished stage in it is not repeated.
-        seed: Of the model, the data order and the sampling.
-        generation_backend: What samples, in GRPO and in the evaluations.
-        progress: How the runs show themselves (`logging.progress`).
-        announce: Called with a line at the start of each stage.
+        run_dir: Folder for all output; a stage that is finished in it is not repeated.
+        seed: Seed of the model, the data order and the sampling.
+        generation_backend: Backend that samples in GRPO and in the evaluations.
+        progress: Form of the runs' progress (`logging.progress`).
+        announce: Function that is called with a line of text at the start of each stage.
     """
     started = time.perf_counter()
     get_registry().resolve("generation_backends", generation_backend)  # a name that nobody has is refused at once
@@ -107,7 +107,7 @@ def run_quickstart(
 
 
 def demonstrations(*, seed: int, size: int) -> list[dict[str, str]]:
-    """Rows with `prompt` and `response`; the response is right with probability `EXACT_SHARE`, else one too high."""
+    """Make rows with `prompt` and `response`; a response is right with probability `EXACT_SHARE`, else one too high."""
     source = arithmetic_data(seed=seed, size=size)
     rows = ReasoningGymSource(ReasoningGymData(**source["options"])).load()
     rng = random.Random(seed)

@@ -25,9 +25,9 @@ _PREFIX = "reward/"
 class GDPOAdvantages:
     """Group reward-decoupled normalisation (GDPO, arXiv:2601.05242).
 
-    Added first and normalised then, rewards of one sum have one advantage whatever they are made of; normalised
-    one by one they stay apart, and a reward that varies little is heard. It reads the named rewards, not their
-    (shaped) sum.
+    If rewards are added first and then normalised, equal sums have equal advantages whatever they are made of. If each
+    is normalised first, they stay apart, and a reward that varies little still counts. The estimator reads the named
+    rewards, not their (shaped) sum.
     """
 
     config_class: ClassVar[type] = GDPOAdvantagesConfig
@@ -65,10 +65,10 @@ class GDPOAdvantages:
 
     def _weights(self, batch: BatchedDataDict) -> dict[str, float]:
         """Weight of each field, in the order of the names."""
-        found = sorted(name for name in batch.field_names if name.startswith(_PREFIX))
-        names = [name.removeprefix(_PREFIX) for name in found]
+        fields = sorted(name for name in batch.field_names if name.startswith(_PREFIX))
+        names = [name.removeprefix(_PREFIX) for name in fields]
         missing = sorted(self.config.weights.keys() - set(names))
-        if missing or (not found and len(batch)):
+        if missing or (not fields and len(batch)):
             raise DataError(
                 f"The advantages `gdpo` found the rewards {names}"
                 + (f" and have weights for {missing}, which no rollout has. " if missing else ". ")

@@ -28,7 +28,7 @@ __all__ = ["PolicyGradientLoss", "RatioLoss"]
 
 
 class PolicyGradientLoss(ABC):
-    """A loss of the family; a sub-class says what the term of each token is.
+    """A loss of the family; a subclass says what the term of each token is.
 
     Args:
         config: An object of `config_class`; None is its defaults.
@@ -181,7 +181,7 @@ class RatioLoss(PolicyGradientLoss):
         return 1 - self.config.ratio_clip_min, 1 + self.config.ratio_clip_max
 
     def policy_terms(self, tokens: Tokens, batch: BatchedDataDict) -> tuple[Tensor, dict[str, Metric]]:
-        """The terms of the sub-class, and the metrics of the ratio."""
+        """The terms of the subclass, and the metrics of the ratio."""
         ratio = self.ratio(tokens, batch)
         terms, low, high = self.ratio_terms(ratio, tokens)
         metrics = ratio_metrics(ratio.detach(), low, high, tokens)

@@ -20,7 +20,7 @@ from nemo_rl_core.machine.place import Place, place_of
 from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_plugins_weight_syncs.hub import Deadline, PeerGaveUp
 
-__all__ = ["Sides"]
+__all__ = ["RefitPeers"]
 
 _GRACE_S = 2.0
 """After the deadline, for the sides to say themselves whom they waited for; and after one said that the other gave
@@ -31,7 +31,7 @@ _Futures = dict[concurrent.futures.Future[Any], str]
 
 
 @frozen
-class Sides:
+class RefitPeers:
     """A trainer and the engines it refits.
 
     Args:
@@ -46,20 +46,20 @@ class Sides:
 
     @property
     def engine_names(self) -> list[str]:
-        """How the engines are called in messages."""
+        """Names of the engines in messages."""
         if isinstance(self.engine, EngineWorkers):
             return [f"the engine {link.name}" for link in self.engine.links]
         return ["the engine"]
 
     def places(self) -> tuple[dict[int, Place], list[Place]]:
-        """Where the trainer's ranks that get whole tensors are (rank 0 always does), and the engines."""
+        """Places of the trainer's ranks that get whole tensors (rank 0 always does), and of the engines."""
         if isinstance(self.engine, EngineWorkers):
             self.engine.wait_alive(self.deadline.left)
             engines = [link.served.place for link in self.engine.links]
         else:
             engines = [place_of(self.engine)]
-        found = self.trainer(_find, ())
-        return {rank: place for rank, place in enumerate(found) if place is not None}, engines
+        places = self.trainer(_find, ())
+        return {rank: place for rank, place in enumerate(places) if place is not None}, engines
 
     def trainer(self, work: Work, args: tuple[Any, ...]) -> list[Any]:
         """`work(backend, rank, *args)` on every rank; results by rank."""

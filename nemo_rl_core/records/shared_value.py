@@ -1,4 +1,4 @@
-"""Large values that workers are given once, and that what is sent to them later refers to."""
+"""Large values that are sent to workers once, so that later messages only refer to them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from uuid import uuid4
 
 from nemo_rl_core.errors import InvariantViolation
 
-__all__ = ["Kept", "hold"]
+__all__ = ["SharedValue", "hold"]
 
 _HELD: dict[str, Any] = {}
-"""Of this process, by key."""
+"""Values that this process holds, by key."""
 
 
-class Kept:
-    """A value that the workers of a model hold; pickled, it is a key.
+class SharedValue:
+    """A value that the workers of a model hold; only its key is pickled.
 
-    Made by `Policy.keep`. In the process that made it it holds the value itself, which goes with it.
+    `Policy.keep` makes it. In the process that made it, it holds the value itself.
 
     Args:
         value: Something with `to(device)`, such as a tensor.
@@ -27,14 +27,14 @@ class Kept:
         self._own: dict[str, Any] | None = {self.key: value}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The key alone."""
+        """Return the key without the value."""
         return {"key": self.key, "_own": None}
 
     def on(self, device: Any) -> Any:
-        """The value on a device, moved there at the first call.
+        """Return the value on a device; the first call moves it there.
 
         Raises:
-            InvariantViolation: This process was never given it.
+            InvariantViolation: This process was never given the value.
         """
         held = _HELD if self._own is None else self._own
         if self.key not in held:
@@ -47,5 +47,5 @@ class Kept:
 
 
 def hold(worker: Any, key: str, value: Any) -> None:
-    """In a worker: hold a value for the `Kept` of this key."""
+    """Store, in a worker, the value for the `SharedValue` of this key."""
     _HELD[key] = value

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.records.message import Message
     from nemo_rl_plugins_distillation.whole_vocabulary import WholeVocabulary
 
-__all__ = ["Taught", "conversations", "takes_rollouts"]
+__all__ = ["TeacherAlgorithm", "conversations", "takes_rollouts"]
 
 _BITS = 53
 
@@ -41,8 +41,8 @@ def takes_rollouts(lmbda: float, *, seed: int, step: int) -> bool:
     return stable_seed(seed, "lmbda", step, bits=_BITS) < lmbda * bound
 
 
-class Taught(BaseAlgorithm):
-    """Teachers, and the fields that the loss (or the estimator) wants of them."""
+class TeacherAlgorithm(BaseAlgorithm):
+    """Base of algorithms with teachers: adds the fields of teachers that the loss or the estimator needs."""
 
     served: ClassVar[frozenset[str]] = frozenset({"teacher_top_logprobs", "teacher_hidden", "teacher_logprobs"})
     """Fields that a loss may require."""

@@ -1,7 +1,7 @@
-"""What a process keeps between two refits: mapped buffers, process groups, bases of deltas.
+"""Cache of a process between two refits: mapped buffers, process groups, bases of deltas.
 
-It belongs to a session (one weight sync) and an epoch of it. A refit that fails ends the epoch: nothing that it may
-have left half done is used again, on either side.
+An entry belongs to a session (one weight sync) and an epoch of it. A failed refit ends the epoch, so that neither side
+uses anything again that it may have left half done.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _lock = threading.Lock()
 
 
 def keep(key: Key, make: Callable[[], Any]) -> Any:
-    """What is kept under `key`; made if there is nothing yet."""
+    """Return the entry of `key`; make it if there is none yet."""
     with _lock:
-        found = _kept.get(key)
-    if found is None:
-        found = make()
+        value = _kept.get(key)
+    if value is None:
+        value = make()
         with _lock:
-            _kept[key] = found
-    return found
+            _kept[key] = value
+    return value
 
 
 def forget(key: Key) -> None:
-    """Close and drop what is kept under `key`, if anything is."""
+    """Close and drop the entry of `key`, if there is one."""
     with _lock:
-        found = _kept.pop(key, None)
-    close = getattr(found, "close", None)
+        value = _kept.pop(key, None)
+    close = getattr(value, "close", None)
     if close is not None:
         close()
 
