@@ -108,8 +108,6 @@ class LoggingConfig:
     """Where metrics go beside the run folder, such as `[tensorboard]`."""
     progress: Literal["auto", "bar", "lines", "json", "none"] = "auto"
     """What the terminal shows: auto is a bar on a terminal, lines otherwise."""
-    num_samples_to_show: int = field(default=0, validator=ge(0))
-    """Rollouts printed after each step."""
 
 
 @frozen(kw_only=True)
@@ -124,8 +122,6 @@ class InvariantsConfig:
     """Stop the run at this; None never."""
     zero_signal_steps: int = field(default=10, validator=ge(1))
     """Warn after this many steps in a row in which no group's rewards vary."""
-    check_fingerprint: bool = True
-    """Compare trainer and engine weights after each refit."""
 
 
 @frozen(kw_only=True)
