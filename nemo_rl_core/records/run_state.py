@@ -33,7 +33,6 @@ class RunState:
     """Last step of the run, if known beforehand."""
     step: int = 0
     """Steps completed."""
-    epoch: int = 0
     weight_version: int = 0
     """Optimizer updates behind the weights, counted in steps."""
     stop_requested: bool = False

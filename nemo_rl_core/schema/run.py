@@ -110,8 +110,6 @@ class LoggingConfig:
     """Loggers that get the metrics in addition to the run folder, such as `[tensorboard]`."""
     progress: Literal["auto", "bar", "lines", "json", "none"] = "auto"
     """Form of progress on the standard output. auto shows a bar on a terminal and lines elsewhere."""
-    num_samples_to_show: int = field(default=0, validator=ge(0))
-    """Number of rollouts to print after each step."""
 
 
 @frozen(kw_only=True)
@@ -126,8 +124,6 @@ class InvariantsConfig:
     """Mean exp|trainer logprob - engine logprob| above which the run stops. None never stops it."""
     zero_signal_steps: int = field(default=10, validator=ge(1))
     """Steps in a row without any variance of rewards within a group after which the run warns."""
-    check_fingerprint: bool = True
-    """Whether to compare trainer and engine weights after each refit."""
 
 
 _READ_AS = {"num_generations_per_prompt": "group_size", "num_prompts_per_step": "num_items_per_step"}

@@ -9,10 +9,10 @@ import torch
 from pytest import approx
 
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.models.numerics.whitening import whiten
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_ppo.config import GAEConfig
 from nemo_rl_plugins_ppo.gae import GeneralizedAdvantages
-from nemo_rl_plugins_ppo.whitening import whiten
 
 
 def one(values, mask, reward, **fields):

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.models.numerics.whitening import whiten
 from nemo_rl_plugins_ppo.config import GAEConfig
-from nemo_rl_plugins_ppo.whitening import whiten
 
 if TYPE_CHECKING:
     from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["GeneralizedAdvantages", "generalized_advantages"]
+
+_VARIANCE_FLOOR = 1e-8
+"""Added to the variance in whitening, as is usual for PPO."""
 
 
 class GeneralizedAdvantages:
@@ -61,7 +64,9 @@ class GeneralizedAdvantages:
         """
         mask = batch["loss_mask"]
         advantages = self._recursion(batch, self._policy_lambda(batch))
-        return (whiten(advantages, mask) if self.config.whiten else advantages).to(torch.float32)
+        if self.config.whiten:
+            advantages = whiten(advantages, mask, variance_floor=_VARIANCE_FLOOR)
+        return advantages.to(torch.float32)
 
     def returns(self, batch: BatchedDataDict) -> Tensor:
         """[N] float32 what the critic is to predict, with the critic's lambda: never whitened; 0 where masked."""
@@ -92,7 +97,7 @@ class GeneralizedAdvantages:
         _require_finite("value", values[mask], batch.sequence_index[mask])
         _require_finite("value of a last state", final, torch.arange(len(batch)))
         if self.config.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
+            rewards = whiten(rewards, mask, variance_floor=_VARIANCE_FLOOR, shift_mean=False)
         return generalized_advantages(rewards, values, batch, lambdas, final_values=final, gamma=self.config.gamma)
 
 

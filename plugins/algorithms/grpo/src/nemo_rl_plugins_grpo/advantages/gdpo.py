@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.models.numerics.whitening import whiten
 from nemo_rl_plugins_grpo.advantage_config import GDPOAdvantagesConfig
 from nemo_rl_plugins_grpo.advantages.grpo import group_relative_advantages
-from nemo_rl_plugins_grpo.advantages.whitening import require_finite, whiten
+from nemo_rl_plugins_grpo.advantages.rewards import require_finite
 from nemo_rl_plugins_grpo.grouping import group_rollouts
 
 if TYPE_CHECKING:

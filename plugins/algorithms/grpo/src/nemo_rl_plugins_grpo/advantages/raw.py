@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nemo_rl_core.models.numerics.whitening import whiten
 from nemo_rl_plugins_grpo.advantage_config import RawConfig
-from nemo_rl_plugins_grpo.advantages.whitening import require_finite, returns, whiten
+from nemo_rl_plugins_grpo.advantages.rewards import require_finite, returns
 
 if TYPE_CHECKING:
     from nemo_rl_core.records.batch import BatchedDataDict
@@ -36,7 +37,5 @@ class RawAdvantages:
         advantages, mask = returns(batch, batch["rewards"].to(torch.float64)), batch["loss_mask"]
         if self.config.whiten:
             require_finite(batch["rewards"])
-            whitened = torch.zeros_like(advantages)
-            whitened[mask] = whiten(advantages[mask], epsilon=self.config.epsilon)
-            advantages = whitened
+            advantages = whiten(advantages, mask, epsilon=self.config.epsilon)
         return advantages.to(torch.float32).masked_fill(~mask, 0.0)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nemo_rl_core.models.numerics.whitening import whiten
 from nemo_rl_plugins_grpo.advantage_config import ReinforcePPAdvantagesConfig
-from nemo_rl_plugins_grpo.advantages.whitening import require_finite, returns, whiten
+from nemo_rl_plugins_grpo.advantages.rewards import require_finite, returns
 from nemo_rl_plugins_grpo.grouping import group_rollouts
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ class ReinforcePPAdvantages:
         advantages = returns(batch, rewards)
         mask = batch["loss_mask"]
         if self.config.whiten:
-            whitened = torch.zeros_like(advantages)
-            whitened[mask] = whiten(advantages[mask], epsilon=self.config.epsilon)
-            advantages = whitened
+            advantages = whiten(advantages, mask, epsilon=self.config.epsilon)
         return advantages.to(torch.float32).masked_fill(~mask, 0.0)
 
 

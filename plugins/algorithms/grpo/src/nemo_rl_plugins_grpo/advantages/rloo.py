@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nemo_rl_core.models.numerics.whitening import whiten
 from nemo_rl_plugins_grpo.advantage_config import RLOOAdvantagesConfig
 from nemo_rl_plugins_grpo.advantages.grpo import group_relative_advantages
-from nemo_rl_plugins_grpo.advantages.whitening import require_finite, whiten
+from nemo_rl_plugins_grpo.advantages.rewards import require_finite
 from nemo_rl_plugins_grpo.grouping import group_rollouts
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Bringing numbers to mean 0 and standard deviation 1 over a batch, and rewards by token."""
+"""Rewards as estimators read them: finite, and summed over what follows a token."""
 
 from __future__ import annotations
 
@@ -12,25 +12,7 @@ from nemo_rl_core.errors import DataError
 if TYPE_CHECKING:
     from nemo_rl_core.records.batch import BatchedDataDict
 
-__all__ = ["require_finite", "returns", "whiten"]
-
-_RELATIVE_NOISE = 1e-12
-"""A variance below this share of the largest squared value is rounding, not variance."""
-
-
-def whiten(values: Tensor, *, epsilon: float) -> Tensor:
-    """(values - mean) / (std + epsilon), the deviation with Bessel's factor; zeros where nothing varies.
-
-    Args:
-        values: [M] float64.
-        epsilon: Added to the standard deviation.
-    """
-    if values.numel() < 2:
-        return torch.zeros_like(values)
-    variance, mean = torch.var_mean(values)
-    if variance <= _RELATIVE_NOISE * values.abs().max().square():
-        return torch.zeros_like(values)
-    return (values - mean) / (variance.sqrt() + epsilon)
+__all__ = ["require_finite", "returns"]
 
 
 def require_finite(rewards: Tensor, name: str = "rewards") -> None:
