@@ -51,7 +51,7 @@ class DiskSync(WorkerSync):
         transfer = Transfer(
             session=self._session,
             version=version,
-            timeout_s=sides.deadline.left,
+            timeout_s=sides.deadline.remaining(),
             chunk_bytes=self.config.shard_bytes,
             dtype=getattr(sides.engine, "dtype", None),
             fingerprint=self.config.check_fingerprint,
