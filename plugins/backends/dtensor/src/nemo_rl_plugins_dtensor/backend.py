@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.backends import sealed_file
-from nemo_rl_core.backends.base import TorchBackend
-from nemo_rl_core.backends.per_token import PerToken, one_token
+from nemo_rl_core.backends.host_memory import HostMemory
+from nemo_rl_core.backends.per_token import PerToken, fill_in_order, one_token
 from nemo_rl_core.backends.schedule import make_scheduler
 from nemo_rl_core.backends.step_metrics import StepMetrics
-from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.errors import ConfigError, InvariantViolation
 from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.models import load_model, load_model_config, write_model
 from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
 from nemo_rl_core.models.numerics.products import use_fast_linear
 from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
-from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult
+from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult, TrainingBackend
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_dtensor.config import DTensorConfig, LoRAConfig
@@ -50,7 +50,7 @@ __all__ = ["DTensorBackend"]
 _FORMAT = 1
 
 
-class DTensorBackend(TorchBackend):
+class DTensorBackend(TrainingBackend):
     """PyTorch-native training on one device or on a mesh of data-parallel (FSDP2) by tensor-parallel processes.
 
     Dropout is switched off everywhere: the probability of a token must be one number, else the ratio between
@@ -92,9 +92,13 @@ class DTensorBackend(TorchBackend):
         Raises:
             ConfigError: The model, the optimizer or the layout cannot be had.
         """
-        self._begin(config, context)
-        assert config.model_name is not None
+        if config.model_name is None:
+            raise ConfigError("policy.model_name is not set. Give a hub name, a folder or scratch:<name>.")
+        if context.num_threads is not None:
+            torch.set_num_threads(context.num_threads)
+        self.config = config
         self.options = config.options if isinstance(config.options, DTensorConfig) else DTensorConfig(**config.options)
+        self.device = torch.device(context.device)
         self.ranks = join(config, context, self.device)
         bfloat16 = config.precision == "bfloat16"
         keeps_masters = bfloat16 and self.options.master_weights and config.trained
@@ -106,6 +110,7 @@ class DTensorBackend(TorchBackend):
         switch_off_dropout(model)
         if not config.trained:
             model.requires_grad_(False)
+        self.role = context.role
         self.network = PolicyNetwork(
             model,
             attention=self.options.attention,
@@ -134,7 +139,7 @@ class DTensorBackend(TorchBackend):
         if config.trained:
             self.optimizer = make_optimizer(config.optimizer, self._trained())
             self.scheduler = make_scheduler(config.scheduler, self.optimizer)
-        self.gives, self.vocab_size = self.network.gives, self.network.head.weight.shape[0]
+        self._host = HostMemory(constant=not config.trained)
         self._closed = False
 
     def _adapt(self, model: Any, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
@@ -170,8 +175,11 @@ class DTensorBackend(TorchBackend):
             ConfigError: The loss needs an output that this backend does not have.
             InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
         """
+        self._check_here()
         needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
-        self._check_step(plan, needs)
+        self._require(needs)
+        if plan.update and not self.config.trained:
+            raise ConfigError(f"The model of the role {self.role!r} is frozen: it has no optimizer and takes no steps.")
         metrics = StepMetrics()
         loss = torch.zeros((), device=self.device)
         num_tokens = 0
@@ -240,7 +248,11 @@ class DTensorBackend(TorchBackend):
         total, bad = torch.stack([squared, self.ranks.any_rank(~loss.isfinite())]).tolist()
         if bad or not math.isfinite(total):
             self.optimizer.zero_grad(set_to_none=True)
-            raise self._not_finite(loss, math.sqrt(total))
+            raise InvariantViolation(
+                f"The training step is not finite (loss {float(loss)}, squared gradient norm {total}); the weights "
+                "were not changed. Usual causes: a learning rate that is too high, a reward or advantage that is not "
+                "finite, a logprob of -inf among the trained tokens."
+            )
         norm = math.sqrt(total)
         limit = self.config.max_grad_norm
         if limit is not None and norm > limit:
@@ -253,14 +265,50 @@ class DTensorBackend(TorchBackend):
             self.masters.publish()
         return norm
 
-    # -- forward only -----------------------------------------------------------------------------
+    # -- logprobs -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_logprobs(
+        self, batch: BatchedDataDict, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """[N] float32 logprobs of `batch["input_ids"]`, on the CPU, without gradient.
+
+        If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0, as is the first
+        token of each sequence.
+        """
+        needs = frozenset({"logprobs"})
+        self._require(needs)
+        out = self._forward_only(batch, micro_batches, needs, temperature=temperature, needs=needs)
+        return out["logprobs"]
+
+    @torch.no_grad()
+    def get_values(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """[N] float32 output of the scalar head at each token, on the CPU, without gradient."""
+        needs = frozenset({"values"})
+        self._require(needs)
+        return self._forward_only(batch, micro_batches, needs, needs=needs)["values"]
+
+    @torch.no_grad()
+    def get_top_logprobs(
+        self,
+        batch: BatchedDataDict,
+        k: int,
+        temperature: float = 1.0,
+        micro_batches: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[N, k] ids and float32 logprobs of the likeliest tokens in place of each trained one, on the CPU."""
+        self._require(frozenset({"logprobs"}))
+        k = min(k, self.network.head.weight.shape[0])
+        names = ("top_ids", "top_logprobs")
+        out = self._forward_only(batch, micro_batches, names, temperature=temperature, needs=frozenset(), top_k=k)
+        return out["top_ids"], out["top_logprobs"]
 
     @torch.no_grad()
     def get_hidden_states(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
         """[N, E] inputs of the output layer that predict each trained token, on the CPU."""
         self._require(frozenset({"over_vocabulary"}))
         needs = frozenset({"hidden_states"})
-        return self._outputs(batch, micro_batches, needs, needs=needs)["hidden_states"]
+        return self._forward_only(batch, micro_batches, needs, needs=needs)["hidden_states"]
 
     @torch.no_grad()
     def get_output_layer(self) -> OutputLayer:
@@ -277,12 +325,30 @@ class DTensorBackend(TorchBackend):
         assert weight is not None
         return OutputLayer(weight=weight, bias=bias, transform=self.network.transform)
 
+    def _require(self, needs: frozenset[str]) -> None:
+        if unknown := needs - self.network.gives:
+            raise ConfigError(
+                f"{', '.join(sorted(unknown))} cannot be had of the model of the role {self.role!r}: with "
+                f"{self.role}.head={self.config.head!r} it "
+                f"gives {', '.join(sorted(self.network.gives))}."
+            )
+
     def _forward_only(
-        self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], names: Iterable[str], **options: Any
+        self,
+        batch: BatchedDataDict,
+        micro_batches: Sequence[Sequence[int]] | None,
+        names: Iterable[str],
+        **options: Any,
     ) -> dict[str, Tensor]:
-        """These outputs of the network for each token of the batch."""
+        """These outputs of the network for each token of the batch, [N, ...] each, on the CPU.
+
+        If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0.
+        """
+        self._check_here()
         collected = PerToken(batch)
-        for indices in micro_batches:
+        if micro_batches is None:
+            micro_batches = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
+        for indices in micro_batches or [[]]:
             selected = batch.select(indices)
             row = self.network.row(
                 selected if len(selected) else one_token(), device=self.device, only_trained="loss_mask" in batch
@@ -402,6 +468,13 @@ class DTensorBackend(TorchBackend):
         if not self._host.is_away:
             self.ranks.reshard(self.network)
             self._host.offload(tensor for tensor in self._held_tensors() if tensor.device.type == self.device.type)
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        self._host.reload()
+
+    def _check_here(self) -> None:
+        self._host.check_here(f"The model of the role {self.role!r}")
 
     def _held_tensors(self) -> Iterator[Tensor]:
         """What takes memory between two steps."""
