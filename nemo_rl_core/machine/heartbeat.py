@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from nemo_rl_core.machine.threads import daemon
+
 __all__ = ["Heartbeat", "keep_alive", "shut"]
 
 _LONGEST_PERIOD_S = 5.0
@@ -40,7 +42,7 @@ class Heartbeat:
         self._ping, self._on_silence = ping, on_silence
         self._heard = 0
         self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name=name, daemon=True).start()
+        daemon(self._watch, name=name)
 
     def heard(self) -> None:
         """Something came from the peer. Of one thread only."""

@@ -7,14 +7,14 @@ import math
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
-__all__ = ["Deadline", "DeadlineWatch"]
+__all__ = ["DeadlineWatch", "TaskDeadline"]
 
 _T = TypeVar("_T")
 _TICK_S = 0.1
 _LONGEST_TICK_S = 10.0
 
 
-class Deadline:
+class TaskDeadline:
     """The deadline of whatever one task now waits for."""
 
     __slots__ = ("_cancelling", "_now", "_task", "expired", "when")
@@ -85,16 +85,16 @@ class DeadlineWatch:
 
     def __init__(self, shortest_s: float = 0.0) -> None:
         self._tick_s = min(max(shortest_s / 100, _TICK_S), _LONGEST_TICK_S)
-        self._deadlines: set[Deadline] = set()
+        self._deadlines: set[TaskDeadline] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, deadline: Deadline) -> None:
+    def add(self, deadline: TaskDeadline) -> None:
         """Watch this deadline."""
         self._deadlines.add(deadline)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._tick_s, self._look)
 
-    def remove(self, deadline: Deadline) -> None:
+    def remove(self, deadline: TaskDeadline) -> None:
         """Stop watching this deadline."""
         self._deadlines.discard(deadline)
 

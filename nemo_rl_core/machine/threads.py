@@ -1,27 +1,97 @@
-"""Daemon threads with a deadline, for functions that cannot be sent to another process."""
+"""Threads that nobody has to wait for: started, answered through a future, abandoned at a deadline."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import logging
+import os
 import queue
+import select
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import define
 
 from nemo_rl_core.errors import DeadlineExceeded
 
-__all__ = ["ThreadCalls"]
+__all__ = ["ThreadCalls", "daemon", "in_thread", "settle", "settle_soon", "watch_parent"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_LOOK_S = 1.0
+"""Between two looks at the parent, where the system cannot tell of its end."""
+
+
+def daemon(target: Callable[..., object], /, *args: Any, name: str) -> threading.Thread:
+    """Start a thread that does not keep the interpreter from ending."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def in_thread(work: Callable[[], _T], *, name: str) -> concurrent.futures.Future[_T]:
+    """Run `work` in a daemon thread; the future has its result or what it raised.
+
+    The wait for the future has the deadline; a thread that misses it goes on and its answer is dropped.
+    """
+    future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # handed to whoever waits
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    daemon(run, name=name)
+    return future
+
+
+def settle(future: asyncio.Future[Any], value: Any, error: BaseException | None = None) -> None:
+    """Give a future its result, or its error, unless it has one or was cancelled. In the loop's own thread."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
+
+
+def settle_soon(future: asyncio.Future[Any], value: Any, error: BaseException | None = None) -> bool:
+    """`settle` from any thread; whether the future's loop still runs, so that somebody may wait for it."""
+    try:
+        future.get_loop().call_soon_threadsafe(settle, future, value, error)
+    except RuntimeError:  # the loop has ended
+        return False
+    return True
+
+
+def watch_parent(on_gone: Callable[[], object], *, name: str) -> None:
+    """Call `on_gone` in a thread when the process that started this one has ended, however it ended."""
+    daemon(_watch, os.getppid(), on_gone, name=name)
+
+
+def _watch(parent: int, on_gone: Callable[[], object]) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # not on every system; or it is gone already
+        descriptor = os.pidfd_open(parent)
+        try:
+            if os.getppid() == parent:  # else the number may be another process's by now
+                select.select([descriptor], [], [])
+        finally:
+            os.close(descriptor)
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    on_gone()
 
 
 @define(eq=False)
 class _Call:
     function: Callable[[], Any]
-    loop: asyncio.AbstractEventLoop
     started: asyncio.Future[None]
     answer: asyncio.Future[Any]
     abandoned: bool = False
@@ -48,7 +118,7 @@ class ThreadCalls:
             Exception: Whatever the function raised.
         """
         loop = asyncio.get_running_loop()
-        call = _Call(function, loop, loop.create_future(), loop.create_future())
+        call = _Call(function, loop.create_future(), loop.create_future())
         self._queue.put(call)
         self._ensure_threads()
         try:
@@ -71,7 +141,7 @@ class ThreadCalls:
             if self._num_live >= self._num_threads:
                 return
             self._num_live += 1
-        threading.Thread(target=self._work, name="nemo-rl-reward", daemon=True).start()
+        daemon(self._work, name="nemo-rl-reward")
 
     def _abandon(self, call: _Call) -> None:
         with self._lock:
@@ -89,7 +159,7 @@ class ThreadCalls:
                 skip = call.abandoned
             if skip:
                 continue
-            _resolve(call, call.started, None, None)
+            settle_soon(call.started, None)
             try:
                 value, error = call.function(), None
             except BaseException as raised:
@@ -97,19 +167,5 @@ class ThreadCalls:
             with self._lock:
                 if call.abandoned:
                     return  # another thread has taken this one's place
-            _resolve(call, call.answer, value, error)
-
-
-def _resolve(call: _Call, future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    def settle() -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
-
-    try:
-        call.loop.call_soon_threadsafe(settle)
-    except RuntimeError:
-        _log.debug("nobody waits for a reward thread any more")
+            if not settle_soon(call.answer, value, error):
+                _log.debug("nobody waits for a reward thread any more")

@@ -19,7 +19,7 @@ from nemo_rl_core.errors import (
     NemoRLError,
     RewardError,
 )
-from nemo_rl_core.machine.task_deadlines import Deadline, DeadlineWatch
+from nemo_rl_core.machine.task_deadlines import DeadlineWatch, TaskDeadline
 from nemo_rl_core.protocols.environment import DrivingEnvironment, Environment, EnvironmentStep
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest, SamplingParams
 from nemo_rl_core.records.completion import Completion
@@ -92,7 +92,7 @@ class Episode:
         self._stage: _Stage = "reset"
         self._generation_s = 0.0
         self._environment_s = 0.0
-        self._deadline: Deadline
+        self._deadline: TaskDeadline
         self._now = asyncio.get_running_loop().time
 
     @property
@@ -104,7 +104,7 @@ class Episode:
         """Play the episode. Every failure is recorded in the rollout; only a cancellation is raised."""
         task = asyncio.current_task()
         assert task is not None
-        self._deadline = self.context.deadline = Deadline(task)
+        self._deadline = self.context.deadline = TaskDeadline(task)
         watch.add(self._deadline)
         try:
             return await self._run(task)

@@ -37,6 +37,7 @@ from nemo_rl_core.infra.workers.making import make_worker
 from nemo_rl_core.infra.workers.remote import report_error
 from nemo_rl_core.machine.arrivals import Arrivals
 from nemo_rl_core.machine.place import Place, find_place
+from nemo_rl_core.machine.threads import daemon
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ class _Server:
         self._arrivals = Arrivals(key, address=where, name="nemo-rl-engine-arrivals")
         self.address = self._arrivals.address
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._run_loop, name="nemo-rl-engine-requests", daemon=True).start()
-        threading.Thread(target=self._accept, name="nemo-rl-engine-connection", daemon=True).start()
+        daemon(self._run_loop, name="nemo-rl-engine-requests")
+        daemon(self._accept, name="nemo-rl-engine-connection")
 
     def close(self) -> None:
         """Cancel what is in flight and stop the threads."""
@@ -150,10 +151,7 @@ class _Server:
 
     def _accept(self) -> None:
         while (connection := self._arrivals.next()) is not None:
-            self._writer = threading.Thread(
-                target=self._write, args=(connection,), name="nemo-rl-engine-out", daemon=True
-            )
-            self._writer.start()
+            self._writer = daemon(self._write, connection, name="nemo-rl-engine-out")
             self._read(connection)
 
     def _read(self, connection: Connection) -> None:

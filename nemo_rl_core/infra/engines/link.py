@@ -24,6 +24,7 @@ from nemo_rl_core.infra.workers.remote import raised_by
 from nemo_rl_core.machine.arrivals import arrive
 from nemo_rl_core.machine.heartbeat import Heartbeat, keep_alive, shut
 from nemo_rl_core.machine.place import find_place
+from nemo_rl_core.machine.threads import daemon, settle
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.generation_backend import GenerationRequest
@@ -51,12 +52,8 @@ class PendingRequest:
 
     def settle(self, completion: Completion | None, error: BaseException | None) -> None:
         """Hand over the outcome; called in the loop's thread."""
-        if self.future.done():
-            return
-        if error is not None:
-            self.future.set_exception(error)
-        elif completion is not None:
-            self.future.set_result(completion)
+        if error is not None or completion is not None:
+            settle(self.future, completion, error)
 
 
 class EngineLink:
@@ -112,7 +109,7 @@ class EngineLink:
             name=f"nemo-rl-{name}-heartbeat",
         )
         for target in (self._read, self._write):
-            threading.Thread(target=target, name=f"nemo-rl-{name}", daemon=True).start()
+            daemon(target, name=f"nemo-rl-{name}")
 
     @property
     def is_late(self) -> bool:

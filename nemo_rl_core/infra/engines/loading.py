@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_rl_core.errors import DeadlineExceeded
+from nemo_rl_core.machine.threads import daemon
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +72,7 @@ class _Loading:
         self.chunks: queue.Queue[list[tuple[str, Tensor]] | BaseException | None] = queue.Queue(1)
         self.error: BaseException | None = None
         self.done = threading.Event()
-        threading.Thread(target=self._run, args=(engine, version), name=f"nemo-rl-refit-{version}", daemon=True).start()
+        daemon(self._run, engine, version, name=f"nemo-rl-refit-{version}")
 
     def _run(self, engine: Any, version: int) -> None:
         try:
@@ -78,6 +80,8 @@ class _Loading:
         except BaseException as error:  # raised by the next call of the driver
             self.error = error
         self.done.set()
+        with contextlib.suppress(queue.Empty):
+            self.chunks.get_nowait()  # wakes a `put` that waits for room
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         while True:
@@ -92,15 +96,10 @@ class _Loading:
             yield from chunk
 
     def put(self, chunk: Any) -> None:
-        while True:
-            if self.done.is_set():
-                if self.error is not None:
-                    raise self.error
-                return  # it has what it wants
-            try:
-                return self.chunks.put(chunk, timeout=0.05)
-            except queue.Full:
-                continue
+        if not self.done.is_set():
+            self.chunks.put(chunk)  # when `_run` ends it makes room
+        elif self.error is not None:
+            raise self.error
 
 
 def _begin(engine: Any, number: int, version: int, timeout_s: float) -> None:

@@ -12,7 +12,6 @@ import concurrent.futures
 import operator
 import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +24,8 @@ from nemo_rl_core.infra.engines.loading import load_through_driver
 from nemo_rl_core.infra.engines.metrics import merge_engine_metrics
 from nemo_rl_core.infra.engines.restarts import EngineRestarts
 from nemo_rl_core.infra.engines.routes import EngineRoutes
+from nemo_rl_core.machine.deadline import Deadline
+from nemo_rl_core.machine.threads import daemon, settle_soon
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
 from nemo_rl_core.records.completion import Completion
 
@@ -232,12 +233,12 @@ class EngineWorkers(GenerationBackend):
             Exception: What the function raised, with the engine's name.
         """
         limit = self.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
+        deadline = Deadline(limit)
         links = self.wait_alive(limit)
         asked = [link.submit(function, *args) for link in links]
         what = getattr(function, "__name__", type(function).__name__)
         return [
-            link.wait(future, what=what, timeout_s=max(0.0, deadline - time.monotonic()))
+            link.wait(future, what=what, timeout_s=deadline.remaining())
             for link, future in zip(links, asked, strict=True)
         ]
 
@@ -327,13 +328,13 @@ class EngineWorkers(GenerationBackend):
 
     def _ask(self, method: str, *, of_all: bool = True) -> list[Any]:
         """Call a method of every engine, or of those that are there; again if one dies meanwhile and comes back."""
-        deadline = time.monotonic() + self.timeout_s
+        deadline = Deadline(self.timeout_s)
         while True:
-            links = self.wait_alive(max(0.0, deadline - time.monotonic()), of_all=of_all)
+            links = self.wait_alive(deadline.remaining(), of_all=of_all)
             try:
                 asked = [link.submit(operator.methodcaller(method)) for link in links]
                 return [
-                    link.wait(future, what=method, timeout_s=max(0.0, deadline - time.monotonic()))
+                    link.wait(future, what=method, timeout_s=deadline.remaining())
                     for link, future in zip(links, asked, strict=True)
                 ]
             except WorkerDied:
@@ -423,7 +424,7 @@ class EngineWorkers(GenerationBackend):
         """An engine that died before it was one of `links` is treated as one that dies now."""
         for link in [link for link in self.links if link in self._lost_early]:
             lost = (link, self._lost_early.pop(link))
-            threading.Thread(target=self._on_lost, args=lost, name=f"nemo-rl-{link.name}-lost", daemon=True).start()
+            daemon(self._on_lost, *lost, name=f"nemo-rl-{link.name}-lost")
 
     def _start_again(self, index: int, link: EngineLink) -> EngineLink | None:
         """A new engine in the place of a dead one; None if nobody wants it any more."""
@@ -488,7 +489,7 @@ class EngineWorkers(GenerationBackend):
         queued = [one for queue in self._queued.values() for one in queue]
         self._queued.clear()
         for one in (*orphans, *stranded, *queued):
-            one.loop.call_soon_threadsafe(one.settle, None, _copy(reason))
+            settle_soon(one.future, None, _copy(reason))
         self._changed.notify_all()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core.errors import DeadlineExceeded, InvariantViolation
+from nemo_rl_core.errors import InvariantViolation
 from nemo_rl_core.infra.weights.fingerprint import Fingerprint
+from nemo_rl_core.machine.deadline import Deadline
+from nemo_rl_core.machine.threads import in_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,25 +66,15 @@ def run_until(work: Callable[[], None], outgoing: OutgoingWeights, *, version: i
     Raises:
         DeadlineExceeded: Names the side that was waited for.
     """
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # handed to the caller's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name=f"refit-{version}", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise DeadlineExceeded(
-            f"Refit to weight version {version} passed its deadline of {timeout_s:g} s while waiting for "
-            f"{outgoing.waiting_for}, after {outgoing.num_tensors} tensors. Raise "
-            "generation.refit_timeout_s, or look at that side's log."
-        )
-    if failure:
-        raise failure[0]
+    deadline = Deadline(
+        timeout_s,
+        what=f"Refit to weight version {version}",
+        hint="Raise generation.refit_timeout_s, or look at that side's log.",
+    )
+    done = in_thread(work, name=f"refit-{version}")
+    if not wait([done], deadline.remaining()).done:
+        raise deadline.exceeded(f"{outgoing.waiting_for}, after {outgoing.num_tensors} tensors")
+    done.result()
 
 
 def compare_fingerprints(

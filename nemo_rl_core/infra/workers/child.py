@@ -10,11 +10,11 @@ import json
 import os
 import pickle
 import signal
-import threading
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from nemo_rl_core.infra.workers.remote import adopt_environment, redirect_output, report_error, trace_calls
+from nemo_rl_core.machine.threads import watch_parent
 
 __all__ = ["run", "verify"]
 
@@ -131,19 +131,11 @@ def _leave_terminal() -> None:
 def _die_with_parent() -> None:
     """End this process and all that it started when the driver's ends, however that ends, also amid a call."""
     import multiprocessing
-    from multiprocessing.connection import wait
 
     # Daemonic, so that the driver's exit ends it; but an engine in a worker may need processes of its own.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        _end_session()
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    if multiprocessing.parent_process() is not None:
+        watch_parent(_end_session, name="parent-watch")
 
 
 def _end_session() -> NoReturn:

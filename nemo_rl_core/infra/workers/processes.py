@@ -28,6 +28,7 @@ from nemo_rl_core.infra.workers.remote import (
     worker_environment,
 )
 from nemo_rl_core.infra.workers.wire import receive, send
+from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_core.machine.place import free_port
 from nemo_rl_core.machine.starting import starting
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
@@ -226,9 +227,9 @@ class ProcessGroup:
         """Compare every worker's plugins with those of this process; one that is stuck does not hold back the table."""
         left = dict(enumerate(self._connections))
         answered: dict[int, tuple[str, Any]] = {}
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline(timeout_s)
         while left:
-            ready = wait(list(left.values()), max(0.0, deadline - time.monotonic()))
+            ready = wait(list(left.values()), deadline.remaining())
             for rank in [rank for rank, connection in left.items() if connection in ready]:
                 answered |= self._gather("start", {rank: left.pop(rank)}, timeout_s)
                 kind, value = answered[rank]
@@ -240,7 +241,7 @@ class ProcessGroup:
             if not ready:
                 raise self._overdue("start", sorted(left), answered, timeout_s)
             if differ:
-                deadline = _sooner(deadline, _VERIFY_GRACE_S)
+                deadline.shorten(_VERIFY_GRACE_S)
         check_nodes([difference for rank in sorted(answered) for difference in answered[rank][1]])
 
     def _end(self, reason: str) -> None:
@@ -319,13 +320,13 @@ class ProcessGroup:
         left = dict(waiting)
         found: dict[int, tuple[str, Any]] = dict(failed or {})
         limit = self.call_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
+        deadline = Deadline(limit)
         if any(kind == "error" for kind, _ in found.values()):
-            deadline = _sooner(deadline, self.failure_grace_s)
+            deadline.shorten(self.failure_grace_s)
         while left:
             gone = {r for r, (kind, _) in found.items() if kind == "error" or method == "shutdown"}
             sentinels = {p.sentinel: r for r, p in enumerate(self._processes) if r not in gone}
-            ready = wait([*left.values(), *sentinels], max(0.0, deadline - time.monotonic()))
+            ready = wait([*left.values(), *sentinels], deadline.remaining())
             if not ready:
                 raise self._overdue(method, sorted(left), found, limit)
             for rank, connection in list(left.items()):
@@ -333,7 +334,7 @@ class ProcessGroup:
                     found[rank] = self._take(rank, method)
                     del left[rank]
                     if found[rank][0] == "error":
-                        deadline = _sooner(deadline, self.failure_grace_s)
+                        deadline.shorten(self.failure_grace_s)
             for rank in (sentinels[s] for s in ready if s in sentinels):
                 if rank in left and left[rank].poll():
                     continue  # its last message is still to be read
@@ -390,7 +391,3 @@ def _end_children(pid: int) -> None:
             os.killpg(pid, signal.SIGKILL)
     except OSError:
         pass  # its id is another process's by now: then nothing was left either
-
-
-def _sooner(deadline: float, grace_s: float) -> float:
-    return min(deadline, time.monotonic() + grace_s)

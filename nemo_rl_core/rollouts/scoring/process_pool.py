@@ -9,7 +9,6 @@ import logging
 import selectors
 import socket
 import threading
-import time
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -19,6 +18,8 @@ from typing import Any
 from attrs import define
 
 from nemo_rl_core.errors import DeadlineExceeded, NemoRLError, WorkerDied
+from nemo_rl_core.machine.deadline import Deadline
+from nemo_rl_core.machine.threads import settle_soon
 from nemo_rl_core.rollouts.scoring._pool_pickling import (
     cannot_send,
     dump,
@@ -46,28 +47,17 @@ class _Call:
     function: bytes
     arguments: bytes
     timeout_s: float
-    loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[bytes]
-    deadline: float = 0.0
+    deadline: Deadline | None = None
     loading: bool = False
     tried_before: bool = False
     """Its first process ended under it."""
 
     def resolve(self, value: bytes | BaseException) -> None:
         """Hand the answer to the caller's event loop, from any thread."""
-        try:
-            self.loop.call_soon_threadsafe(_set, self.answer, value)
-        except RuntimeError:  # the caller's loop is closed: nobody waits any more
+        result, error = (None, value) if isinstance(value, BaseException) else (value, None)
+        if not settle_soon(self.answer, result, error):
             _log.debug("nobody waits for %s any more", self.name)
-
-
-def _set(answer: asyncio.Future[bytes], value: bytes | BaseException) -> None:
-    if answer.done():
-        return
-    if isinstance(value, BaseException):
-        answer.set_exception(value)
-    else:
-        answer.set_result(value)
 
 
 class ProcessPool:
@@ -92,10 +82,10 @@ class ProcessPool:
         self._max_queued = max_queued
         self._lock = threading.RLock()
         self._queue: deque[_Call] = deque()
-        self._entering: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+        self._entering: deque[asyncio.Future[None]] = deque()
         self._workers: dict[WorkerProcess, _Call | None] = {}
         self._idle: list[WorkerProcess] = []
-        self._starting: dict[WorkerProcess, float] = {}
+        self._starting: dict[WorkerProcess, Deadline] = {}
         self._failed_starts = 0
         self._functions: OrderedDict[Any, tuple[bytes, bytes]] = OrderedDict()
         self._selector = selectors.DefaultSelector()
@@ -133,8 +123,8 @@ class ProcessPool:
             if by_value:
                 digest, pickled = pickle_by_value(function)
             await self._enter()
-            loop = asyncio.get_running_loop()
-            call = _Call(name, digest, pickled, arguments, budget, loop, loop.create_future())
+            future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            call = _Call(name, digest, pickled, arguments, budget, future)
             self._submit(call)
             answer = await call.answer
             if answer[:1] != b"M":
@@ -169,8 +159,8 @@ class ProcessPool:
             worker.kill()
         for call in waiting:
             call.resolve(WorkerDied(f"The process pool was shut down while {call.name} was waiting."))
-        for loop, turn in entering:
-            _call_soon(loop, _open, turn)
+        for turn in entering:
+            settle_soon(turn, None)
         if self._thread is None or self._thread is threading.current_thread():
             self._close_channels()
         else:
@@ -195,9 +185,8 @@ class ProcessPool:
                 self._require_open()
                 if len(self._queue) < self._max_queued:
                     return
-                loop = asyncio.get_running_loop()
-                turn: asyncio.Future[None] = loop.create_future()
-                self._entering.append((loop, turn))
+                turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._entering.append(turn)
             try:
                 await turn
             except asyncio.CancelledError:
@@ -208,8 +197,7 @@ class ProcessPool:
     def _admit(self) -> None:
         """Let as many callers in as there is room for. Holds the lock."""
         for _ in range(min(self._max_queued - len(self._queue), len(self._entering))):
-            loop, turn = self._entering.popleft()
-            _call_soon(loop, _open, turn)
+            settle_soon(self._entering.popleft(), None)
 
     def _submit(self, call: _Call) -> None:
         with self._lock:
@@ -236,7 +224,7 @@ class ProcessPool:
         except OSError as error:  # it died while idle: the loop sees its end and answers the call
             _log.debug("worker %d did not take a call: %s", worker.process.pid, error)
         budget = max(_START_TIMEOUT_S, call.timeout_s) if call.loading else call.timeout_s
-        call.deadline = time.monotonic() + budget
+        call.deadline = Deadline(budget)
 
     def _next(self, worker: WorkerProcess) -> None:
         """Give a free worker the next call that somebody still waits for. Holds the lock."""
@@ -294,7 +282,7 @@ class ProcessPool:
         for _ in range(max(0, wanted)):
             worker = WorkerProcess()
             self._workers[worker] = None
-            self._starting[worker] = time.monotonic() + _START_TIMEOUT_S
+            self._starting[worker] = Deadline(_START_TIMEOUT_S)
             self._selector.register(worker.socket, selectors.EVENT_READ, worker)
             self._selector.register(worker.output_fd, selectors.EVENT_READ, worker)
 
@@ -317,7 +305,7 @@ class ProcessPool:
             return
         if kind == b"L":
             call.loading = False
-            call.deadline = time.monotonic() + call.timeout_s
+            call.deadline = Deadline(call.timeout_s)
             return
         if call.loading:  # an answer before "loaded": the worker does not hold this function
             worker.forget(call.digest)
@@ -343,15 +331,15 @@ class ProcessPool:
                 self._fail_queue(f"Worker processes die as they start ({status}).{tail}")
 
     def _check_deadlines(self) -> None:
-        now = time.monotonic()
         for worker, call in list(self._workers.items()):
-            if call is not None and now >= call.deadline:
+            starting = self._starting.get(worker)
+            if call is not None and call.deadline is not None and call.deadline.expired:
                 self._remove(worker)
                 self.num_killed += 1
                 what = "was not loaded" if call.loading else "did not answer"
                 limit = max(_START_TIMEOUT_S, call.timeout_s) if call.loading else call.timeout_s
                 call.resolve(DeadlineExceeded(f"{call.name} {what} in {limit:g} s; its process was killed."))
-            elif call is None and now >= self._starting.get(worker, now + 1):
+            elif call is None and starting is not None and starting.expired:
                 self._starting.pop(worker)
                 self._remove(worker)
                 self._fail_queue(f"A worker process did not start in {_START_TIMEOUT_S:g} s.")
@@ -407,15 +395,3 @@ def _shutdown_at_exit(pool_ref: weakref.ref[ProcessPool]) -> None:
     pool = pool_ref()
     if pool is not None:
         pool.shutdown()
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        _log.debug("an event loop closed while it waited for the process pool")
-
-
-def _open(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_result(None)

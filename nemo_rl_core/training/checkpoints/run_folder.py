@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.machine.deadline import Deadline
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerGroup
@@ -54,9 +55,9 @@ def check_run_folder(groups: Iterable[WorkerGroup], run_dir: Path) -> None:
 
 def _look(backend: Any, token: str, patience_s: float) -> str | None:
     """In a worker: None if it sees the file, else the name of its machine."""
-    deadline = time.monotonic() + patience_s
+    deadline = Deadline(patience_s)
     while not os.path.exists(token):
-        if time.monotonic() > deadline:
+        if deadline.expired:
             return socket.gethostname()
         time.sleep(0.2)
     return None

@@ -6,9 +6,7 @@ import copy
 import logging
 import pickle
 import random
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ import torch
 
 from nemo_rl_core.config import to_dict
 from nemo_rl_core.errors import CheckpointError, DeadlineExceeded
+from nemo_rl_core.machine.threads import in_thread
 from nemo_rl_core.registry import report_changes
 from nemo_rl_core.training.checkpoints.export import export_model
 from nemo_rl_core.training.checkpoints.store import Checkpoint, CheckpointStore
@@ -205,15 +204,7 @@ def _state_of(algorithm: Any) -> Any:
 
 def _within(timeout_s: float, save: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """Run `save` in a thread of its own; one that hangs is left behind."""
-    found: Future[Checkpoint | None] = Future()
-
-    def run() -> None:
-        try:
-            found.set_result(save())
-        except BaseException as error:  # handed to the caller's thread
-            found.set_exception(error)
-
-    threading.Thread(target=run, name="nemo-rl-rescue", daemon=True).start()
+    found = in_thread(save, name="nemo-rl-rescue")
     try:
         return found.result(timeout_s)
     except TimeoutError as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_rl_core.errors import ConfigError, GenerationError, NemoRLError, ResourceError, WorkerDied
+from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_core.machine.place import Place, place_of
 from nemo_rl_core.registry import PluginCall
 from nemo_rl_core.training.model.policy import Policy
@@ -160,7 +161,7 @@ class DeviceTurns:
         """Cancel what still samples, as it belongs to an abandoned step, and put the engine to sleep."""
         if self._runner is not None and self._runner.engine.traffic.count:
             self._runner.cancel_all()
-        deadline = time.monotonic() + _CANCEL_TIMEOUT_S
+        deadline = Deadline(_CANCEL_TIMEOUT_S)
         with self.timed("sleep"), PluginCall("generation_backends", engine, "sleep"):
             while True:
                 try:
@@ -170,7 +171,7 @@ class DeviceTurns:
                     logger.warning("An engine died before it slept: %s", error)
                     break
                 except GenerationError:  # a request that was cancelled takes a moment to leave
-                    if time.monotonic() > deadline:
+                    if deadline.expired:
                         raise
                     time.sleep(_POLL_S)
         self._asleep = self.slept = True

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_plugins_weight_syncs import collective
-from nemo_rl_plugins_weight_syncs.hub import Deadline
+from nemo_rl_plugins_weight_syncs.hub import RefitDeadline
 
 
 class CountsFromTheStart:
@@ -60,7 +60,7 @@ def test_an_nccl_broadcast_has_the_deadline_of_its_refit_and_is_aborted(groups, 
     started = groups[0].broadcast(torch.zeros(64 << 20, dtype=torch.uint8))
     started.started -= 100.0  # it was started long ago, as one that an engine lets come early
     with pytest.raises(DeadlineExceeded, match="waiting for the engines"):
-        started.wait(Deadline.after(0.0, 7), "the engines")
+        started.wait(RefitDeadline(0.0, 7), "the engines")
     (asked,) = started.work.asked
     assert 100.0 <= asked < 101.0
     groups[0].close()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError
+from nemo_rl_core.machine.threads import settle
 from nemo_rl_plugins_torch_engine.scheduler import Scheduler
 from nemo_rl_plugins_torch_engine.sequence import Sequence
 
@@ -213,9 +214,5 @@ def _deliver(results: list[_Result]) -> None:
 
 def _resolve(results: list[_Result]) -> None:
     for sequence, error in results:
-        if sequence.future.done():
-            continue
-        if error is None:
-            sequence.future.set_result(sequence.completion())
-        else:
-            sequence.future.set_exception(error)
+        if not sequence.future.done():
+            settle(sequence.future, sequence.completion() if error is None else None, error)

@@ -13,6 +13,7 @@ from ray.exceptions import RayError, TaskCancelledError
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra.workers.axes import dispatch
 from nemo_rl_core.infra.workers.remote import raised_by
+from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_plugins_ray.members import Member, kill
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
@@ -247,13 +248,13 @@ class RayWorkerGroup:
         Once a worker has raised, the others get the grace time.
         """
         limit = self.call_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
+        deadline = Deadline(limit)
         rank_of = {ref: rank for rank, ref in refs.items() if rank not in found}
         failed = any(kind == "error" for kind, _ in found.values())
         if failed:
-            deadline = min(deadline, time.monotonic() + self.failure_grace_s)
+            deadline.shorten(self.failure_grace_s)
         while missing := wanted & set(rank_of.values()):
-            ready, _ = ray.wait(list(rank_of), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            ready, _ = ray.wait(list(rank_of), num_returns=1, timeout=deadline.remaining())
             if not ready:
                 raise self._overdue(method, sorted(missing), found, limit)
             for ref in ready:
@@ -261,7 +262,7 @@ class RayWorkerGroup:
                 found[rank] = self._take(rank, method, ref)
                 if found[rank][0] == "error" and not failed:
                     failed = True
-                    deadline = min(deadline, time.monotonic() + self.failure_grace_s)
+                    deadline.shorten(self.failure_grace_s)
         return found
 
     def _take(self, rank: int, method: str, ref: Any) -> tuple[str, Any]:

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nemo_rl_core.errors import ResourceError
 from nemo_rl_core.infra.workers.resources import check_roles_fit, role_share
+from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_plugins_ray.layout import fill, plan
 
 if TYPE_CHECKING:
@@ -336,14 +337,14 @@ class VirtualCluster:
         Raises:
             ResourceError: No other node has room for them in time.
         """
-        first, deadline = machine.bundles[0], time.monotonic() + self.placement_timeout_s
+        first, deadline = machine.bundles[0], Deadline(self.placement_timeout_s)
         while True:
             table = placement_group_table(first.group)
             node_id = table["bundles_to_node_id"].get(first.index)
             alive = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]}
             if node_id in alive:
                 break
-            if table["state"] == "REMOVED" or time.monotonic() > deadline:
+            if table["state"] == "REMOVED" or deadline.expired:
                 raise ResourceError(
                     f"The node {machine.host} of role {role!r} was lost, and no other had room for its {machine.size} "
                     f"{self._what} in {self.placement_timeout_s:g} s (cluster.options.placement_timeout_s). Start Ray "

@@ -15,7 +15,7 @@ from nemo_rl_core.machine.place import Place
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport
-from nemo_rl_plugins_weight_syncs.hub import Deadline, call_off
+from nemo_rl_plugins_weight_syncs.hub import RefitDeadline, call_off
 from nemo_rl_plugins_weight_syncs.peers import RefitPeers
 from nemo_rl_plugins_weight_syncs.streaming import Received, Route, Sent, Transfer, open_hub, receive, send
 
@@ -51,7 +51,7 @@ class WorkerSync(ABC):
             ConfigError: The engines are where this sync does not reach.
         """
         start = time.perf_counter()
-        deadline = Deadline.after(timeout_s, version)
+        deadline = RefitDeadline(timeout_s, version)
         return until_all_alive(engine, deadline, lambda: self._attempt(RefitPeers(trainer, engine, deadline), start))
 
 
@@ -103,7 +103,7 @@ class StreamedSync(WorkerSync):
             session=self._session,
             epoch=self._epoch,
             version=peers.deadline.version,
-            timeout_s=peers.deadline.left,
+            timeout_s=peers.deadline.remaining(),
             chunk_bytes=self.config.chunk_bytes,
             dtype=getattr(peers.engine, "dtype", None),
             fingerprint=self.config.check_fingerprint,
@@ -135,7 +135,7 @@ class StreamedSync(WorkerSync):
         )
 
 
-def until_all_alive(engine: Any, deadline: Deadline, attempt: Callable[[], SyncReport]) -> SyncReport:
+def until_all_alive(engine: Any, deadline: RefitDeadline, attempt: Callable[[], SyncReport]) -> SyncReport:
     """Refit, again if an engine died in the middle of it and was started anew; then tell the engines that it is done.
 
     Raises:
@@ -148,7 +148,7 @@ def until_all_alive(engine: Any, deadline: Deadline, attempt: Callable[[], SyncR
         except WorkerDied:
             if all(link.lost is None for link in links):
                 raise
-            engine.wait_alive(deadline.left)  # raises what ended it if it does not come back
+            engine.wait_alive(deadline.remaining())  # raises what ended it if it does not come back
             continue
         if isinstance(engine, EngineWorkers):
             engine.refitted(report.version)

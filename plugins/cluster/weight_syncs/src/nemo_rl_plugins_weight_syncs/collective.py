@@ -25,7 +25,7 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.machine.place import Place, find_place
 from nemo_rl_plugins_weight_syncs.base import StreamedSync
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig
-from nemo_rl_plugins_weight_syncs.hub import PROCESS, Deadline, Hub, PeerGaveUp, Wire
+from nemo_rl_plugins_weight_syncs.hub import PROCESS, Hub, PeerGaveUp, RefitDeadline, Wire
 from nemo_rl_plugins_weight_syncs.packing import Chunk, pack, unpack
 from nemo_rl_plugins_weight_syncs.session_cache import forget, keep
 from nemo_rl_plugins_weight_syncs.streaming import Transfer
@@ -132,21 +132,21 @@ class _Broadcast:
         self.started = time.monotonic()
         self.work = group.broadcast([buffer], options)
 
-    def wait(self, deadline: Deadline, peer: str) -> None:
+    def wait(self, deadline: RefitDeadline, peer: str) -> None:
         """Wait until the buffer may be read, or written again.
 
         Raises:
             DeadlineExceeded: It took too long.
             PeerGaveUp: It broke.
         """
-        seconds = max(deadline.left, 0.001)
+        seconds = max(deadline.remaining(), 0.001)
         if self.kind == "nccl":  # which counts from the start
             seconds += time.monotonic() - self.started
         try:
             self.work.wait(datetime.timedelta(seconds=seconds))
         except RuntimeError as error:
-            if deadline.left == 0:
-                raise deadline.passed(peer) from error
+            if deadline.remaining() == 0:
+                raise deadline.exceeded(peer) from error
             raise PeerGaveUp(f"the broadcast with {peer} broke: {error}") from error
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

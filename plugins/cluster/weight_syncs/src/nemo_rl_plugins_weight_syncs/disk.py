@@ -51,7 +51,7 @@ class DiskSync(WorkerSync):
         transfer = Transfer(
             session=self._session,
             version=version,
-            timeout_s=peers.deadline.left,
+            timeout_s=peers.deadline.remaining(),
             chunk_bytes=self.config.shard_bytes,
             dtype=getattr(peers.engine, "dtype", None),
             fingerprint=self.config.check_fingerprint,

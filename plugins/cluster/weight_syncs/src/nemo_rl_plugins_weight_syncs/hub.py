@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from attrs import define, field, frozen
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.machine.arrivals import Arrivals, arrive, limit_waits
+from nemo_rl_core.machine.deadline import Deadline
 
-__all__ = ["PROCESS", "Deadline", "Hub", "PeerGaveUp", "Rendezvous", "Wire", "call_off", "connect"]
+__all__ = ["PROCESS", "Hub", "PeerGaveUp", "RefitDeadline", "Rendezvous", "Wire", "call_off", "connect"]
 
 _CALL_OFF_S = 5.0
 PROCESS = uuid.uuid4().hex
@@ -32,30 +32,18 @@ class PeerGaveUp(Exception):
     """The other side stopped; what it raised itself is the reason."""
 
 
-@frozen
-class Deadline:
-    """A moment, of this process's clock, by which a refit must be through."""
+class RefitDeadline(Deadline):
+    """The deadline of a whole refit, which both sides keep on their own clock."""
 
-    at: float
-    seconds: float
-    version: int
+    __slots__ = ("version",)
 
-    @classmethod
-    def after(cls, seconds: float, version: int) -> Deadline:
-        """`seconds` from now."""
-        return cls(time.monotonic() + seconds, seconds, version)
-
-    @property
-    def left(self) -> float:
-        """Seconds left, 0 at least."""
-        return max(0.0, self.at - time.monotonic())
-
-    def passed(self, waiting_for: str) -> DeadlineExceeded:
-        """The error that names who was waited for."""
-        return DeadlineExceeded(
-            f"Refit to weight version {self.version} passed its deadline of {self.seconds:g} s while waiting for "
-            f"{waiting_for}. Raise generation.refit_timeout_s, or look at that side's log."
+    def __init__(self, seconds: float, version: int) -> None:
+        super().__init__(
+            seconds,
+            what=f"Refit to weight version {version}",
+            hint="Raise generation.refit_timeout_s, or look at that side's log.",
         )
+        self.version = version
 
 
 @frozen(kw_only=True)
@@ -71,7 +59,7 @@ class Wire:
     """One connection between the trainer and an engine, with a deadline on every wait."""
 
     connection: Connection
-    deadline: Deadline
+    deadline: RefitDeadline
     peer: str
     """Who is at the other end, for messages."""
     hello: dict[str, Any] = field(factory=dict)
@@ -82,7 +70,7 @@ class Wire:
     """Messages that were read before their turn."""
 
     def __attrs_post_init__(self) -> None:
-        limit_waits(self.connection, max(self.deadline.left, 0.001))
+        limit_waits(self.connection, max(self.deadline.remaining(), 0.001))
 
     def send(self, message: Any) -> None:
         """Send a small message."""
@@ -104,8 +92,8 @@ class Wire:
         if self.ahead:
             return self.ahead.popleft()
         with self._told():
-            if not self.connection.poll(self.deadline.left):
-                raise self.deadline.passed(self.peer)
+            if not self.connection.poll(self.deadline.remaining()):
+                raise self.deadline.exceeded(self.peer)
             message = self.connection.recv()
         if message[0] == "gave_up":
             raise PeerGaveUp(f"{self.peer} gave up: {message[1]}")
@@ -121,8 +109,8 @@ class Wire:
     def receive_bytes(self) -> bytes:
         """A buffer; raises as `receive`."""
         with self._told():
-            if not self.connection.poll(self.deadline.left):
-                raise self.deadline.passed(self.peer)
+            if not self.connection.poll(self.deadline.remaining()):
+                raise self.deadline.exceeded(self.peer)
             return self.connection.recv_bytes()
 
     def give_up(self, error: BaseException) -> None:
@@ -135,7 +123,7 @@ class Wire:
         try:
             yield
         except BlockingIOError as error:  # the socket's own deadline
-            raise self.deadline.passed(self.peer) from error
+            raise self.deadline.exceeded(self.peer) from error
         except (EOFError, OSError) as error:
             if isinstance(error, DeadlineExceeded):
                 raise
@@ -159,14 +147,14 @@ class Hub:
         """What an engine needs to connect."""
         return Rendezvous(address=self._arrivals.address, key=self.key)
 
-    def gather(self, names: Sequence[str], deadline: Deadline) -> None:
+    def gather(self, names: Sequence[str], deadline: RefitDeadline) -> None:
         """Wait until every engine has connected."""
         missing = list(names)
         while missing:
             try:
-                connection = self._arrivals.next(deadline.left)
+                connection = self._arrivals.next(deadline.remaining())
             except TimeoutError:
-                raise deadline.passed(", ".join(missing)) from None
+                raise deadline.exceeded(", ".join(missing)) from None
             if connection is None:
                 raise PeerGaveUp("the refit was given up before every engine had connected.")
             wire = Wire(connection, deadline, "an engine")
@@ -213,7 +201,7 @@ class Hub:
                 wire.connection.close()
 
 
-def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: Deadline) -> Wire:
+def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: RefitDeadline) -> Wire:
     """The engine's end of a wire to the trainer.
 
     Raises:
@@ -221,7 +209,8 @@ def connect(rendezvous: Rendezvous, name: str, hello: dict[str, Any], deadline: 
         PeerGaveUp: It does not listen any more.
     """
     try:
-        connection = arrive(rendezvous.address, rendezvous.key, who="The trainer", timeout_s=max(deadline.left, 0.001))
+        left_s = max(deadline.remaining(), 0.001)
+        connection = arrive(rendezvous.address, rendezvous.key, who="The trainer", timeout_s=left_s)
     except (OSError, EOFError) as error:
         raise PeerGaveUp(f"the trainer does not listen at {rendezvous.address} ({error}).") from error
     wire = Wire(connection, deadline, "the trainer")

@@ -7,18 +7,19 @@ results passes through the driver.
 from __future__ import annotations
 
 import concurrent.futures
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from attrs import frozen
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_core.machine.place import Place, place_of
+from nemo_rl_core.machine.threads import in_thread
 from nemo_rl_core.protocols.launcher import WorkerGroup
-from nemo_rl_plugins_weight_syncs.hub import Deadline, PeerGaveUp
+from nemo_rl_plugins_weight_syncs.hub import PeerGaveUp, RefitDeadline
 
 __all__ = ["RefitPeers"]
 
@@ -42,7 +43,7 @@ class RefitPeers:
 
     group: WorkerGroup
     engine: Any
-    deadline: Deadline
+    deadline: RefitDeadline
 
     @property
     def engine_names(self) -> list[str]:
@@ -54,7 +55,7 @@ class RefitPeers:
     def places(self) -> tuple[dict[int, Place], list[Place]]:
         """Places of the trainer's ranks that get whole tensors (rank 0 always does), and of the engines."""
         if isinstance(self.engine, EngineWorkers):
-            self.engine.wait_alive(self.deadline.left)
+            self.engine.wait_alive(self.deadline.remaining())
             engines = [link.served.place for link in self.engine.links]
         else:
             engines = [place_of(self.engine)]
@@ -87,22 +88,23 @@ class RefitPeers:
     # -- starting ----------------------------------------------------------------------------------
 
     def _start_trainer(self, work: Work, args: tuple[Any, ...]) -> _Futures:
-        group, timeout_s = self.group, self.deadline.left + 2 * _GRACE_S
+        group, timeout_s = self.group, self.deadline.remaining() + 2 * _GRACE_S
         if group.local is not None:
-            return {_in_thread(lambda: [work(group.local, 0, *args)]): "the trainer"}
+            return {in_thread(lambda: [work(group.local, 0, *args)], name="nemo-rl-refit"): "the trainer"}
         calls = [(work, rank, *args) for rank in range(group.size)]
-        return {_in_thread(lambda: group.call_each("apply", calls, timeout_s=timeout_s)): "the trainer"}
+        calling = partial(group.call_each, "apply", calls, timeout_s=timeout_s)
+        return {in_thread(calling, name="nemo-rl-refit"): "the trainer"}
 
     def _start_engines(self, work: Work, args: Sequence[tuple[Any, ...]]) -> _Futures:
         if isinstance(self.engine, EngineWorkers):
             return dict(zip(self.engine.submit_each(work, args), self.engine_names, strict=True))
         (only,) = args
-        return {_in_thread(lambda: work(self.engine, *only)): "the engine"}
+        return {in_thread(lambda: work(self.engine, *only), name="nemo-rl-refit"): "the engine"}
 
     # -- waiting -----------------------------------------------------------------------------------
 
     def _wait(self, futures: _Futures) -> list[Any]:
-        done = _first_failure(futures, self.deadline.left + _GRACE_S)
+        done = _first_failure(futures, self.deadline.remaining() + _GRACE_S)
         errors = _errors(done)
         if errors and all(isinstance(error, PeerGaveUp) for error in errors):
             done = _all_done(futures, _GRACE_S)
@@ -111,7 +113,7 @@ class RefitPeers:
             raise min(errors, key=_rank_of_error)
         waiting = [who for future, who in futures.items() if not future.done()]
         if waiting:
-            raise self.deadline.passed(" and ".join(waiting))
+            raise self.deadline.exceeded(" and ".join(waiting))
         return [future.result() for future in futures]
 
 
@@ -130,27 +132,13 @@ def _first_failure(futures: _Futures, timeout_s: float) -> set[concurrent.future
 
 def _all_done(futures: _Futures, timeout_s: float) -> set[concurrent.futures.Future[Any]]:
     """What is done when nothing but "it gave up" is known no longer, at `timeout_s` at the latest."""
-    end = time.monotonic() + timeout_s
+    deadline = Deadline(timeout_s)
     while True:
-        done = {future for future in futures if future.done()}
+        done, pending = concurrent.futures.wait(futures, 0)
         told = any(f.exception() is not None and not isinstance(f.exception(), PeerGaveUp) for f in done)
-        if told or len(done) == len(futures) or time.monotonic() > end:
+        if told or not pending or deadline.expired:
             return done
-        time.sleep(0.01)
-
-
-def _in_thread(work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-    """Run `work` in a thread that does not keep the interpreter from ending."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # handed to whoever waits
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="nemo-rl-refit", daemon=True).start()
-    return future
+        concurrent.futures.wait(pending, deadline.remaining(), concurrent.futures.FIRST_COMPLETED)
 
 
 def _find(backend: Any, rank: int) -> Place | None:

@@ -15,7 +15,7 @@ from attrs import frozen
 from torch import Tensor
 
 from nemo_rl_core.infra.weights.transfer import OutgoingWeights
-from nemo_rl_plugins_weight_syncs.hub import Deadline, Hub, PeerGaveUp, Rendezvous, Wire, connect
+from nemo_rl_plugins_weight_syncs.hub import Hub, PeerGaveUp, RefitDeadline, Rendezvous, Wire, connect
 from nemo_rl_plugins_weight_syncs.packing import Chunk, chunks
 from nemo_rl_plugins_weight_syncs.session_cache import forget, keep, start_epoch
 
@@ -76,9 +76,9 @@ class Transfer:
         return what, self.session, self.epoch
 
     @property
-    def deadline(self) -> Deadline:
+    def deadline(self) -> RefitDeadline:
         """From now, in this process."""
-        return Deadline.after(self.timeout_s, self.version)
+        return RefitDeadline(self.timeout_s, self.version)
 
 
 @frozen(kw_only=True)
