@@ -15,7 +15,7 @@ from nemo_rl_core.machine.shared_files import SharedFile, map_shared, sweep
 
 MAKE = """
 import os, pathlib, signal, sys
-from nemo_rl_core.infra import shared_files
+from nemo_rl_core.machine import shared_files
 shared_files._SHARED = pathlib.Path(sys.argv[1])
 file = shared_files.SharedFile(1000, fix="")
 print(file.path, flush=True)

@@ -37,7 +37,7 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Transform float32 logits in place."""
+        """Transform float32 logits [..., V] in place."""
         factor = self.scale
         if self.softcap is not None:
             logits.mul_(self.scale / self.softcap).tanh_()
@@ -46,7 +46,7 @@ class LogitTransform:
         return logits if factor == 1.0 else logits.mul_(factor)
 
     def backward(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient in place with respect to the raw logits, given the transformed ones."""
+        """Gradient [M, V] in place with respect to the raw logits, given the transformed ones [M, V]."""
         factor = self.scale / self.temperature
         if self.softcap is not None:
             ratio = logits * (self.temperature / self.softcap)
@@ -196,6 +196,7 @@ class _LinearLogprobs(torch.autograd.Function):
         with_entropy: bool,
         shard: VocabularyShard | None,
     ) -> tuple[Tensor, Tensor]:
+        """Logprobs in the shape of `targets` [M, K], and entropies [M], or [0] without."""
         num_tokens = hidden.shape[0]
         here: Tensor | None = None
         if shard is not None:
@@ -223,6 +224,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
+        """Gradients of hidden [M, E], weight [V, E] and bias [V], given those of logprobs [M, K] and entropies [M]."""
         hidden, weight, bias, targets, here, lse, entropy, kept = ctx.saved_tensors
         gradients = OutputGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, hidden.shape[0], ctx.chunk_size):

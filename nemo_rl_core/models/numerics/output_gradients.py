@@ -44,7 +44,7 @@ class OutputGradients:
             _add_outer(self._weight, d_logits, hidden[rows])
 
     def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three, in the types of what they belong to."""
+        """[M, E], [V, E] and [V]: the three, in the types of what they belong to."""
         _, weight, bias = self._inputs
         return (
             self._hidden,

@@ -91,6 +91,7 @@ class _Map(torch.autograd.Function):
         transform: LogitTransform,
         chunk_size: int,
     ) -> Tensor:
+        """[M, F] float32 what `function` gives for each token."""
         outputs = []
         for start in range(0, max(len(hidden), 1), chunk_size):  # one empty chunk of no tokens tells F
             part = slice(start, start + chunk_size)
@@ -102,6 +103,7 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        """Gradients of hidden [M, E], weight [V, E] and bias [V], given that of the result [M, F]."""
         hidden, weight, bias = ctx.saved_tensors
         gradients = OutputGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, len(hidden), ctx.chunk_size):

@@ -73,7 +73,7 @@ def vocabulary_outputs(
 
 
 def differentiable_logits(transform: LogitTransform, logits: Tensor) -> Tensor:
-    """The transform out of place, for a loss that wants the logits themselves."""
+    """[..., V] to [..., V]: the transform out of place, for a loss that wants the logits themselves."""
     logits = logits * transform.scale
     if transform.softcap is not None:
         logits = torch.tanh(logits / transform.softcap) * transform.softcap

@@ -130,7 +130,8 @@ def _silencers() -> list[tuple[Any, ...]]:
 def _set_silencers(before: list[tuple[Any, ...]]) -> None:
     new = [f for f in _silencers() if f not in before]
     warnings.filters[:] = [f for f in warnings.filters if f not in new]  # type: ignore[index]
-    warnings._filters_mutated()  # type: ignore[attr-defined]
+    with warnings.catch_warnings():  # entering and leaving has the filters read anew
+        pass
 
 
 def _torch() -> Any:

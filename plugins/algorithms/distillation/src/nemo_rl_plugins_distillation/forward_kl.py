@@ -23,5 +23,5 @@ class ForwardKLLoss(TeacherLoss):
     """Forward KL; its gradient by the student's logits is p_student - p_teacher."""
 
     def divergence(self, pair: Pair, entropy: Tensor | None) -> Tensor:
-        """See `forward_kl`."""
+        """[M, T] divergence of each token; see `forward_kl`."""
         return forward_kl(pair)

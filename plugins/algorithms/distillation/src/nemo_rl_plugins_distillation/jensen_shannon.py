@@ -35,5 +35,5 @@ class JensenShannonLoss(TeacherLoss):
     config_class: ClassVar[type] = JensenShannonConfig
 
     def divergence(self, pair: Pair, entropy: Tensor | None) -> Tensor:
-        """See `jensen_shannon`."""
+        """[M, T] divergence of each token; see `jensen_shannon`."""
         return jensen_shannon(pair, beta=self.config.beta)

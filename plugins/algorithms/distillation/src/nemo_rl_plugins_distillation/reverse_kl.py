@@ -36,5 +36,5 @@ class ReverseKLLoss(TeacherLoss):
     reads_entropy: ClassVar[bool] = True
 
     def divergence(self, pair: Pair, entropy: Tensor | None) -> Tensor:
-        """See `reverse_kl`."""
+        """[M, T] divergence of each token; see `reverse_kl`."""
         return reverse_kl(pair, entropy, outside_logprob=self.config.outside_logprob)

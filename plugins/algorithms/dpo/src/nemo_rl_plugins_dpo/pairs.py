@@ -22,7 +22,7 @@ __all__ = ["PairLoss", "Pairs", "ReferencePairLoss", "log_sigmoid", "logprob_sum
 
 
 def log_sigmoid(values: Tensor) -> Tensor:
-    """log(1 / (1 + exp(-x))), without overflow."""
+    """[P] to [P]: log(1 / (1 + exp(-x))), without overflow."""
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(values)
@@ -72,12 +72,12 @@ class Pairs:
 
     @property
     def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """log(policy / reference) of the chosen and of the rejected answers."""
+        """[P] each: log(policy / reference) of the chosen and of the rejected answers."""
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
     @property
     def mean_logprobs(self) -> tuple[Tensor, Tensor]:
-        """Logprobs per token."""
+        """[P] each: logprobs per token, of the chosen and of the rejected answers."""
         return self.chosen / self.chosen_length, self.rejected / self.rejected_length
 
 
@@ -145,7 +145,7 @@ class ReferencePairLoss(PairLoss):
     required_fields: frozenset[str] = frozenset({"ref_logprobs"})
 
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """The log-ratio to the reference, times beta."""
+        """[P] each: the log-ratio to the reference, times beta."""
         chosen, rejected = pairs.log_ratios
         return self.config.beta * chosen, self.config.beta * rejected
 

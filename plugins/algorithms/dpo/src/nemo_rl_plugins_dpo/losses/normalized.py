@@ -20,6 +20,6 @@ class NormalizedDPOLoss(DPOLoss):
     """The loss `dpo` with each log-ratio divided by its answer's trained tokens; beta is larger here (Tulu 3: 5)."""
 
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """The log-ratio to the reference, per token, times beta."""
+        """[P] each: the log-ratio to the reference, per token, times beta."""
         chosen, rejected = super().rewards(pairs)
         return chosen / pairs.chosen_length, rejected / pairs.rejected_length

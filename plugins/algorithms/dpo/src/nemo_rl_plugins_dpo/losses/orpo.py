@@ -32,7 +32,7 @@ class ORPOLoss(PairLoss):
         return terms
 
     def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """The mean logprob of the answers' tokens, times beta."""
+        """[P] each: the mean logprob of the answers' tokens, times beta."""
         chosen, rejected = pairs.mean_logprobs
         return self.config.beta * chosen, self.config.beta * rejected
 

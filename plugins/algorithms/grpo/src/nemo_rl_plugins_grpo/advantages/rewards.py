@@ -16,7 +16,7 @@ __all__ = ["require_finite", "returns"]
 
 
 def require_finite(rewards: Tensor, name: str = "rewards") -> None:
-    """Refuse rewards that would spoil every rollout of the batch.
+    """Refuse rewards [B] that would spoil every rollout of the batch.
 
     Raises:
         DataError: One of them is nan or inf.

@@ -133,6 +133,7 @@ class PolicyGradientLoss(ABC):
         return correction, metrics
 
     def _reference_kl(self, tokens: Tokens, ref_logprobs: Tensor) -> Tensor:
+        """[N] the penalty of each token, given [N] logprobs of the reference."""
         return reference_kl(
             tokens.logprobs,
             ref_logprobs,
@@ -181,7 +182,7 @@ class RatioLoss(PolicyGradientLoss):
         return 1 - self.config.ratio_clip_min, 1 + self.config.ratio_clip_max
 
     def policy_terms(self, tokens: Tokens, batch: BatchedDataDict) -> tuple[Tensor, dict[str, Metric]]:
-        """The terms of the subclass, and the metrics of the ratio."""
+        """[N] the terms of the subclass, and the metrics of the ratio."""
         ratio = self.ratio(tokens, batch)
         terms, low, high = self.ratio_terms(ratio, tokens)
         metrics = ratio_metrics(ratio.detach(), low, high, tokens)

@@ -28,7 +28,7 @@ class CISPOLoss(RatioLoss):
         return True
 
     def ratio_terms(self, ratio: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted log-likelihood."""
+        """[N] each: the weighted log-likelihood, and where the lower and the upper bound acted."""
         low, high = self.bounds
         weight = ratio.detach()
         return -tokens.advantages * weight.clamp(low, high) * tokens.logprobs, weight < low, weight > high

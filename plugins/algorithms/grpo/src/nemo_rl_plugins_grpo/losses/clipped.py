@@ -24,7 +24,7 @@ class ClippedPolicyGradientLoss(RatioLoss):
     config_class: ClassVar[type] = ClippedPGConfig
 
     def ratio_terms(self, ratio: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """The clipped surrogate, bounded once more where the advantage is negative if `ratio_clip_c` is set."""
+        """[N] each: the clipped surrogate, bounded again where the advantage is negative if `ratio_clip_c` is set."""
         advantages = tokens.advantages
         terms, low, high = clipped_surrogate(ratio, advantages, self.bounds)
         if self.config.ratio_clip_c is not None:

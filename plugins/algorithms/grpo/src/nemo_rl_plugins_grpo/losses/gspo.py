@@ -42,7 +42,7 @@ class GSPOLoss(RatioLoss):
         return of_sequence * (own if mean else _shared_gradient(own, tokens, batch)).exp()
 
     def ratio_terms(self, ratio: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """The clipped surrogate."""
+        """[N] each: the clipped surrogate, and where the lower and the upper bound acted."""
         return clipped_surrogate(ratio, tokens.advantages, self.bounds)
 
     def correction_log_ratio(self, tokens: Tokens, batch: BatchedDataDict) -> Tensor:

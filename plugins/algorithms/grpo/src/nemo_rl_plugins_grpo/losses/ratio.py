@@ -31,7 +31,7 @@ def log_ratio(tokens: Tokens, config: RatioLossConfig) -> Tensor:
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """The exponential, held below exp(20)."""
+    """[N] to [N]: the exponential, held below exp(20)."""
     return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
 
 

@@ -27,5 +27,5 @@ class ReinforceLoss(PolicyGradientLoss):
     config_class: ClassVar[type] = ReinforceLossConfig
 
     def policy_terms(self, tokens: Tokens, batch: BatchedDataDict) -> tuple[Tensor, dict[str, Metric]]:
-        """The terms; no metrics of its own."""
+        """[N] the terms; no metrics of its own."""
         return -tokens.advantages * tokens.logprobs, {}
