@@ -1,11 +1,7 @@
-<<<<<<< HEAD
-"""Packages at the top level are in folders of the same names, which pytest would take for the packages."""
-=======
 """What every run of pytest here needs: packages found by their names, and an option for CI.
 
-Packages at the top level stand in folders of their own names, which pytest would take for the packages.
+Packages at the top level are in folders of the same names, which pytest would take for the packages.
 """
->>>>>>> ci
 
 from __future__ import annotations
 

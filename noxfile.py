@@ -240,8 +240,9 @@ def everything(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that must pass: style, types, imports, docs, and all tests with coverage of the core.
 
-    With arguments, only pytest runs, with those: `nox -s tests -- tests/registry -x`. For tests of one package,
-    `nox -s tests -- plugins/algorithms/grpo`, the environment holds that package and those that it declares (`packages_for`).
+    With arguments, only pytest runs, with those: `nox -s tests -- tests/registry -x`. For the tests of
+    one package, `nox -s tests -- plugins/algorithms/grpo`, the environment holds that package and those that it
+    declares (`packages_for`).
     """
     if session.posargs:
         packages = packages_for(session.posargs)
