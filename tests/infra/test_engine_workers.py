@@ -275,15 +275,13 @@ def test_a_dead_engine_is_named_and_ends_what_waits_for_it(tmp_path):
     try:
 
         async def work():
-            task = asyncio.create_task(made.generate(ask("long", milliseconds=60_000)))
+            task = asyncio.create_task(made.generate(ask("long", milliseconds=3_600_000)))
             await asyncio.sleep(0.2)
             kill(made.links[0])
             await task
 
-        started = time.monotonic()
         with pytest.raises(WorkerDied, match=r"engine generation is gone.*ended by signal 9"):
             asyncio.run(work())
-        assert time.monotonic() - started < 30
         for again in (lambda: complete(made, [ask("next")]), made.metrics, made.fingerprint):
             with pytest.raises(WorkerDied, match="generation"):
                 again()

@@ -236,10 +236,8 @@ def test_a_plugin_that_a_worker_lacks_or_has_in_another_version_is_named(make_la
     rows = [row for row in rows if row["distribution"] == "nemo-rl-ray"]
     absent = {**rows[0], "kind": "losses", "name": "x", "distribution": "acme-loss", "version": "2.0"}
     options = {"role_runtime_env": {"policy": {"env_vars": {"PYTHONPATH": str(tmp_path)}}}}
-    started = time.monotonic()
     with pytest.raises(PluginIncompatible, match="2 worker processes have other plugins") as error:
-        make_launcher(options).launch(spec(manifest=[*rows, absent]))
-    assert time.monotonic() - started < 60
+        make_launcher(options).launch(spec(manifest=[*rows, absent], timeout_s=3600.0))  # told before any deadline
     host = os.uname().nodename
     found = cells(error)
     assert [row[0] for row in found] == [f"{host} rank 0"] * 2 + [f"{host} rank 1"] * 2
