@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import attrs
 import cloudpickle
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from nemo_rl_core.errors import CheckpointError, InvariantViolation
 from nemo_rl_core.infra.weights.fingerprint import fingerprint
@@ -34,8 +34,6 @@ LAYOUTS = {
 }
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4)
 BUDGET = 20
-STORES = []
-"""Served for as long as the processes that meet at them."""
 
 
 class Anew(MegatronBackend):
@@ -45,15 +43,13 @@ class Anew(MegatronBackend):
         self.context = context
 
     def become(self, config, port):
-        """With a store of its own, which the test serves: what the last group's holds would be taken for this one's."""
+        """At a port of its own: what the store of the last group still holds would be taken for the next one's."""
         self.shutdown()
         self.names, take = set(), WeightFiles.take
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 WeightFiles, "take", lambda files, name, *rest: self.names.add(name) or take(files, name, *rest)
             )
-            patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as under torchrun, no worker serves it
-            patch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
             super().setup(config, attrs.evolve(self.context, master_port=port))
 
     def masters(self):
@@ -96,9 +92,10 @@ def become(group, model, folder, options, **policy):
         max_grad_norm=0.5,
         **policy,
     )
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    group.call("become", config, store.port, timeout_s=60.0)
-    STORES.append(store)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group.call("become", config, port, timeout_s=60.0)
 
 
 def test_a_rank_reads_only_the_weights_it_holds_a_part_of(run):

@@ -16,9 +16,9 @@ import cloudpickle
 import pytest
 import torch
 from pytest import approx
-from torch.distributed import TCPStore
 
 from nemo_rl_core.infra.workers.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.machine.place import free_port
 from nemo_rl_core.models import load_model, load_model_config
 from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
@@ -86,11 +86,8 @@ class Again(DTensorBackend):
         super().setup(config, context)
 
     def set_up_again(self, config, port: int) -> None:
-        """With a store that the test serves: what the first group's holds would be taken for the second's."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as under torchrun, no worker serves it
-            patch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-            super().setup(config, attrs.evolve(self.context, master_port=port))
+        """At a port of its own: what the store of the first group still holds would be taken for the second's."""
+        super().setup(config, attrs.evolve(self.context, master_port=port))
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +229,7 @@ def measured(folders, expected):
                 group = launcher.launch(spec)
             else:
                 group.call("shutdown", timeout_s=30.0)
-                store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-                group.call("set_up_again", config, store.port, timeout_s=60.0)
+                group.call("set_up_again", config, free_port(), timeout_s=60.0)
             policy = Policy(group, token_budget=SMALL if size == 1 else 10_000)
             found[split] |= steps(policy, head)
     launcher.shutdown()

@@ -17,7 +17,7 @@ import pytest
 
 from nemo_rl_core.testing.site import PluginSite
 
-pytestmark = pytest.mark.xdist_group("broken")  # one worker makes what they share
+pytestmark = [pytest.mark.xdist_group("broken"), pytest.mark.timeout(700)]  # one worker makes what they share
 
 ENVIRONMENT = """
     from nemo_rl_core.protocols.environment import SingleTurnEnvironment
@@ -408,7 +408,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
         cwd=base,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=600,
         env={**os.environ, "NEMO_RL_SLOW_IMPORT_S": "0.3", "TMPDIR": str(base)},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,9 +16,9 @@ import attrs
 import cloudpickle
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from nemo_rl_core.infra.workers.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.machine.place import free_port
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
 from nemo_rl_core.schema import ClusterConfig, OptimizerConfig, PolicyConfig
 from nemo_rl_core.testing.conformance.cases.reference import WeightedLoss, ragged_batch
@@ -90,13 +90,9 @@ class Anew:
         self.context = context
 
     def become(self, backend: str, config: PolicyConfig, port: int) -> None:
-        """Meet the others at the store that the test serves at this port."""
         self.shutdown()
         self.inner = BACKENDS[backend][0]()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as under torchrun, no worker serves it
-            patch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-            self.inner.setup(config, attrs.evolve(self.context, master_port=port))
+        self.inner.setup(config, attrs.evolve(self.context, master_port=port))
 
     def shutdown(self) -> None:
         if self.inner is not None:
@@ -175,7 +171,6 @@ def runs(model_name, tmp_path_factory):
             Policy(group, token_budget=BUDGET).save(latest[shape])
             one["loaded"], one["after"] = weights_of(group), Run.of(group, num_steps=2)
         worker.shutdown()
-    stores: list[TCPStore] = []  # served for as long as the processes that meet at them
     for count in (2, 4):
         launcher = LocalLauncher()
         launcher.setup(ClusterConfig(device="cpu", cpus_per_node=count))
@@ -185,8 +180,7 @@ def runs(model_name, tmp_path_factory):
             if processes != count:
                 continue
             config = config_of(model_name(shape), backend, processes, tensor, **options)
-            stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-            group.call("become", backend, config, stores[-1].port, timeout_s=TIMEOUT)
+            group.call("become", backend, config, free_port(), timeout_s=TIMEOUT)
             one = found[layout] = {"three": Run.of(group, leaves=True)}
             if backend == "megatron":
                 policy = Policy(group, token_budget=BUDGET)
