@@ -61,13 +61,18 @@ UV_SETTINGS = {
     "index-url": ("UV_INDEX_URL", " "),
 }
 """Settings of pip by name: uv's variable, and what stands between several values there."""
+UV_AS_PIP = {
+    "UV_COMPILE_BYTECODE": "1",  # else each process compiles torch anew where Python may not write (-B): 9 s of CPU
+    "UV_INDEX_STRATEGY": "unsafe-best-match",  # the best version of all indexes
+}
+"""What pip does without being told."""
 
 
 def pip_settings_for_uv() -> dict[str, str]:
     """What pip's configuration says of places to install from, as variables for uv, which does not read it."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    found = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # as pip: the best version of all indexes
+    found = dict(UV_AS_PIP)
     for line in sorted(lines, key=lambda line: line.startswith(":env:")):  # the environment has the last word
         name, _, value = line.partition("=")
         variable, separator = UV_SETTINGS.get(name.rpartition(".")[2], ("", ""))

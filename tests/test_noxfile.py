@@ -67,6 +67,7 @@ def test_uv_installs_from_where_pip_would(noxfile: ModuleType, monkeypatch: pyte
     assert found["UV_INDEX_URL"] == "https://a.example/simple"
     assert found["UV_EXTRA_INDEX_URL"] == "https://b.example https://c.example"
     assert found["UV_FIND_LINKS"] == "/wheels,/more"
+    assert found["UV_COMPILE_BYTECODE"] == "1", "each process would compile what it imports"
     monkeypatch.setenv("PIP_INDEX_URL", "https://d.example/simple")
     assert noxfile.pip_settings_for_uv()["UV_INDEX_URL"] == "https://d.example/simple"
 
