@@ -227,8 +227,8 @@ def test_the_divergence_from_the_teacher_falls(loss, share, teacher, curve):
 
 def test_the_policy_gradient_lowers_it_too(teacher, curve):
     options = {"loss": "clipped_pg", "advantage": "on_policy_distillation", "num_generations_per_prompt": 4}
-    values = curve(teacher, steps=70, **options)
-    assert sum(values[-3:]) / 3 < 0.7 * values[0]
+    values = curve(teacher, steps=90, **options)
+    assert sum(values[-3:]) / 3 < 0.8 * values[0]
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(curve):
