@@ -83,6 +83,16 @@ def test_what_libraries_rely_on_is_named_only(load, monkeypatch):
     assert os.environ.pop("FX_VARIABLE") == "1" and "/fx" in sys.path
 
 
+def test_a_variable_of_a_library_is_no_news_though_it_was_set_before_the_library_came(load, tmp_path, monkeypatch):
+    (tmp_path / "fxlibrary").mkdir()
+    (tmp_path / "fxlibrary" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("FXLIBRARY_CACHE", "/of/the/parent")
+    assert load("import fxlibrary") == []
+    monkeypatch.setenv("FXLIBRARY_CACHE", "/of/the/parent")
+    assert load("import os\nos.environ['FXLIBRARY_CACHE'] = '/other'") == []
+
+
 def test_a_thread_is_named(load):
     source = "import threading\nstop = threading.Event()\nthreading.Thread(target=stop.wait, name='fx-thread').start()"
     (told,) = load(source, "fxthread")

@@ -28,6 +28,8 @@ class _Part(NamedTuple):
     read: Callable[[], Any]
     restore: Callable[[Any], object] | None
     """None where a change is named only."""
+    own: Callable[[Any], Any] | None = None
+    """Leaves out what libraries change for themselves."""
 
 
 class ProcessState:
@@ -43,6 +45,8 @@ class ProcessState:
         for part in _PARTS:
             for now in _read(part):
                 before = self._before.get(part.name, _UNTOUCHED.get(part.name, now))
+                if part.own is not None:
+                    before, now = part.own(before), part.own(now)
                 if now != before:
                     done = "put back" if _restored(part, before) else "left as it is"
                     told.append(f"{part.name}{_details(before, now)} ({done})")
@@ -96,13 +100,17 @@ def _set_handlers(before: dict[str, Any]) -> None:
 
 
 def _variables() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def _without_owned(variables: dict[str, str]) -> dict[str, str]:
     """The environment without what libraries keep there for themselves, such as TORCHINDUCTOR_CACHE_DIR."""
     owners = tuple(
         name.upper()
         for name, module in sys.modules.copy().items()
         if len(name) > 2 and "." not in name and name not in sys.stdlib_module_names and hasattr(module, "__path__")
     )
-    return {name: value for name, value in os.environ.items() if not name.startswith(owners)}
+    return {name: value for name, value in variables.items() if not name.startswith(owners)}
 
 
 def _path() -> list[str]:
@@ -195,7 +203,7 @@ _PARTS = (
         lambda: _torch().are_deterministic_algorithms_enabled(),
         lambda on: _torch().use_deterministic_algorithms(on),
     ),
-    _Part("environment variables", _variables, None),
+    _Part("environment variables", _variables, None, _without_owned),
     _Part("sys.path", _path, None),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -172,3 +173,39 @@ def test_options_given_as_a_mapping_are_taken():
     engine.shutdown()
     with pytest.raises(TypeError, match="max_bach_size"):
         TorchEngine().setup(evolve(config, options={"max_bach_size": 3}), WorkerContext())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_request_that_comes_amid_an_update_waits_for_its_end(fails, start, trained):
+    engine = start()
+    asked, answers = threading.Event(), []
+
+    def ask():
+        async def work():
+            task = asyncio.ensure_future(engine.generate(ASKED))
+            while not engine._loop._incoming:
+                await asyncio.sleep(0.001)
+            asked.set()
+            answers.extend(await asyncio.gather(task, return_exceptions=True))
+
+        asyncio.run(work())
+
+    def weights():
+        thread.start()
+        assert asked.wait(60)
+        yield from trained.named_parameters()
+        if fails:
+            raise ValueError("the trainer died")
+
+    thread = threading.Thread(target=ask)
+    if fails:
+        with pytest.raises(ValueError, match="the trainer died"):
+            engine.update_weights(7, weights())
+    else:
+        engine.update_weights(7, weights())
+    thread.join(60)
+    (answer,) = answers
+    if fails:
+        assert isinstance(answer, GenerationError) and "the last weight update was not finished" in str(answer)
+    else:
+        assert (answer.weight_version, answer.last_weight_version) == (7, 7)

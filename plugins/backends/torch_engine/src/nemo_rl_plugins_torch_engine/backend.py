@@ -131,13 +131,16 @@ class TorchEngine(GenerationBackend):
 
         def load() -> None:
             self._host.reload()
-            self._broken_weights = None if share else "was not finished"
             self._sums = sums = CachedSums()
             try:
                 with torch.inference_mode(mode=False):
                     copied = load_weights(self._model, tensors, share=share, sums=sums)
-            except GenerationError as error:
-                self._broken_weights = None if share else f"failed: {error}"
+            except BaseException as error:
+                if not share:
+                    self._broken_weights = (
+                        f"failed: {error}" if isinstance(error, GenerationError) else "was not finished"
+                    )
+                    self._running().refuse_waiting(self._refuse_broken)  # they came while it still could succeed
                 raise
             self._broken_weights, self._shares = None, share
             self._scheduler.counters["packed_bytes"] += self._scheduler.decoder.refresh()
@@ -266,7 +269,7 @@ class TorchEngine(GenerationBackend):
         if self._asleep:
             raise self._refuse(request, "the engine sleeps", "Call wake() first.")
         if self._broken_weights is not None:
-            raise self._refuse(request, f"the last weight update {self._broken_weights}", "Update the weights again.")
+            raise self._refuse_broken(request)
         if len(prompt) == 0:
             raise self._refuse(request, "the prompt is empty", "Give at least one token (such as the BOS token).")
         if len(prompt) >= self._max_length:
@@ -287,6 +290,9 @@ class TorchEngine(GenerationBackend):
             )
         if not 0 < sampling.top_p <= 1:
             raise self._refuse(request, f"top_p is {sampling.top_p}", "It must be above 0 and at most 1.")
+
+    def _refuse_broken(self, request: GenerationRequest) -> GenerationError:
+        return self._refuse(request, f"the last weight update {self._broken_weights}", "Update the weights again.")
 
     def _refuse(self, request: GenerationRequest, what: str, fix: str) -> GenerationError:
         return GenerationError(f"Request {request.request_id!r}: {what}. {fix}".rstrip())

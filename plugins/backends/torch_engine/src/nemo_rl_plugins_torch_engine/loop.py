@@ -13,6 +13,7 @@ import torch
 
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError
 from nemo_rl_core.machine.threads import settle
+from nemo_rl_core.protocols.generation_backend import GenerationRequest
 from nemo_rl_plugins_torch_engine.scheduler import Scheduler
 from nemo_rl_plugins_torch_engine.sequence import Sequence
 
@@ -92,6 +93,13 @@ class EngineLoop:
         with self._changed:
             self._paused = False
             self._changed.notify()
+
+    def refuse_waiting(self, refusal: Callable[[GenerationRequest], GenerationError]) -> None:
+        """In the engine's thread: let what was queued and not begun fail, each request with its own error."""
+        with self._changed:
+            waiting = list(self._incoming)
+            self._incoming.clear()
+        _deliver([(sequence, refusal(sequence.request)) for sequence in waiting])
 
     def cancel(self, sequence: Sequence) -> None:
         """Let a sequence leave at the next step; nobody waits for it any more."""
