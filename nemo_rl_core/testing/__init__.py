@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from nemo_rl_core.testing.conformance.algorithm_case import AlgorithmCase
     from nemo_rl_core.testing.conformance.callback import CallbackContract
     from nemo_rl_core.testing.conformance.dataset import BrokenSource, DatasetContract
-    from nemo_rl_core.testing.conformance.environment import EnvironmentCase, EnvironmentContract
+    from nemo_rl_core.testing.conformance.environment import EnvironmentContract
+    from nemo_rl_core.testing.conformance.environment_case import EnvironmentCase
     from nemo_rl_core.testing.conformance.exporter import ExporterContract
     from nemo_rl_core.testing.conformance.generation_backend import GenerationBackendContract
     from nemo_rl_core.testing.conformance.kit import (
@@ -78,7 +79,7 @@ _HOMES = {
     "Configured": ".conformance.subject",
     "Contract": ".conformance.kit",
     "DatasetContract": ".conformance.dataset",
-    "EnvironmentCase": ".conformance.environment",
+    "EnvironmentCase": ".conformance.environment_case",
     "EnvironmentContract": ".conformance.environment",
     "ExporterContract": ".conformance.exporter",
     "GenerationBackendContract": ".conformance.generation_backend",
