@@ -94,6 +94,8 @@ class RewardContract(Contract):
     @classmethod
     def mistake_in(cls, subject: Any) -> str | None:
         """A reward is anything that can be called."""
+        if isinstance(subject, type):
+            return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}(...)"
         return None if callable(subject) else f"it returns {subject!r:.60}, not a function"
 
     @pytest.fixture
