@@ -87,6 +87,21 @@ def adds_a_message(messages, answer):
     return 0.0
 
 
+def seeds_global_numbers(response, answer):
+    random.seed(answer)
+    return sound(response, answer)
+
+
+def prints_the_response(response, answer):
+    print(response)
+    return sound(response, answer)
+
+
+def sets_a_variable(response, answer):
+    os.environ["EXPECTED_ANSWER"] = answer
+    return sound(response, answer)
+
+
 class HoldsALock:
     def __init__(self):
         self.lock = threading.Lock()
@@ -142,6 +157,7 @@ BROKEN = {
     "any_response": [raises_on_nothing, raises_on_a_brace],
     "deterministic": [drawn],
     "inputs_are_left_alone": [drops_a_column, adds_a_message],
+    "process_stays_as_it_is": [seeds_global_numbers, prints_the_response, sets_a_variable],
     "pickles": [HoldsALock()],
     "same_everywhere": [CountsInItsProcess(), drawn],
     "concurrent_calls": [ScoresTheLastOneAsked()],

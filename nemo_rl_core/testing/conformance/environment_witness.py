@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 
 from nemo_rl_core.testing.conformance.environment_case import EnvironmentCase
 
@@ -61,7 +61,7 @@ class Testimony:
     """What was still held when nobody needed it any more, in words."""
     printed: str = ""
     """What it wrote to standard output and standard error."""
-    failure: str = field(default="", kw_only=True)
+    failure: str = ""
     """Why the episode could not be played, with the last lines of the traceback."""
 
 

@@ -35,6 +35,7 @@ from nemo_rl_core.testing.conformance.process_traces import (
     child_processes,
     component_state,
     process_state,
+    unseeded_random_numbers,
     variables_written,
     what_runs,
 )
@@ -115,7 +116,8 @@ def _testimony(case: EnvironmentCase, *, watched: bool) -> Testimony:
     for plan in plans:  # what is loaded once is loaded now
         _played(case, context, plan)
     at_first.restore()  # what an episode sets each time alike is set again, what an import set is not
-    testimony = _watch(case, context, plans)
+    with unseeded_random_numbers():
+        testimony = _watch(case, context, plans)
     pool.shutdown()
     return attrs.evolve(testimony, episodes=episodes)
 
@@ -169,9 +171,9 @@ def _watch(case: EnvironmentCase, context: Any, plans: Sequence[Sequence[str]]) 
 
 
 def _all_changes(states: Sequence[Mapping[str, str]]) -> list[str]:
-    """What each episode changed, without repetition."""
+    """What the episodes changed, each thing as it changed first."""
     found = [what for before, after in itertools.pairwise(states) for what in changes(before, after)]
-    return list({what.partition(" was ")[0]: what for what in found}.values())
+    return list({what.partition(" was ")[0]: what for what in reversed(found)}.values())
 
 
 def _left(running: Mapping[Any, str]) -> list[str]:

@@ -37,6 +37,7 @@ from nemo_rl_core.testing.conformance.loss_case import (
     positions_of,
     reduced,
 )
+from nemo_rl_core.testing.conformance.process_traces import changes_made_by
 from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
 
 __all__ = ["LossContract"]
@@ -264,6 +265,12 @@ class LossContract(Contract):
         first, second = answer_of(loss, batch, model), answer_of(loss, batch, model)
         assert torch.equal(first.total, second.total), "the second call gave another value"
         assert torch.equal(first.logits_grad, second.logits_grad), "the second call gave another gradient"
+
+    def test_process_stays_as_it_is(self, loss: Loss) -> None:
+        """It changes nothing of the process (variables, folder, global random numbers, logging) and prints nothing."""
+        batch, model = self._case()
+        found = changes_made_by(lambda: answer_of(loss, batch, model))
+        assert not found, f"after a call {'; '.join(found[:3])}: everything else in the process sees that"
 
     def test_pickles(self, loss: Loss) -> None:
         """It can be sent to a worker process and is the same there."""

@@ -11,6 +11,7 @@ import decimal
 import functools
 import gc
 import inspect
+import io
 import itertools
 import locale
 import logging
@@ -25,20 +26,23 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "SharedSettings",
     "changes",
+    "changes_made_by",
     "child_processes",
     "component_state",
     "process_state",
+    "unseeded_random_numbers",
     "variables_written",
     "what_runs",
 ]
 
+_PathText = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 _DEPTH = 6
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _NOT_OF_PLUGINS = (*sys.stdlib_module_names, "nemo_rl_core", "attr", "attrs", "torch", "numpy", "transformers")
@@ -192,11 +196,11 @@ def variables_written() -> Iterator[list[str]]:
     found: list[str] = []
     kept = os.putenv, os.unsetenv
 
-    def put(name: str | bytes, value: str | bytes) -> None:
+    def put(name: _PathText, value: _PathText) -> None:
         found.append(os.fsdecode(name))
         kept[0](name, value)
 
-    def unset(name: str | bytes) -> None:
+    def unset(name: _PathText) -> None:
         found.append(os.fsdecode(name))
         kept[1](name)
 
@@ -218,7 +222,7 @@ class SharedSettings:
         self._handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
 
     def restore(self) -> None:
-        """Set them again, and give the global random numbers a state that no seed gives."""
+        """Set them again."""
         os.chdir(self._folder)
         logging.root.setLevel(self._log_level)
         logging.disable(self._log_disabled)
@@ -228,19 +232,53 @@ class SharedSettings:
         for number, handler in self._handlers.items():
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
-        random.seed()
-        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-        if numpy is not None and hasattr(numpy, "random"):
-            numpy.random.seed(None)
+
+
+@contextmanager
+def unseeded_random_numbers() -> Iterator[None]:
+    """Meanwhile the global random numbers have a state that no seed gives; then they have their own again."""
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    kept = random.getstate()
+    random.seed()
+    if numpy is not None:
+        kept_of_numpy = numpy.random.get_state()
+        numpy.random.seed(None)
+    if torch is not None:
+        kept_of_torch = torch.get_rng_state()
+        torch.random.default_generator.seed()
+    try:
+        yield
+    finally:
+        random.setstate(kept)
+        if numpy is not None:
+            numpy.random.set_state(kept_of_numpy)
         if torch is not None:
-            torch.random.default_generator.seed()
+            torch.set_rng_state(kept_of_torch)
+
+
+def changes_made_by(call: Callable[[], object]) -> list[str]:
+    """What a call changes for the whole process, and what it prints, in words; a first call may import."""
+    settings = SharedSettings()
+    try:
+        call()
+        settings.restore()
+        printed = io.StringIO()
+        with unseeded_random_numbers():
+            before = process_state()
+            with variables_written() as written, redirect_stdout(printed), redirect_stderr(printed):
+                call()
+            found = [f"the variable {name} was written" for name in dict.fromkeys(written)]
+            found += changes(before, process_state())
+    finally:
+        settings.restore()
+    return [*found, *([f"it printed {printed.getvalue()!r:.80}"] if printed.getvalue() else [])]
 
 
 def _random_states() -> dict[str, str]:
     """States of the generators of random numbers that every caller without one of its own draws from."""
     found = {"the global state of `random`": f"{hash(random.getstate()):x}"}
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    if numpy is not None and hasattr(numpy, "random"):
+    if numpy is not None:
         state = numpy.random.get_state()
         found["the global state of `numpy.random`"] = f"{hash((state[1].tobytes(), *state[2:])):x}"
     if torch is not None:
@@ -253,9 +291,10 @@ def _random_states() -> dict[str, str]:
 
 def what_runs() -> dict[Hashable, str]:
     """Threads, child processes and open files: what to call each, by what tells it from others."""
-    found: dict[Hashable, str] = {**_threads()}
-    found.update(child_processes())
-    found.update(_open_files())
+    found: dict[Hashable, str] = dict(_open_files())
+    for kind in (_threads(), child_processes()):
+        for identity, what in kind.items():
+            found[identity] = what
     return found
 
 

@@ -28,6 +28,7 @@ from nemo_rl_core.testing.conformance._blocking import longest_block
 from nemo_rl_core.testing.conformance._pool import shared_pool
 from nemo_rl_core.testing.conformance.declared import overlaid
 from nemo_rl_core.testing.conformance.kit import Contract
+from nemo_rl_core.testing.conformance.process_traces import changes_made_by
 
 __all__ = ["RewardContract"]
 
@@ -162,6 +163,12 @@ class RewardContract(Contract):
             _finish(reward(**arguments))
             changed = [name for name, value in before.items() if arguments[name] != value]
             assert not changed, f"it changed {', '.join(changed)}"
+
+    def test_process_stays_as_it_is(self, reward: Callable[..., Any]) -> None:
+        """It changes nothing of the process (variables, folder, global random numbers, logging) and prints nothing."""
+        row, response = self.examples[0]
+        found = changes_made_by(lambda: _raw(reward, row, response))
+        assert not found, f"after a call {'; '.join(found[:3])}: everything else in the process sees that"
 
     def test_pickles(self, reward: Callable[..., Any]) -> None:
         """It can be sent to a worker process and scores the same there."""
