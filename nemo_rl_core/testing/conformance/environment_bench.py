@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from attrs import evolve
 
 from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
+from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import RewardError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.environment import Task
@@ -72,13 +73,13 @@ class EnvironmentBench(Contract):
 
     def _play_together(
         self, case: EnvironmentCase, context: EpisodeContext, plans: Sequence[tuple[Sequence[str], int]]
-    ) -> list[Any]:
+    ) -> list[object]:
         """Play episodes turn by turn at the same time, each with its seed; one that has ended is closed at once.
 
         One more begins with them and is given up after its first turn.
         """
 
-        async def together() -> list[Any]:
+        async def together() -> list[object]:
             made = [case.make(context) for _ in plans]
             given_up = case.make(context)
             episodes = [await begin(e, case.task, seed) for e, (_, seed) in zip(made, plans, strict=True)]
@@ -147,7 +148,7 @@ class EnvironmentBench(Contract):
 class RecordingPolicy(ScriptedGeneration):
     """Says one turn after the other and remembers the tokens, in a copy that nobody else holds."""
 
-    def __init__(self, turns: Sequence[str], tokenizer: Any) -> None:
+    def __init__(self, turns: Sequence[str], tokenizer: Tokenizer) -> None:
         self._turns = turns
         super().__init__(self._say, tokenizer)
         self.sampled: dict[str, tuple[int, ...]] = {}
@@ -168,7 +169,7 @@ def requests_of(generation: ScriptedGeneration, rollout: Rollout) -> list[Genera
     return sorted(own, key=lambda request: request.order)
 
 
-def same_json(found: Any, expected: Any) -> bool:
+def same_json(found: object, expected: object) -> bool:
     """Whether two values are the same in JSON; what JSON does not have counts as different."""
     try:
         return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)

@@ -44,7 +44,7 @@ class PlayedEpisode:
         """Remember messages as they are now."""
         self.said += [(message, copy.deepcopy(message)) for message in messages]
 
-    def take(self, name: str, value: Any) -> None:
+    def take(self, name: str, value: object) -> None:
         """Remember a returned value as it is now."""
         self.returned.append((name, value, copy.deepcopy(value)))
 
@@ -62,7 +62,7 @@ class PlayedEpisode:
                 totals[name] = totals.get(name, 0.0) + float(value)
         return totals
 
-    def plain(self) -> Any:
+    def plain(self) -> object:
         """To be compared: prompt, answers, rewards and ends."""
         steps = [(list(s.messages), dict(s.rewards), s.terminated, s.truncated) for s in self.steps]
         return copy.deepcopy((self.prompt, steps))
@@ -119,7 +119,7 @@ async def value_of(result: Awaitable[Any] | Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
-def message_mistake(message: Any) -> str | None:
+def message_mistake(message: object) -> str | None:
     """What is wrong with a message, in words."""
     if not isinstance(message, Mapping):
         return f"a message is a {type(message).__name__}, not a mapping"
@@ -130,7 +130,7 @@ def message_mistake(message: Any) -> str | None:
     return None
 
 
-def plain_reward_mistake(rewards: Mapping[Any, Any]) -> str | None:
+def plain_reward_mistake(rewards: Mapping[Any, object]) -> str | None:
     """What is wrong with rewards that are to be recorded as they are, in words."""
     for name, value in rewards.items():
         if not isinstance(name, str):

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import cloudpickle
 from attrs import evolve, frozen
@@ -49,7 +49,7 @@ class WitnessFailed(Exception):
 class Testimony:
     """What one process tells."""
 
-    episodes: Sequence[Any]
+    episodes: Sequence[object]
     """The good episode and the wrong one, as `PlayedEpisode.plain` has them."""
     changed: Sequence[str] = ()
     """What an episode changed in its classes and modules, in words."""
@@ -95,7 +95,7 @@ def _sent(case: EnvironmentCase) -> bytes:
 _by_value_lock = threading.Lock()
 
 
-def _by_value(case: EnvironmentCase, module: Any) -> bytes:
+def _by_value(case: EnvironmentCase, module: ModuleType | None) -> bytes:
     if module is None or module.__name__ in ("__main__", "builtins"):
         return bytes(cloudpickle.dumps(case, protocol=5))
     with _by_value_lock:

@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class _Row(dict[str, Any]):
 
     __slots__ = ("__weakref__",)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return dict, (dict(self),)
 
 
@@ -122,7 +122,9 @@ def _testimony(case: EnvironmentCase, *, watched: bool) -> Testimony:
     return attrs.evolve(testimony, episodes=episodes)
 
 
-def _played(case: EnvironmentCase, context: Any, turns: Sequence[str]) -> tuple[PlayedEpisode, Environment, _Row]:
+def _played(
+    case: EnvironmentCase, context: EpisodeContext, turns: Sequence[str]
+) -> tuple[PlayedEpisode, Environment, _Row]:
     """Play one episode to its end and close it; the environment and its row are not forgotten yet."""
     row = _Row(case.task)
 
@@ -139,7 +141,7 @@ def _played(case: EnvironmentCase, context: Any, turns: Sequence[str]) -> tuple[
     return *asyncio.run(play()), row
 
 
-def _watch(case: EnvironmentCase, context: Any, plans: Sequence[Sequence[str]]) -> Testimony:
+def _watch(case: EnvironmentCase, context: EpisodeContext, plans: Sequence[Sequence[str]]) -> Testimony:
     """Play all plans once more and compare the process before and after."""
     logging.root.addHandler(logging.NullHandler())  # else Python itself prints warnings that are logged
     warnings.simplefilter("ignore")
@@ -176,7 +178,7 @@ def _all_changes(states: Sequence[Mapping[str, str]]) -> list[str]:
     return list({what.partition(" was ")[0]: what for what in reversed(found)}.values())
 
 
-def _left(running: Mapping[Any, str]) -> list[str]:
+def _left(running: Mapping[Hashable, str]) -> list[str]:
     """What runs or is open that was not; threads and processes have a moment to end."""
     deadline = time.monotonic() + _GRACE_S
     while True:

@@ -18,7 +18,7 @@ __all__ = ["maker_of"]
 _DATA = (type(None), str, bytes, bool, int, float, complex, Mapping, list, tuple, set, frozenset)
 
 
-def maker_of(contract: type[Contract], given: Any, folder: Path) -> Callable[[], Any]:
+def maker_of(contract: type[Contract], given: object, folder: Path) -> Callable[[], Any]:
     """A function without arguments that makes the subject, for each clause anew where that is possible.
 
     Args:
@@ -33,7 +33,7 @@ def maker_of(contract: type[Contract], given: Any, folder: Path) -> Callable[[],
     if isinstance(given, type):
         return _maker_of_class(contract, given, folder)
     if callable(given) and _needs_nothing(given):
-        return given  # type: ignore[no-any-return]
+        return given
     mistake = "it is plain data" if isinstance(given, _DATA) else contract.mistake_in(given)
     if mistake is None:
         return lambda: given

@@ -220,7 +220,7 @@ def clauses(contract: type[Contract]) -> dict[str, str]:
 
 def run_kit(
     contract: type[Contract],
-    subject: Any,
+    subject: object,
     *,
     only: Sequence[str] = (),
     timeout_s: float | None = None,

@@ -61,7 +61,7 @@ def _json_values(turn: str) -> Iterator[tuple[int, int, Any]]:
         position = end
 
 
-def _changed(value: Any) -> Iterator[Any]:
+def _changed(value: object) -> Iterator[Any]:
     """The value with one thing in it missing, added, or replaced by something of another type."""
     if isinstance(value, Mapping):
         yield {**value, "no such field": 1}

@@ -79,11 +79,11 @@ def component_state(component: Any) -> dict[str, str]:
     return found
 
 
-def _is_of_a_plugin(module: Any) -> bool:
+def _is_of_a_plugin(module: object) -> bool:
     return isinstance(module, str) and module.partition(".")[0] not in _NOT_OF_PLUGINS
 
 
-def _describe_owner(owner: Any, found: dict[str, str], seen: set[int]) -> None:
+def _describe_owner(owner: object, found: dict[str, str], seen: set[int]) -> None:
     """A class or function, and the names of its module."""
     if id(owner) in seen:
         return
@@ -99,7 +99,7 @@ def _describe_owner(owner: Any, found: dict[str, str], seen: set[int]) -> None:
         _describe_function(owner.__qualname__, owner, found, seen)
 
 
-def _bound(value: Any) -> bool:
+def _bound(value: object) -> bool:
     return isinstance(value, classmethod | staticmethod)
 
 
@@ -122,7 +122,7 @@ def _describe_module(module: str, space: Mapping[str, Any], found: dict[str, str
             _describe(f"{module}.{name}", value, found)
 
 
-def _describe(name: str, value: Any, found: dict[str, str]) -> None:
+def _describe(name: str, value: object, found: dict[str, str]) -> None:
     if not isinstance(value, types.ModuleType | types.FunctionType | classmethod | staticmethod | property | type):
         found[name] = _text(value)
 
