@@ -67,7 +67,7 @@ def _short(text: str, start: int) -> str:
 # -- what belongs to the component ----------------------------------------------------------------------
 
 
-def component_state(component: Any) -> dict[str, str]:
+def component_state(component: object) -> dict[str, str]:
     """Values of the classes of a component and of their modules, by name, and the defaults of their functions."""
     while isinstance(component, functools.partial):
         component = component.func
@@ -127,7 +127,7 @@ def _describe(name: str, value: object, found: dict[str, str]) -> None:
         found[name] = _text(value)
 
 
-def _text(value: Any, depth: int = 0) -> str:
+def _text(value: object, depth: int = 0) -> str:
     """A value in words; what has no value of its own by its type and identity."""
     if isinstance(value, _PLAIN) or depth > _DEPTH:
         return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
@@ -141,8 +141,9 @@ def _text(value: Any, depth: int = 0) -> str:
     for kind, describe in _BY_TYPE:
         if isinstance(value, kind):
             return describe(value)
-    if hasattr(value, "cache_info"):
-        return f"a cache of {value.cache_info().currsize}"
+    cache_info = getattr(value, "cache_info", None)
+    if cache_info is not None:
+        return f"a cache of {cache_info().currsize}"
     own = getattr(value, "__dict__", None)
     if isinstance(own, dict) and _is_of_a_plugin(type(value).__module__) and not callable(value):
         return f"{type(value).__name__}({inner(own)})"
