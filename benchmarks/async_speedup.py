@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 import nemo_rl
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
+from nemo_rl_core.protocols.generation_backend import GenerationRequest
+from nemo_rl_core.records.completion import Completion
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 

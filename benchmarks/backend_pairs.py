@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nemo_rl
-from nemo_rl_core.rollouts.jsonl import read_groups
-from nemo_rl_core.training.state import RunResult
+from nemo_rl_core.records.jsonl import read_groups
+from nemo_rl_core.records.run_state import RunResult
 
 RESULTS = Path(__file__).parent / "results" / "backend_pairs.json"
 STEPS = 5

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 import transformers
 
-from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.models import load_model, load_tokenizer
 from nemo_rl_core.models.source import eos_token_ids
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest, SamplingParams
+from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.schema import GenerationConfig
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 from nemo_rl_plugins_torch_engine.config import TorchEngineConfig
 

@@ -175,8 +175,8 @@ def make_components(folder: str) -> tuple[Any, Any]:
 def attempt(folder: str, kills: Sequence[Kill], cluster: Mapping[str, Any]) -> Any:
     """Start the run, or go on with it; its result."""
     from nemo_rl_core.config import finalize, load_config
-    from nemo_rl_core.training.assembly import RunInputs
-    from nemo_rl_core.training.trainer import run
+    from nemo_rl_core.training.run import run
+    from nemo_rl_core.training.setup.parts import RunInputs
 
     for name in ("armed", "fired", "pids"):
         Path(folder, name).mkdir(parents=True, exist_ok=True)
@@ -236,8 +236,8 @@ def story(folder: str) -> dict[str, Any]:
     """What a run did: metrics and prompts and sampled tokens of each step, and the weights at the end."""
     from safetensors.torch import load_file
 
-    from nemo_rl_core.rollouts.jsonl import read_groups
-    from nemo_rl_core.training.record import read_metrics
+    from nemo_rl_core.records.jsonl import read_groups
+    from nemo_rl_core.training.reporting.record import read_metrics
 
     run_dir = Path(folder, "run")
     metrics = read_metrics(run_dir)

@@ -58,8 +58,8 @@ class Turns:
 def run_side(options: argparse.Namespace) -> None:
     """Train under one launcher."""
     from nemo_rl_core.config import finalize, load_config
-    from nemo_rl_core.training.assembly import RunInputs
-    from nemo_rl_core.training.trainer import run
+    from nemo_rl_core.training.run import run
+    from nemo_rl_core.training.setup.parts import RunInputs
 
     rng = random.Random(0)
     rows = [{"prompt": f"{rng.randrange(100, 999)} + {rng.randrange(100, 999)} = "} for _ in range(512)]

@@ -23,17 +23,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_rl_core.config.schema import RolloutConfig
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.data.message_log import ChatFormatter
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.models import load_tokenizer
-from nemo_rl_core.protocols.environment import EnvironmentStep, Message, Task
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest, SamplingParams
+from nemo_rl_core.models.tokenizer import Tokenizer
+from nemo_rl_core.protocols.environment import EnvironmentStep
+from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.records.message import Message, Task
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup, Turn
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.rollouts.engine import RolloutEngine
-from nemo_rl_core.rollouts.process_pool import ProcessPool
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn
 from nemo_rl_core.rollouts.runner import RolloutRunner
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
+from nemo_rl_core.schema import RolloutConfig
 
 BUDGET_US = 50.0
 

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from nemo_rl_core.testing.simulation import run_schedule
+from nemo_rl_core.testing.schedules import run_schedule
 
 
 def main() -> int:

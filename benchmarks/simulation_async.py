@@ -21,8 +21,8 @@ from pathlib import Path
 
 from attrs import evolve
 
-from nemo_rl_core.config.schema import RolloutConfig
-from nemo_rl_core.testing.simulation import EngineSpec, ResponseLengths, SimulatedCluster, simulate
+from nemo_rl_core.planning.simulation import EngineSpec, ResponseLengths, SimulatedCluster, simulate
+from nemo_rl_core.schema import RolloutConfig
 
 BAR = 0.95
 BATCH, TOKENS_PER_S, MEAN, LONGEST = 8, 800.0, 1000, 4000

@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, int, float | None]] = {
 
 DISCOVERY = """
 import time
-from nemo_rl_core.registry._index import Index, Selection
+from nemo_rl_core.registry.discovery._index import Index, Selection
 started, cpu = time.perf_counter(), time.process_time()
 index = Index(Selection())
 print((time.perf_counter() - started) * 1e3, (time.process_time() - cpu) * 1e3, len(index.distributions))

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.models import load_model
-from nemo_rl_core.models.packed_attention import Packing
+from nemo_rl_core.models.numerics.packed_attention import Packing
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import LossSums, Metric, ModelOutputs
 from nemo_rl_core.protocols.training_backend import StepPlan
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import OptimizerConfig, PolicyConfig
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig

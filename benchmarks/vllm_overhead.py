@@ -61,9 +61,9 @@ def prompts(options: argparse.Namespace) -> list[list[int]]:
 
 def ours(options: argparse.Namespace) -> tuple[Callable[[], float], Callable[[], None]]:
     """Through the backend: what generates once and gives the seconds, and what ends the engine."""
-    from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
     from nemo_rl_plugins_vllm.backend import VLLMEngine
     from nemo_rl_plugins_vllm.config import VLLMConfig
 

@@ -31,13 +31,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
-from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.fingerprint import KeptSums
-from nemo_rl_core.infra.local import LocalLauncher
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
+from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.infra.weights.fingerprint import CachedSums
+from nemo_rl_core.infra.workers.local import LocalLauncher
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig
 from nemo_rl_plugins_weight_syncs.collective import CollectiveSync
 from nemo_rl_plugins_weight_syncs.config import CollectiveConfig, DeltaConfig, DiskConfig, SharedMemoryConfig
 from nemo_rl_plugins_weight_syncs.delta import DeltaSync
@@ -133,7 +134,7 @@ class Engine(GenerationBackend):
 
     def update_weights(self, version: int, tensors: Any, *, share: bool = False) -> None:
         """Copy in place."""
-        self.sums = KeptSums()
+        self.sums = CachedSums()
         for name, tensor in tensors:
             self.parameters[name].copy_(tensor)
             if self.digests:

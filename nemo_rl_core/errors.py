@@ -19,6 +19,7 @@ __all__ = [
     "PluginBroken",
     "PluginConflict",
     "PluginError",
+    "PluginFailed",
     "PluginIncompatible",
     "PluginNotFound",
     "ResourceError",
@@ -63,6 +64,12 @@ class PluginBroken(PluginError, ImportError):
 
 class PluginIncompatible(PluginError, ImportError):
     """The plugin was written for another version of the core or of its kind's contract."""
+
+
+class PluginFailed(PluginError, RuntimeError):
+    """A plugin raised what would have read as success, ended somebody else's work, or could not be told."""
+
+    exit_code = 70
 
 
 class MissingExtra(NemoRLError, ImportError):

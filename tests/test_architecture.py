@@ -18,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "nemo_rl_core"
-PLUGIN_SOURCES = sorted([*ROOT.glob("plugins/*/src"), *ROOT.glob("nemo_rl_plugins_*/src")])
+PLUGIN_SOURCES = sorted(
+    [*ROOT.glob("plugins/*/src"), *ROOT.glob("plugins/*/*/src"), *ROOT.glob("nemo_rl_plugins_*/src")]
+)
 SOURCE_FOLDERS = [CORE, *PLUGIN_SOURCES]
 ENGINES = {"deepspeed", "flash_attn", "megatron", "ray", "sglang", "trl", "verl", "vllm"}
 """Libraries of which each belongs to one plugin, never to the core."""
@@ -237,6 +239,74 @@ def test_no_file_is_longer_than_500_lines() -> None:
     assert over(python_files(*(f for f in folders if f.is_dir())), too_long) == []
 
 
+# -- rooms -------------------------------------------------------------------------------------------------
+
+MAX_SIBLINGS = 16
+ONE_PER_KIND = {"protocols", "conformance"}
+"""Folders with a module for each kind of component."""
+
+
+def crowded(folders: dict[str, int]) -> list[str]:
+    """Folders with more modules side by side than one takes in at a glance."""
+    return [f"{name}: {count} modules" for name, count in folders.items() if count > MAX_SIBLINGS]
+
+
+def siblings(root: Path) -> dict[str, int]:
+    """The number of modules of each folder; its `__init__` says what they have in common, and is not counted."""
+    counts: dict[str, int] = {}
+    for path in python_files(root):
+        if path.name != "__init__.py" and "templates" not in path.parts and path.parent.name not in ONE_PER_KIND:
+            counts[shown(path.parent)] = counts.get(shown(path.parent), 0) + 1
+    return counts
+
+
+def test_a_crowded_folder_is_seen() -> None:
+    assert crowded({"a": 17, "b": 16}) == ["a: 17 modules"]
+
+
+def test_no_folder_of_the_core_is_crowded() -> None:
+    found = siblings(CORE)
+    assert {"nemo_rl_core/rollouts", "nemo_rl_core/training/steps"} <= found.keys()
+    assert crowded(found) == []
+
+
+def test_contracts_of_imports_know_every_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    packages = {p.name for source in PLUGIN_SOURCES for p in source.iterdir() if (p / "__init__.py").is_file()}
+    assert set(settings["root_packages"]) == {"nemo_rl_core", *packages}
+    contracts = {contract["id"]: contract for contract in settings["contracts"]}
+    assert set(contracts["core-names-no-implementation"]["forbidden_modules"]) >= packages
+    assert set(contracts["plugins-are-independent"]["modules"]) == packages - {"nemo_rl"}
+    assert set(contracts["plugins-do-not-import-the-facade"]["source_modules"]) == packages - {"nemo_rl"}
+    assert set(contracts["no-circles"]["ancestors"]) == {"nemo_rl_core", *packages}
+
+
+FAMILIES = {
+    "algorithms",
+    "backends",
+    "cluster",
+    "data",
+    "environments",
+    "integrations",
+    "loggers",
+    "sandboxes",
+    "tools",
+}
+
+
+def test_every_package_lives_in_a_family() -> None:
+    packages = [p.parent.relative_to(ROOT / "plugins") for p in ROOT.glob("plugins/**/pyproject.toml")]
+    assert [str(p) for p in packages if str(p) != "nemo_rl" and (len(p.parts) != 2 or p.parts[0] not in FAMILIES)] == []
+
+
+def test_the_readme_lists_every_package() -> None:
+    rows = (ROOT / "README.md").read_text()
+    files = [ROOT / "pyproject.toml", *(source.with_name("pyproject.toml") for source in PLUGIN_SOURCES)]
+    places = {tomllib.loads(f.read_text())["project"]["name"]: shown(f.parent) for f in files}
+    places["nemo-rl-core"] = "nemo_rl_core"
+    assert [name for name, place in places.items() if f"| `{name}` | [`{place}" not in rows] == []
+
+
 # -- public names ------------------------------------------------------------------------------------------
 
 
@@ -304,7 +374,7 @@ LIGHT_MODULES = [
     "nemo_rl_core",
     "nemo_rl_core.registry",
     "nemo_rl_core.config",
-    "nemo_rl_core.config.schema",
+    "nemo_rl_core.schema.run",
     "nemo_rl_core.cli",
     "nemo_rl_core.hookspecs",
     *(f"nemo_rl_core.protocols.{p.stem}" for p in sorted((CORE / "protocols").glob("*.py")) if p.stem != "__init__"),

@@ -13,7 +13,9 @@ __all__ = ["class_markdown", "write_api_pages"]
 def _packages(root: Path) -> list[Path]:
     plugins = (
         p
-        for source in sorted([*root.glob("plugins/*/src"), *root.glob("nemo_rl_plugins_*/src")])
+        for source in sorted(
+            [*root.glob("plugins/*/src"), *root.glob("plugins/*/*/src"), *root.glob("nemo_rl_plugins_*/src")]
+        )
         for p in source.iterdir()
     )
     return [root / "nemo_rl_core", *(p for p in plugins if (p / "__init__.py").is_file())]
@@ -83,7 +85,7 @@ def _module_page(module: Module, children: list[Module]) -> str:
 
 
 def _links(names: Iterable[str]) -> list[str]:
-    """In place of a toctree: hundreds of modules would stand in every sidebar, and make each page slow to write."""
+    """Replace a toctree: hundreds of modules in every sidebar would make each page slow to write."""
     return [f"- [`{name}`]({name}.md)" for name in names]
 
 

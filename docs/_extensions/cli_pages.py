@@ -20,8 +20,8 @@ def _resolved(command: Any, path: str) -> tuple[Any, list[tuple[str, Any]]]:
     command = context.command
     if not hasattr(command, "list_commands"):
         return command, []
-    found = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
-    return command, [(name, child) for name, child in found if child is not None and not child.hidden]
+    children = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
+    return command, [(name, child) for name, child in children if child is not None and not child.hidden]
 
 
 def _option_row(parameter: Any) -> str:

@@ -55,13 +55,15 @@ def _is_config(item: Class) -> bool:
 
 def configuration_markdown(root: Path) -> str:
     """Tables of every configuration class: the run's tree, then the options of each shipped package."""
-    schema = read_module(root / "nemo_rl_core" / "config" / "schema.py", "nemo_rl_core.config.schema")
-    run = sorted(filter(_is_config, schema.classes), key=lambda c: (c.name != "RunConfig", c.name))
+    classes = [c for module in read_package(root / "nemo_rl_core" / "schema") for c in module.classes if _is_config(c)]
+    run = sorted(classes, key=lambda c: (c.name != "RunConfig", c.name))
     known = _labels("config", run)
     out = ["## The run", ""]
     for item in run:
         out += _table(item, known)
-    for source in sorted([*root.glob("plugins/*/src"), *root.glob("nemo_rl_plugins_*/src")]):
+    for source in sorted(
+        [*root.glob("plugins/*/src"), *root.glob("plugins/*/*/src"), *root.glob("nemo_rl_plugins_*/src")]
+    ):
         (package,) = (p for p in source.iterdir() if (p / "__init__.py").is_file())
         classes = [c for module in read_package(package) for c in module.classes if _is_config(c)]
         own = known | _labels(package.name, classes)
@@ -76,7 +78,7 @@ def hooks_markdown(root: Path) -> str:
     """The hook specifications: name, arguments, when they are called."""
     path = root / "nemo_rl_core" / "hookspecs.py"
     module = read_module(path, "nemo_rl_core.hookspecs", every_function=True)
-    out = ["| Hook | Called |", "|---|---|"]
+    out = ["| Hook | Meaning |", "|---|---|"]
     for function in module.functions:
         if any(decorator.startswith("hookspec") for decorator in function.decorators):
             arguments = function.signature.partition(" -> ")[0]

@@ -21,8 +21,8 @@ def _lineage(item: Class, known: dict[str, Class]) -> list[Class]:
 
 def _constant(lineage: list[Class], name: str) -> str:
     """The text of a class attribute such as `kind`."""
-    found = [field.default for item in lineage for field in item.fields if field.name == name and field.default]
-    return found[-1].strip("'\"") if found else ""
+    values = [field.default for item in lineage for field in item.fields if field.name == name and field.default]
+    return values[-1].strip("'\"") if values else ""
 
 
 def _section(item: Class, lineage: list[Class]) -> list[str]:
@@ -36,11 +36,11 @@ def _section(item: Class, lineage: list[Class]) -> list[str]:
 def clause_sections(root: Path) -> dict[str, list[str]]:
     """By kind: the contract, how to give it a component, and a table of clauses."""
     folder = root / "nemo_rl_core" / "testing" / "conformance"
-    modules = [read_module(path, path.stem) for path in sorted(folder.glob("[a-z]*.py"))]
+    modules = [read_module(path, path.stem) for path in sorted(folder.rglob("[a-z]*.py"))]
     known = {item.name: item for module in modules for item in module.classes}
     contracts = [(item, _lineage(item, known)) for name, item in known.items() if name.endswith("Contract")]
-    found = {_constant(lineage, "kind"): _section(item, lineage) for item, lineage in contracts}
-    return {kind: found[kind] for kind in sorted(found) if kind}
+    sections = {_constant(lineage, "kind"): _section(item, lineage) for item, lineage in contracts}
+    return {kind: sections[kind] for kind in sorted(sections) if kind}
 
 
 def clauses_markdown(root: Path) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 from attrs import field, frozen
 
 from nemo_rl_core.config import finalize, load_config
-from nemo_rl_core.config.schema import ComponentChoice, RunConfig, component
-from nemo_rl_core.config.validators import gt, le
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.protocols.algorithm import BaseAlgorithm
 from nemo_rl_core.protocols.loss import LossSums, Metric
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.registry import register_algorithm, register_loss, register_reward
+from nemo_rl_core.schema import ComponentChoice, RunConfig, component
+from nemo_rl_core.schema.validators import gt, le
 from nemo_rl_core.training.trainer import Trainer
 
 

@@ -22,6 +22,7 @@ Importing this package imports neither typer nor a plugin.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -34,4 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from nemo_rl_core.cli._boundary import run
 
-    return run(argv)
+    def root() -> Any:  # within the boundary, as all that may fail
+        from nemo_rl_core.cli._app import command
+
+        return command()
+
+    return run(argv, root)

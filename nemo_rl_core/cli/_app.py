@@ -11,7 +11,7 @@ from typer.main import get_command
 from nemo_rl_core._version import __version__
 from nemo_rl_core.cli._boundary import switch_on_debug
 from nemo_rl_core.cli._lazy import LazyGroup
-from nemo_rl_core.registry._index import ALLOW_VARIABLE, DEBUG_VARIABLE, STRICT_VARIABLE
+from nemo_rl_core.registry.discovery._index import ALLOW_VARIABLE, DEBUG_VARIABLE, STRICT_VARIABLE
 
 __all__ = ["app", "command"]
 

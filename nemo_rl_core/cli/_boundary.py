@@ -1,27 +1,31 @@
-"""The error boundary: what a user reads when a command ends in an exception."""
+"""Error boundary of the command line: turns an exception into a message and an exit code."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from nemo_rl_core.errors import NemoRLError
-from nemo_rl_core.registry._index import DEBUG_VARIABLE, DENY_VARIABLE
+from nemo_rl_core.registry.discovery._index import DEBUG_VARIABLE, DENY_VARIABLE
 
 __all__ = ["run", "switch_on_debug"]
 
 UNEXPECTED, INTERRUPTED = 70, 130
 
 
-def run(argv: Sequence[str] | None) -> int:
-    """Run a command; see `nemo_rl_core.cli.main`."""
+def run(argv: Sequence[str] | None, command: Callable[[], Any]) -> int:
+    """Run a command; see `nemo_rl_core.cli.main`.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+        command: Makes the root command.
+    """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `module:attr` of the user's folder; last, so that it shadows nothing
     try:
-        from nemo_rl_core.cli._app import command
-
         result = command().main(args=None if argv is None else list(argv), prog_name="nemo-rl", standalone_mode=False)
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
@@ -30,8 +34,12 @@ def run(argv: Sequence[str] | None) -> int:
         return 1
     except NemoRLError as error:
         return _known(error)
+    except SystemExit as error:
+        return _left(error)
     except Exception as error:
         return _from_parser(error)
+    except BaseException as error:  # whatever a plugin raised: no command ends without a status of ours
+        return _unexpected(error)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
@@ -53,7 +61,7 @@ def _say(message: str, status: int) -> int:
     return status
 
 
-def _trace(error: Exception, status: int) -> int:
+def _trace(error: BaseException, status: int) -> int:
     import traceback
 
     traceback.print_exception(error)
@@ -65,6 +73,18 @@ def _known(error: NemoRLError) -> int:
         return _trace(error, error.exit_code)
     more = "\n(nemo-rl --debug ... shows the traceback)" if error.__cause__ is not None else ""
     return _say(f"error: {error}{more}", error.exit_code)
+
+
+def _left(error: SystemExit) -> int:
+    """A command of a plugin may end itself with a status; whatever else does so must not read as success."""
+    from nemo_rl_core.registry._trace import provider_at_fault
+
+    at_fault = provider_at_fault(error)
+    if at_fault is None or at_fault[0].kind != "commands":
+        return _unexpected(error)
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    return _say(str(error.code), 1)
 
 
 def _from_parser(error: Exception) -> int:
@@ -80,15 +100,17 @@ def _from_parser(error: Exception) -> int:
     return _unexpected(error)
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: BaseException) -> int:
     if _debug():
         return _trace(error, UNEXPECTED)
     import tempfile
     import traceback
 
+    from nemo_rl_core.registry._escapes import text_of
+
     text = "".join(traceback.format_exception(error))
     origin, plugin = _who(error)
-    message = str(error).removeprefix(f"{origin}: ")
+    message = text_of(error).removeprefix(f"{origin}: ")
     if origin is None:
         lines = [f"error: unexpected {type(error).__name__}: {message}", "This is a bug of nemo-rl."]
     else:
@@ -108,7 +130,7 @@ def _unexpected(error: Exception) -> int:
     return _say("\n".join(lines), UNEXPECTED)
 
 
-def _who(error: Exception) -> tuple[str | None, str | None]:
+def _who(error: BaseException) -> tuple[str | None, str | None]:
     """Who raised it, and the distribution of that plugin; None of the framework's own."""
     from nemo_rl_core.registry._trace import blamed, provider_at_fault
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as typer_command
 
-from nemo_rl_core.registry._index import Entry, Index, Selection
+from nemo_rl_core.registry.discovery._index import Entry, Index, Selection
 
 __all__ = ["CORE_COMMANDS", "CoreCommand", "LazyCommand", "LazyGroup", "as_command", "load_core"]
 
@@ -30,7 +30,7 @@ CORE_COMMANDS: dict[str, CoreCommand] = {
     "replay": CoreCommand("nemo_rl_core.cli.replay:app", "Train on recorded rollouts, or sample without a trainer."),
     "plan": CoreCommand("nemo_rl_core.cli.plan:plan", "Predict step time and memory on a cluster that is not here."),
     "config": CoreCommand("nemo_rl_core.cli.config:app", "Start, validate, show, compare and describe configurations."),
-    "plugins": CoreCommand("nemo_rl_core.cli.plugins:app", "List and describe what is installed."),
+    "plugins": CoreCommand("nemo_rl_core.cli.plugin_commands.listing:app", "List and describe what is installed."),
 }
 
 

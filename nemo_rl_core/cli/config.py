@@ -11,7 +11,7 @@ import typer
 from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config import RunConfig
+    from nemo_rl_core.schema import RunConfig
 
 __all__ = ["app", "diff", "new", "schema", "show", "templates", "validate"]
 
@@ -75,7 +75,7 @@ def templates(
 @app.command()
 def validate(file: File, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a configuration and list every mistake of it. Exit code 0 if there is none, else 2 (3: plugins)."""
-    from nemo_rl_core.config import InvalidConfig
+    from nemo_rl_core.schema import InvalidConfig
 
     try:
         config = _final(file, overrides)
@@ -164,8 +164,8 @@ def _class_of(algorithm: str | None, kind: str | None, name: str | None) -> Any:
     """The configuration class that the options of `schema` name; by default what every run has."""
     import attrs
 
-    from nemo_rl_core.config import RunConfig
     from nemo_rl_core.registry import get_registry
+    from nemo_rl_core.schema import RunConfig
 
     if algorithm is not None:
         kind, name = "algorithms", algorithm
@@ -179,12 +179,12 @@ def _class_of(algorithm: str | None, kind: str | None, name: str | None) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    from nemo_rl_core.config.dump import NOT_SET
+    from nemo_rl_core.config.describing.dump import NOT_SET
 
     return None if value is NOT_SET else value
 
 
 def _text(value: Any) -> str:
-    from nemo_rl_core.config.dump import NOT_SET
+    from nemo_rl_core.config.describing.dump import NOT_SET
 
     return "-" if value is NOT_SET else json.dumps(value, default=str)

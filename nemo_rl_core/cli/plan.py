@@ -1,4 +1,4 @@
-"""`nemo-rl plan`: what a run would take on a cluster that is not here."""
+"""`nemo-rl plan`: estimates a run on a cluster that is not here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nemo_rl_core.cli.train import ConfigFile, Json, Overrides
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from nemo_rl_core.config.schema import RunConfig
-    from nemo_rl_core.testing.simulation.memory import MemoryEstimate
-    from nemo_rl_core.testing.simulation.plan import PlannedRun
-    from nemo_rl_core.testing.simulation.rates import Rates
+    from nemo_rl_core.planning.memory import MemoryEstimate
+    from nemo_rl_core.planning.plan import PlannedRun
+    from nemo_rl_core.planning.rates import Rates
+    from nemo_rl_core.schema import RunConfig
 
 __all__ = ["plan"]
 
@@ -56,16 +56,16 @@ def plan(
 ) -> None:
     """Predict step time, idle shares and memory of a configuration on a cluster that is not here.
 
-    The real run loop is simulated on a virtual clock, with engines and trainers of the given speeds. What is given on
-    the command line goes before what the run of --rates-from measured.
+    The real run loop is simulated on a virtual clock, with engines and trainers of the given speeds. Command-line
+    values take precedence over those that the run of --rates-from measured.
     """
     from attrs import asdict, evolve
 
     from nemo_rl_core.config import finalize, load_config
     from nemo_rl_core.errors import ConfigError
-    from nemo_rl_core.testing.simulation.memory import estimate_memory
-    from nemo_rl_core.testing.simulation.plan import plan_run
-    from nemo_rl_core.testing.simulation.rates import Rates, rates_from_run
+    from nemo_rl_core.planning.memory import estimate_memory
+    from nemo_rl_core.planning.plan import plan_run
+    from nemo_rl_core.planning.rates import Rates, rates_from_run
 
     given = {
         "engine_tokens_per_s": engine_tokens_per_s,
@@ -209,7 +209,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _hints(config: RunConfig, rates: Rates, run: PlannedRun) -> list[str]:
-    """What stands in the way."""
+    """Show what prevents the run."""
     hints = []
     places = run.engines.num_engines * rates.engine_batch
     rollouts = config.num_items_per_step * config.group_size

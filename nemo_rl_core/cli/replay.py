@@ -1,4 +1,4 @@
-"""`nemo-rl replay`: one side of a run without the other, by rollouts on disk."""
+"""`nemo-rl replay`: runs the trainer or the sampler alone, with rollouts on disk in between."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def train(
     configured model each time (checkpointing.resume=never), in a folder of its own.
     """
     from nemo_rl_core.config import finalize, load_config
-    from nemo_rl_core.training.assembly import RunInputs
-    from nemo_rl_core.training.replay import read_recorded
-    from nemo_rl_core.training.trainer import default_run_dir, run
+    from nemo_rl_core.rollouts.recorded import read_recorded
+    from nemo_rl_core.training.run import default_run_dir, run
+    from nemo_rl_core.training.setup.parts import RunInputs
 
     changes = ["checkpointing.resume=never", *(overrides or [])]
     if as_json:
@@ -69,8 +69,8 @@ def generate(
     """
     from nemo_rl_core.config import finalize, load_config
     from nemo_rl_core.errors import DataError
-    from nemo_rl_core.training.assembly import RunInputs
-    from nemo_rl_core.training.replay import generate_rollouts
+    from nemo_rl_core.training.sampling import generate_rollouts
+    from nemo_rl_core.training.setup.parts import RunInputs
 
     if out.exists() and not overwrite:
         raise DataError(f"{out} exists. Name another file, or replace it with --overwrite.")

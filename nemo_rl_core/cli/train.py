@@ -64,8 +64,8 @@ def train(
         _check_models(loaded)
         _show_plan(loaded, as_json)
         return
-    from nemo_rl_core.training.assembly import RunInputs
-    from nemo_rl_core.training.trainer import run
+    from nemo_rl_core.training.run import run
+    from nemo_rl_core.training.setup.parts import RunInputs
 
     result = run(loaded, RunInputs())
     if result.status == "interrupted":
@@ -90,12 +90,12 @@ def evaluate(
 ) -> None:
     """Sample the validation data of a configuration with its model and score the responses.
 
-    What is sampled and counted (pass@k, cons@k, runs, subsets) stands in `evaluation` of the configuration, such as
+    Sampling and scores (pass@k, cons@k, runs, subsets) are set in `evaluation` of the configuration, such as
     evaluation.num_generations_per_prompt=8 evaluation.temperature=1.
     """
     from nemo_rl_core.config import finalize, load_config
-    from nemo_rl_core.training.assembly import RunInputs
     from nemo_rl_core.training.evaluation import evaluate as run_evaluation
+    from nemo_rl_core.training.setup.parts import RunInputs
 
     changes = list(overrides or [])
     if model is not None:
@@ -151,9 +151,9 @@ def _order(name: str) -> tuple[int, str, int]:
 
 def _check_models(config: Any) -> None:
     """Whether the models fit their backends, as far as can be told without starting a worker."""
-    from nemo_rl_core.config import InvalidConfig
     from nemo_rl_core.errors import ConfigError
-    from nemo_rl_core.training.model_checks import check_models, configured_models
+    from nemo_rl_core.schema import InvalidConfig
+    from nemo_rl_core.training.setup.model_checks import check_models, configured_models
 
     try:
         check_models(configured_models(config))

@@ -1,73 +1,32 @@
-"""Typed configuration: classes, loading, errors, difference, reference.
+"""Configuration: files and overrides to the classes of `schema`, differences, descriptions.
 
-The classes are imported at once; the functions, with YAML and cattrs behind them, when first used.
+The functions, with YAML and cattrs behind them, are imported when they are first used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_rl_core.config.schema import (
-    CheckpointConfig,
-    ClusterConfig,
-    ComponentChoice,
-    DataConfig,
-    DatasetConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    InvariantsConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    RolloutConfig,
-    RolloutRunConfig,
-    RunConfig,
-    SchedulerConfig,
-    ValidationConfig,
-    component,
-)
 from nemo_rl_core.exports import lazy_exports
 
 if TYPE_CHECKING:
     from nemo_rl_core.config.components import Resolver, resolve_choice
     from nemo_rl_core.config.derived import ArithmeticRow, arithmetic
-    from nemo_rl_core.config.dump import Difference, diff, to_dict, to_yaml
+    from nemo_rl_core.config.describing.dump import Difference, diff, to_dict, to_yaml
+    from nemo_rl_core.config.describing.reference import FieldRow, describe, json_schema
     from nemo_rl_core.config.load import finalize, load_config
-    from nemo_rl_core.config.mistakes import InvalidConfig, Mistake, Position, mistake
-    from nemo_rl_core.config.reference import FieldRow, describe, json_schema
 
 __all__ = [
     "ArithmeticRow",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "ComponentChoice",
-    "DataConfig",
-    "DatasetConfig",
     "Difference",
-    "EvaluationConfig",
     "FieldRow",
-    "GenerationConfig",
-    "InvalidConfig",
-    "InvariantsConfig",
-    "LoggingConfig",
-    "Mistake",
-    "OptimizerConfig",
-    "PolicyConfig",
-    "Position",
     "Resolver",
-    "RolloutConfig",
-    "RolloutRunConfig",
-    "RunConfig",
-    "SchedulerConfig",
-    "ValidationConfig",
     "arithmetic",
-    "component",
     "describe",
     "diff",
     "finalize",
     "json_schema",
     "load_config",
-    "mistake",
     "resolve_choice",
     "to_dict",
     "to_yaml",
@@ -75,22 +34,18 @@ __all__ = [
 
 _HOMES = {
     "ArithmeticRow": ".derived",
-    "Difference": ".dump",
-    "FieldRow": ".reference",
-    "InvalidConfig": ".mistakes",
-    "Mistake": ".mistakes",
-    "Position": ".mistakes",
+    "Difference": ".describing.dump",
+    "FieldRow": ".describing.reference",
     "Resolver": ".components",
     "arithmetic": ".derived",
-    "describe": ".reference",
-    "diff": ".dump",
+    "describe": ".describing.reference",
+    "diff": ".describing.dump",
     "finalize": ".load",
-    "json_schema": ".reference",
+    "json_schema": ".describing.reference",
     "load_config": ".load",
-    "mistake": ".mistakes",
     "resolve_choice": ".components",
-    "to_dict": ".dump",
-    "to_yaml": ".dump",
+    "to_dict": ".describing.dump",
+    "to_yaml": ".describing.dump",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""Arithmetic that spans fields: what each value allows alone but the run does not.
+"""Checks across fields: combinations of values that are valid alone but not together.
 
 Any configuration class, a plugin's too, may add its own by a method `check(self)` that yields mistakes made
 with `mistake(path, problem, fix)`, paths relative to itself.
@@ -13,27 +13,27 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config._types import fields_of
 from nemo_rl_core.config.components import Resolver
 from nemo_rl_core.config.layouts import replica_sizes
-from nemo_rl_core.config.mistakes import Mistake, mistake
-from nemo_rl_core.config.schema import CheckpointConfig, ClusterConfig, PolicyConfig, RunConfig
+from nemo_rl_core.schema import CheckpointConfig, ClusterConfig, PolicyConfig, RunConfig
+from nemo_rl_core.schema.fields import fields_of
+from nemo_rl_core.schema.mistakes import Mistake, mistake
 
 __all__ = ["check_tree"]
 
 
 def check_tree(config: RunConfig, resolver: Resolver | None = None) -> list[Mistake]:
     """The mistakes between the fields of a finished configuration; None is the registry of this process."""
-    found = [*_length_of_run(config), *_lengths(config)]
+    mistakes = [*_length_of_run(config), *_lengths(config)]
     for f in fields_of(type(config)):
         model = getattr(config, f.name)
         if isinstance(model, PolicyConfig):
             sizes = replica_sizes(model, config.plugins, resolver)
-            found += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
-    found += _roles_of(config.cluster)
-    found += _turns(config)
-    found += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
-    return [*found, *_evaluation(config), *_own_checks(config)]
+            mistakes += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
+    mistakes += _roles_of(config.cluster)
+    mistakes += _turns(config)
+    mistakes += [*_schedule(config), *_checkpoints(config.checkpointing), *_thresholds(config)]
+    return [*mistakes, *_evaluation(config), *_own_checks(config)]
 
 
 def _own_checks(node: Any) -> Iterator[Mistake]:
@@ -165,7 +165,7 @@ def _evaluation(config: RunConfig) -> Iterator[Mistake]:
     for name in ("pass_at", "cons_at"):
         for k in getattr(evaluation, name):
             if not 1 <= k <= num:
-                problem = f"k={k} of {num} rollouts per prompt cannot be had"
+                problem = f"k={k} of {num} rollouts per prompt is not available"
                 fix = f"Set evaluation.num_generations_per_prompt to {k} or more." if k > num else "Use 1 or more."
                 yield mistake(f"evaluation.{name}", problem, fix, related=related)
     temperature = validation.temperature if evaluation.temperature is None else evaluation.temperature

@@ -1,4 +1,4 @@
-"""Components chosen in a configuration: names resolved, options structured by the component's own class."""
+"""Components chosen in a configuration: resolves names, structures options by the component's class."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import attrs
 
-from nemo_rl_core.config._types import fields_of
-from nemo_rl_core.config.mistakes import Key, Mistake, suggest
-from nemo_rl_core.config.schema import ComponentChoice, PolicyConfig
 from nemo_rl_core.config.structure import structure
 from nemo_rl_core.errors import PluginError, PluginNotFound
+from nemo_rl_core.schema import ComponentChoice, PolicyConfig
+from nemo_rl_core.schema.fields import fields_of
+from nemo_rl_core.schema.mistakes import Key, Mistake, suggest
 
 __all__ = ["Reference", "Resolver", "default_resolver", "find", "resolve_choice", "resolve_tree"]
 
@@ -215,7 +215,7 @@ class _Pass:
 
 def _is_config(f: attrs.Attribute[Any], value: Any) -> bool:
     """Whether the field is declared as a configuration class, not as anything."""
-    from nemo_rl_core.config._types import config_class_of
+    from nemo_rl_core.schema.fields import config_class_of
 
     declared = config_class_of(f.type)
     return declared is not None and isinstance(value, declared)

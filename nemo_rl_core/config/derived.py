@@ -1,4 +1,4 @@
-"""What a configuration amounts to, in one vocabulary: prompts, rollouts, tokens."""
+"""Arithmetic of a configuration: prompts, rollouts and tokens per step, rank and run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from nemo_rl_core.config.layouts import replica_sizes
-from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.schema import RunConfig
 
 __all__ = ["ArithmeticRow", "arithmetic"]
 

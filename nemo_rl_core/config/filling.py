@@ -7,9 +7,9 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config._types import default_of, fields_of, same, shorthands
-from nemo_rl_core.config.mistakes import Mistake, path_of
-from nemo_rl_core.config.schema import RunConfig
+from nemo_rl_core.schema import RunConfig
+from nemo_rl_core.schema.fields import default_of, fields_of, same, shorthands
+from nemo_rl_core.schema.mistakes import Mistake, path_of
 
 __all__ = ["DERIVED", "filled", "value_at"]
 

@@ -1,4 +1,4 @@
-"""Layers of a configuration: files with what they extend, mappings, and overrides; then one tree."""
+"""Layers of a configuration: files with those that they extend, mappings, overrides."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from attrs import define, field
 
-from nemo_rl_core.config._yaml import Positions, parse_scalar, parse_yaml
-from nemo_rl_core.config.mistakes import Key, Mistake, Position
+from nemo_rl_core.config.formats._yaml import Positions, parse_scalar, parse_yaml
+from nemo_rl_core.schema.mistakes import Key, Mistake, Position
 
 __all__ = ["Layer", "Overrides", "override_layers", "plain_tree", "read_file", "read_mapping"]
 
@@ -105,7 +105,7 @@ def _with_bases(layer: Layer, folder: Path, chain: tuple[Path, ...]) -> tuple[li
             continue
         if not base.exists():
             problem = f"the file {str(base)!r} does not exist"
-            fix = "A path in `extends` is relative to the file that it stands in."
+            fix = "A path in `extends` is relative to the file that contains it."
             mistakes.append(Mistake(keys=("extends",), problem=problem, fix=fix, position=position))
             layers.append(missing)
             continue
@@ -138,11 +138,11 @@ def _parse(file: Path) -> tuple[Any, Positions, list[Mistake]]:
     if suffix in (".yaml", ".yml"):
         return parse_yaml(text, source)
     if suffix == ".json":
-        from nemo_rl_core.config._json import parse_json
+        from nemo_rl_core.config.formats._json import parse_json
 
         return parse_json(text, source)
     if suffix == ".toml":
-        from nemo_rl_core.config._toml import parse_toml
+        from nemo_rl_core.config.formats._toml import parse_toml
 
         return parse_toml(text, source)
     return failed(f"unknown file type {suffix!r}", "Name it .yaml, .yml, .json or .toml.")

@@ -1,4 +1,4 @@
-"""How many workers one replica of a model takes, which its training backend says."""
+"""Number of workers that one replica of a model takes, according to its training backend."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rl_core.config.components import Resolver, default_resolver, find
-from nemo_rl_core.config.schema import PolicyConfig
 from nemo_rl_core.errors import PluginError
+from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["replica_sizes", "training_backend"]
 

@@ -1,4 +1,4 @@
-"""`load_config` and `finalize`: from what was written to what a run uses."""
+"""`load_config` and `finalize`: turn files, mappings and overrides into the configuration of a run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_rl_core.config._types import default_of, fields_of
 from nemo_rl_core.config.checks import check_tree
 from nemo_rl_core.config.components import Resolver, default_resolver, find, resolve_tree
 from nemo_rl_core.config.filling import filled
 from nemo_rl_core.config.layers import Layer, Overrides, override_layers, read_file, read_mapping
 from nemo_rl_core.config.merge import merge_layers
-from nemo_rl_core.config.mistakes import InvalidConfig, Key, Mistake, locate, suggest
-from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.config.structure import structure, structure_partially
 from nemo_rl_core.config.user_code import explain_user_code
 from nemo_rl_core.errors import ConfigError, PluginError, PluginNotFound
+from nemo_rl_core.schema import RunConfig
+from nemo_rl_core.schema.fields import default_of, fields_of
+from nemo_rl_core.schema.mistakes import InvalidConfig, Key, Mistake, locate, suggest
 
 __all__ = ["Source", "finalize", "load_config"]
 

@@ -1,4 +1,4 @@
-"""Layers into one tree: mappings merge, everything else is replaced, and positions follow their values.
+"""Merging of layers into one tree: mappings merge, other values are replaced, positions follow their values.
 
 Three rules keep a later layer from tripping over an earlier one. Choosing another component drops the options
 of the one chosen before. Setting a shorthand (`model`) drops the long form (`policy.model_name`) of earlier
@@ -12,13 +12,13 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config._types import config_class_of, fields_of, same, shorthands
-from nemo_rl_core.config._yaml import Positions
 from nemo_rl_core.config.filling import DERIVED, filled, value_at
+from nemo_rl_core.config.formats._yaml import Positions
 from nemo_rl_core.config.layers import Layer
-from nemo_rl_core.config.mistakes import Key, Mistake, path_of
-from nemo_rl_core.config.schema import ComponentChoice
 from nemo_rl_core.config.structure import structure, without
+from nemo_rl_core.schema import ComponentChoice
+from nemo_rl_core.schema.fields import config_class_of, fields_of, same, shorthands
+from nemo_rl_core.schema.mistakes import Key, Mistake, path_of
 
 __all__ = ["merge_layers"]
 

@@ -1,4 +1,4 @@
-"""Plain data into attrs classes, strictly: nothing is coerced, and every mistake is reported.
+"""Strict conversion of plain data into attrs classes: coerces nothing and reports every mistake.
 
 The conversion is a cattrs converter whose hooks raise `Refused`, which carries a mistake for every value
 that does not fit; `structure` turns a tree into an object and those mistakes.
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import attrs
 
-from nemo_rl_core.config._types import alternatives, default_of, fields_of, type_name
-from nemo_rl_core.config.mistakes import Key, Mistake, suggest
-from nemo_rl_core.config.schema import ComponentChoice
-from nemo_rl_core.config.validators import choices, limits
 from nemo_rl_core.errors import NemoRLError
+from nemo_rl_core.schema import ComponentChoice
+from nemo_rl_core.schema.fields import alternatives, default_of, fields_of, type_name
+from nemo_rl_core.schema.mistakes import Key, Mistake, suggest
+from nemo_rl_core.schema.validators import choices, limits
 
 if TYPE_CHECKING:
     from cattrs import Converter
@@ -374,7 +374,7 @@ def _annotate(m: Mistake, cls: Any, f: attrs.Attribute[Any]) -> Mistake:
     """Add what the field allows, if the mistake is in this very field."""
     if len(m.keys) != 1 or m.allowed is not None:
         return m
-    from nemo_rl_core.config.docs import field_docs
+    from nemo_rl_core.schema.field_docs import field_docs
 
     doc = first_sentence(field_docs(cls).get(f.name, ""))
     allowed = allowed_values(f)

@@ -1,4 +1,4 @@
-"""Configurations to start from, which the package of an algorithm brings along.
+"""Configurations to start from, which the package of an algorithm ships.
 
 A package keeps them in `templates/<algorithm>/<name>.yaml` beside its modules; comments at the top of the file say
 what it is for. Finding them imports nothing.
@@ -66,19 +66,19 @@ def config_template(algorithm: str, name: str | None = None) -> Template:
         PluginError: There is no such algorithm.
         ConfigError: It has no template of this name; says which it has.
     """
-    found = {template.name: template for template in config_templates(algorithm)}
-    if not found:
+    by_name = {template.name: template for template in config_templates(algorithm)}
+    if not by_name:
         raise ConfigError(
             f"The package of the algorithm {algorithm!r} brings no templates. `nemo-rl config schema --algorithm "
             f"{algorithm}` describes its configuration."
         )
     if name is None:
-        return found.get(DEFAULT_TEMPLATE) or next(iter(found.values()))
-    if name not in found:
-        close = get_close_matches(name, found, n=1)
-        fix = f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(found)}."
+        return by_name.get(DEFAULT_TEMPLATE) or next(iter(by_name.values()))
+    if name not in by_name:
+        close = get_close_matches(name, by_name, n=1)
+        fix = f"Did you mean {close[0]!r}?" if close else f"It has: {', '.join(by_name)}."
         raise ConfigError(f"The algorithm {algorithm!r} has no template {name!r}. {fix}")
-    return found[name]
+    return by_name[name]
 
 
 def _of(ref: ComponentRef) -> list[Template]:

@@ -1,4 +1,4 @@
-"""A name that only a script or notebook registers, asked for where that code has not run."""
+"""Advice for a name that only a script or notebook registers, used where that code has not run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config.mistakes import Mistake
 from nemo_rl_core.errors import PluginError
+from nemo_rl_core.schema.mistakes import Mistake
 
 __all__ = ["explain_user_code"]
 

@@ -1,1 +1,1 @@
-"""Ragged batches, packing, message logs and the data module."""
+"""Data of a run: rows, prompts, chat to tokens, and their order."""

@@ -1,4 +1,4 @@
-"""From a conversation to pieces of text, each trained or not.
+"""Splitting of conversations into pieces of text, each trained or not.
 
 What belongs to an assistant turn is found by comparing renderings: the conversation before it with the
 generation prompt, the conversation up to its end, and the whole. So any chat template will do, and what
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from attrs import frozen
 
 from nemo_rl_core.data.message_log import apply_template
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.models.tokenizer import Tokenizer
 
 __all__ = ["ConversationSplitter", "Piece", "TrainOn"]
 

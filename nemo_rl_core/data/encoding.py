@@ -1,4 +1,4 @@
-"""Conversations to token ids with a loss mask, each tokenised once."""
+"""Encoding of conversations as token ids with a loss mask; each text is tokenised once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.conversation import ConversationSplitter, TrainOn
 from nemo_rl_core.data.tokenization import tokenize_pieces
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.models.tokenizer import Tokenizer
+from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["ConversationEncoder"]
 
@@ -71,12 +71,12 @@ class ConversationEncoder:
         keys = [json.dumps(messages, default=repr) for messages in conversations]
         missing = {key: c for key, c in zip(keys, conversations, strict=True) if key not in self._cache}
         texts = tokenize_pieces(self._tokenizer, [self._splitter.split(c) for c in missing.values()])
-        found: dict[str, Tensor] = {}
+        encoded: dict[str, Tensor] = {}
         for key, text in zip(missing, texts, strict=True):
             if not text.token_ids:
                 raise DataError(f"A row has no token at all: {key[:200]}. Remove it, or give it content.")
-            found[key] = torch.tensor([text.token_ids, text.trained], dtype=torch.int64)
+            encoded[key] = torch.tensor([text.token_ids, text.trained], dtype=torch.int64)
             if self._num_cached_tokens + len(text.token_ids) <= _MAX_CACHED_TOKENS:
-                self._cache[key] = found[key]
+                self._cache[key] = encoded[key]
                 self._num_cached_tokens += len(text.token_ids)
-        return [found[key] if key in found else self._cache[key] for key in keys]
+        return [encoded[key] if key in encoded else self._cache[key] for key in keys]

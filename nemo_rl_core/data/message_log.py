@@ -1,4 +1,4 @@
-"""From messages to tokens and on: the prompt of an episode, and what each further turn appends.
+"""Token ids of an episode: its prompt, and the tokens that each further turn appends.
 
 Sampled tokens are never re-tokenised. The text that a chat template puts around them (turn closings, the
 answers of an environment, the next generation prompt) is found by comparing two renderings and is
@@ -14,9 +14,9 @@ from typing import Any
 
 from attrs import frozen
 
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.environment import Message
+from nemo_rl_core.models.tokenizer import Tokenizer
+from nemo_rl_core.records.message import Message
 
 __all__ = ["ChatFormatter", "Extension", "apply_template"]
 
@@ -25,7 +25,7 @@ _CACHE_SIZE = 2048
 
 @frozen
 class Extension:
-    """What follows a sampled turn."""
+    """Continuation after a sampled turn."""
 
     token_ids: list[int]
     """Tokens to append after the sampled ones; for a fork, the whole new prompt."""
@@ -65,19 +65,19 @@ class ChatFormatter:
         if not tools:
             return self
         key = json.dumps(tools, sort_keys=True, default=repr)
-        found = self._with_tools.get(key)
-        if found is None:
-            found = ChatFormatter(
+        formatter = self._with_tools.get(key)
+        if formatter is None:
+            formatter = ChatFormatter(
                 self.tokenizer, chat_template_kwargs={**self._template_kwargs, "tools": [dict(t) for t in tools]}
             )
             probe: list[Message] = [{"role": "user", "content": "x"}]
-            if self.tokenizer.chat_template is None or found._render(probe) == self._render(probe):
+            if self.tokenizer.chat_template is None or formatter._render(probe) == self._render(probe):
                 raise DataError(
                     "The chat template does not render tools, so the policy would not see them. Choose a model whose "
                     "template does, give a template as data.chat_template, or describe the tools in a message."
                 )
-            _remember(self._with_tools, key, found)
-        return found
+            _remember(self._with_tools, key, formatter)
+        return formatter
 
     def initial(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, the generation prompt included.
@@ -86,16 +86,16 @@ class ChatFormatter:
             DataError: The template refuses these messages.
         """
         key = _key(messages)
-        found = self._prompts.get(key)
-        if found is None:
-            found = tuple(self._tokenize_prompt(messages))
-            _remember(self._prompts, key, found)
-        return list(found)
+        token_ids = self._prompts.get(key)
+        if token_ids is None:
+            token_ids = tuple(self._tokenize_prompt(messages))
+            _remember(self._prompts, key, token_ids)
+        return list(token_ids)
 
     def extend(
         self, messages_before: Sequence[Message], prompt_ids_so_far: Sequence[int], new_messages: Sequence[Message]
     ) -> Extension:
-        """What to append after the policy's last message so that it can speak again.
+        """Return the tokens to append after the policy's last message, for its next turn.
 
         The text in which the policy's last message was sampled, followed by that message, must open the
         new rendering, up to white space that a template strips; else the sequence forks.
@@ -154,11 +154,11 @@ class ChatFormatter:
         )
 
     def _encode(self, text: str) -> list[int]:
-        found = self._pieces.get(text)
-        if found is None:
-            found = tuple(self.tokenizer.encode(text, add_special_tokens=False))
-            _remember(self._pieces, text, found)
-        return list(found)
+        token_ids = self._pieces.get(text)
+        if token_ids is None:
+            token_ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            _remember(self._pieces, text, token_ids)
+        return list(token_ids)
 
 
 def apply_template(

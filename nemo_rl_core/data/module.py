@@ -1,4 +1,4 @@
-"""The data module: the single way by which a run gets its rows, in an order that survives a restart."""
+"""The data module: delivers the rows of a run in an order that survives a restart."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from attrs import evolve
 
-from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.order import FormattedRows, StreamOrder, TableOrder, TaskItem
 from nemo_rl_core.data.prompts import RowFormat
 from nemo_rl_core.data.sources import RowStream, load_rows
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.schema import DataConfig, DatasetConfig
 
 __all__ = ["DataModule", "TaskItem"]
 
@@ -79,11 +79,10 @@ class DataModule:
 
     # -- training ---------------------------------------------------------------------------------
 
-    def next(self, num: int) -> list[TaskItem]:
-        """The next `num` rows of the run.
+    def next(self, num: int) -> list[TaskItem] | None:
+        """The next `num` rows of the run; None if fewer are left before the end of the last epoch (they are dropped).
 
         Raises:
-            StopIteration: Fewer than `num` are left before the end of the last epoch; they are dropped.
             DataError: All epochs together are smaller than one batch, or a row cannot be used.
         """
         total = self.total_items
@@ -95,7 +94,7 @@ class DataModule:
         if total is not None and total - self._delivered < num:
             if total > self._delivered:
                 _log.info("%d rows at the end of the data do not fill a batch of %d", total - self._delivered, num)
-            raise StopIteration
+            return None
         iterator = self._started()
         if total is None:
             self._before_end = self._loader.state_dict()
@@ -103,7 +102,12 @@ class DataModule:
         if len(items) < num:
             if self._delivered == 0:
                 raise DataError(f"One step takes {num} rows, but {self._train.name} has {len(items)} in all.")
-            raise StopIteration
+            if total is not None:  # a row raised StopIteration, which must not pass for the end
+                raise DataError(
+                    f"{self._train.name} ended after {self._delivered + len(items)} of its {total} rows. Its __len__ "
+                    "says more than it gives, or its __getitem__ raises StopIteration."
+                )
+            return None
         self._before_end = None
         self._delivered += num
         return items
@@ -126,7 +130,7 @@ class DataModule:
         return None if size is None else size // num
 
     def total_steps(self, num: int) -> int | None:
-        """Batches of `num` before `next` raises StopIteration; None if unknown or without end."""
+        """Batches of `num` before `next` returns None; None if unknown or without end."""
         return None if self.total_items is None else self.total_items // num
 
     # -- validation -------------------------------------------------------------------------------
@@ -143,11 +147,11 @@ class DataModule:
         rows = self._set("validation")
         if isinstance(rows.rows, RowStream):
             stream, _ = rows.rows.start(0)
-            found = enumerate(islice(stream, limit))
+            numbered = enumerate(islice(stream, limit))
         else:
             count = len(rows.rows) if limit is None else min(limit, len(rows.rows))
-            found = enumerate(rows.rows[i] for i in range(count))
-        items = [rows.item(index=i, epoch=0, row_index=i, row=row) for i, row in found]
+            numbered = enumerate(rows.rows[i] for i in range(count))
+        items = [rows.item(index=i, epoch=0, row_index=i, row=row) for i, row in numbered]
         if not items:
             raise DataError(f"{rows.name} is empty: there is nothing to validate on.")
         return items
@@ -155,7 +159,7 @@ class DataModule:
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands in its data; plain values that JSON can hold."""
+        """Position of the run in its data, as plain values that JSON can hold."""
         self._started()
         return {
             "version": _VERSION,

@@ -1,4 +1,4 @@
-"""The order in which rows are delivered: epoch after epoch, restorable at any row."""
+"""Order of rows: epoch after epoch, restorable at any row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TaskItem:
     index: int
     """Running number over the run, from 0: the order in which groups are trained."""
     epoch: int
-    """How often the data had been seen before, from 0."""
+    """Number of the epoch, from 0."""
     row_index: int
     """Position of the row in its source (in its stream, counted from the start of the epoch)."""
     task_id: str
@@ -157,9 +157,9 @@ class _StreamIterator:
 
     def __next__(self) -> TaskItem:
         rows = self._current or self._open()
-        while (found := next(rows, None)) is None:
+        while (numbered := next(rows, None)) is None:
             rows = self._next_epoch()
-        row_index, row = found
+        row_index, row = numbered
         item = self._order.rows.item(index=self._index, epoch=self._epoch, row_index=row_index, row=row)
         self._index += 1
         self._position += 1

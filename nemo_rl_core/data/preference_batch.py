@@ -1,4 +1,4 @@
-"""Pairs of answers as batches, and where in a batch the two of each pair stand.
+"""Batches of preference pairs, and the positions of the two answers of each pair.
 
 Legend: P pairs, B = 2 P sequences, N tokens.
 """
@@ -11,10 +11,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.encoding import ConversationEncoder
 from nemo_rl_core.data.preferences import PreferencePair
 from nemo_rl_core.errors import ShapeMismatch
+from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = ["pair_positions", "preference_batch"]
 

@@ -17,7 +17,7 @@ from typing import Any
 from attrs import frozen
 
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.environment import Message
+from nemo_rl_core.records.message import Message
 
 __all__ = ["LabelledAnswer", "PreferencePair", "labelled_answers", "preference_pair"]
 
@@ -143,11 +143,13 @@ def _two_responses(row: Mapping[str, Any], where: str) -> PreferencePair:
 
 
 def _ranked(row: Mapping[str, Any], where: str) -> PreferencePair:
-    prompt, found = _prompt(row, where), row["completions"]
-    if isinstance(found, str | Mapping) or not isinstance(found, Sequence) or len(found) < 2:
-        raise DataError(f"The column `completions` of {where} must list two or more answers; it holds {found!r:.60}.")
+    prompt, completions = _prompt(row, where), row["completions"]
+    if isinstance(completions, str | Mapping) or not isinstance(completions, Sequence) or len(completions) < 2:
+        raise DataError(
+            f"The column `completions` of {where} must list two or more answers; it holds {completions!r:.60}."
+        )
     places: list[tuple[float, int]] = []
-    for index, item in enumerate(found):
+    for index, item in enumerate(completions):
         at = f"completion {index} of {where}"
         if not isinstance(item, Mapping) or not any(name in item for name in _ANSWERS):
             raise DataError(f"{_sentence(at)} is {item!r:.60}; it needs `completion` and `rank` or `score`.")
@@ -156,7 +158,7 @@ def _ranked(row: Mapping[str, Any], where: str) -> PreferencePair:
             raise DataError(f"{_sentence(at)} has neither a `rank` (0 is best) nor a `score` (the highest is best).")
         places.append((rank if rank is not None else -(score or 0.0), index))
     (best, first), (worst, last) = min(places), max(places)
-    answers = [next(item[name] for name in _ANSWERS if name in item) for item in found]
+    answers = [next(item[name] for name in _ANSWERS if name in item) for item in completions]
     return PreferencePair(
         prompt=prompt,
         chosen=_answer(answers[first], prompt, "completions", where),

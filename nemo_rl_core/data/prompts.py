@@ -1,4 +1,4 @@
-"""From a row of a dataset to what is asked: column mapping, templates, chat and NeMo Gym rows.
+"""Conversion of rows to prompts: column mapping, templates, chat and NeMo Gym rows.
 
 For rollouts a row becomes a *task* (`prompt` plus the row's own columns); for supervised data it becomes
 an *example* (the same, with its answer still in it) that `sft_messages` reads as a conversation.
@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from attrs import Factory, field, frozen
 
-from nemo_rl_core.config.schema import DatasetConfig
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.environment import Message
+from nemo_rl_core.records.message import Message
+from nemo_rl_core.schema import DatasetConfig
 
 __all__ = ["RowFormat", "gym_messages", "sft_messages"]
 
@@ -30,7 +30,7 @@ _RESPONSE_NAMES = ("response", "completion", "output", "answer")
 
 @frozen(kw_only=True)
 class RowFormat:
-    """How a row becomes a task or an example; made from a `DatasetConfig`."""
+    """Converts rows to tasks or examples; made from a `DatasetConfig`."""
 
     columns: Mapping[str, str] = Factory(dict)
     """Our name to the column's name in the data."""
@@ -157,15 +157,15 @@ class RowFormat:
         return messages
 
     def _guessed_prompt(self, task: Mapping[str, Any], where: str) -> str | list[Message]:
-        found = [name for name in _PROMPT_NAMES if name in task]
-        if len(found) == 1:
-            _log.debug("taking column %r of %s as the prompt", found[0], self.source)
-            return self._prompt(task[found[0]], where)
+        columns = [name for name in _PROMPT_NAMES if name in task]
+        if len(columns) == 1:
+            _log.debug("taking column %r of %s as the prompt", columns[0], self.source)
+            return self._prompt(task[columns[0]], where)
         raise DataError(
             f"{_at(where, self.source)} has no column 'prompt'"
-            + (f", and {_quoted(found)} could each be it" if found else "")
+            + (f", and {_quoted(columns)} could each be it" if columns else "")
             + f". It has: {_names(task)}. Name the column, as in `columns: {{prompt: "
-            f"{found[0] if found else next(iter(task), 'question')}}}`, or give a `prompt_template`."
+            f"{columns[0] if columns else next(iter(task), 'question')}}}`, or give a `prompt_template`."
         )
 
     def _with_system(self, prompt: str | Sequence[Message]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""From what a user calls a dataset to its rows: components by name, files and hub names, rows in Python."""
+"""Loading of rows from whatever a user names: a component, a file, a hub name, or rows in Python."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import attrs
 from attrs import define, frozen
 
-from nemo_rl_core.config.mistakes import InvalidConfig, suggest
-from nemo_rl_core.config.schema import DatasetConfig
 from nemo_rl_core.config.structure import structure
 from nemo_rl_core.errors import DataError, NemoRLError, PluginError
-from nemo_rl_core.registry import PluginCall
+from nemo_rl_core.registry import PluginCall, comes_from_outside, contained, text_of
+from nemo_rl_core.schema import DatasetConfig
+from nemo_rl_core.schema.mistakes import InvalidConfig, suggest
 
 __all__ = ["LoadedRows", "RowStream", "TableRows", "load_rows"]
 
@@ -29,7 +29,7 @@ class TableRows:
     rows: Any
     """Has `__len__` and `__getitem__(int)`."""
     name: str
-    """What the data is called in messages."""
+    """Name of the data in messages."""
 
     @property
     def ordered(self) -> bool:
@@ -74,10 +74,11 @@ class RowStream:
                 "function that makes it (without calling it), or set max_epochs to 1."
             )
         self.opened = True
-        rows = self.open()
-        if hasattr(rows, "set_epoch"):
-            rows.set_epoch(epoch)
-        return self._guarded(iter(rows)), rows
+        with contained(_KIND, self.open, "call"):  # a StopIteration here is not the end of the data
+            rows = self.open()
+            if hasattr(rows, "set_epoch"):
+                rows.set_epoch(epoch)
+            return self._guarded(iter(rows)), rows
 
     def _guarded(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         number = 0
@@ -88,8 +89,11 @@ class RowStream:
                 return
             except NemoRLError:
                 raise
-            except Exception as e:
-                raise DataError(f"Row {number} of {self.name} cannot be read: {type(e).__name__}: {e}") from e
+            except BaseException as e:
+                if comes_from_outside(e):
+                    raise
+                text = f"{type(e).__name__}: {text_of(e)}"
+                raise DataError(f"Row {number} of {self.name} cannot be read: {text}") from e
             yield row
             number += 1
 

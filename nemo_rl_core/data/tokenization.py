@@ -1,4 +1,4 @@
-"""From pieces of text to token ids with a mask, many conversations at a time."""
+"""Tokenisation of pieces of text with a mask, many conversations at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from attrs import frozen
 
 from nemo_rl_core.data.conversation import Piece
-from nemo_rl_core.data.tokenizer import Tokenizer
+from nemo_rl_core.models.tokenizer import Tokenizer
 
 __all__ = ["TokenizedText", "tokenize_pieces"]
 
@@ -77,9 +77,9 @@ def _by_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> TokenizedText:
     for number, piece in enumerate(pieces):
         # Without a template the prompt gets what the tokenizer puts in front, as it does for rollouts.
         special = number == 0 and tokenizer.chat_template is None
-        found = list(tokenizer.encode(piece.text, add_special_tokens=special))
+        piece_ids = list(tokenizer.encode(piece.text, add_special_tokens=special))
         if piece.ends_turn and tokenizer.eos_token_id is not None:
-            found.append(tokenizer.eos_token_id)
-        token_ids += found
-        trained += [piece.trained] * len(found)
+            piece_ids.append(tokenizer.eos_token_id)
+        token_ids += piece_ids
+        trained += [piece.trained] * len(piece_ids)
     return TokenizedText(token_ids, trained)

@@ -1,4 +1,4 @@
-"""Where workers run and how weights move: resources, the local launcher, fingerprints, weight sync.
+"""Infrastructure of a run: worker processes, engines, and the transfer of weights.
 
 Import from the modules; nothing here imports torch.
 """

@@ -1,4 +1,4 @@
-"""Low-rank adapters in PEFT's format as models: the folder of an adapter stands for its base with the adapter added."""
+"""Low-rank adapters in PEFT's format: the folder of an adapter serves as a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def _read(model_name: str) -> tuple[Path, dict[str, Any]] | None:
     if not (folder / _CONFIG).is_file() or (folder / "config.json").is_file():
         return None
     try:
-        found = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"The adapter in {folder} cannot be read: {_CONFIG}: {error}.") from error
-    return folder, found if isinstance(found, dict) else {}
+    return folder, settings if isinstance(settings, dict) else {}
 
 
 def base_of(model_name: str) -> str | None:

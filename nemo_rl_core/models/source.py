@@ -1,4 +1,4 @@
-"""Where a model name leads: a hub name, a local folder, or `scratch:` for random weights.
+"""Sources of models: a hub name, a local folder, or `scratch:` for random weights.
 
 `scratch:<name>` takes a shape shipped with the core (`scratch:qwen2-1m`), `scratch:<folder>` any folder
 with a Hugging Face `config.json`. Its weights are drawn from a seed, its tokenizer stands in the folder
@@ -20,7 +20,7 @@ from nemo_rl_core.models.adapter import add_adapter, base_of, is_classifier
 if TYPE_CHECKING:
     import torch
 
-    from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.models.tokenizer import Tokenizer
 
 __all__ = [
     "eos_token_ids",
@@ -91,11 +91,11 @@ def load_model_config(model_name: str) -> Any:
     from transformers import AutoConfig
 
     if base := base_of(model_name):
-        found = load_model_config(base)
+        model_config = load_model_config(base)
         if is_classifier(model_name):
-            names = found.architectures or ["ForCausalLM"]
-            found.architectures = [name.replace("ForCausalLM", _CLASSIFIER) for name in names]
-        return found
+            names = model_config.architectures or ["ForCausalLM"]
+            model_config.architectures = [name.replace("ForCausalLM", _CLASSIFIER) for name in names]
+        return model_config
     source = str(_scratch_folder(model_name)) if is_scratch(model_name) else model_name
     try:
         return AutoConfig.from_pretrained(source)
@@ -210,12 +210,12 @@ def eos_token_ids(model_name: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
     model_name = base_of(model_name) or model_name
-    found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    token_ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
         extra = None if is_scratch(model_name) else GenerationConfig.from_pretrained(model_name).eos_token_id
     except OSError:
         extra = None
     for token_id in [extra] if isinstance(extra, int) else (extra or []):
-        if token_id not in found:
-            found.append(token_id)
-    return tuple(found)
+        if token_id not in token_ids:
+            token_ids.append(token_id)
+    return tuple(token_ids)

@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face checkpoint while its weights come in, so that no process holds them all."""
+"""Writing of a Hugging Face checkpoint while its weights arrive, so that no process holds them all."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], model: Any, shar
 
 def _layer(name: str) -> str | None:
     """Number of the layer: a file's weights may be made of several of the model's, but of one layer's."""
-    found = _LAYER.search(name)
-    return found[1] if found else None
+    match = _LAYER.search(name)
+    return match[1] if match else None
 
 
 def _write_shard(folder: Path, shard: dict[str, Tensor], model: Any, number: int) -> Path:

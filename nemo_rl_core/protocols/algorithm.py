@@ -1,6 +1,6 @@
 """Contract of an algorithm: its config, the models it needs, its data transform and its loss.
 
-Nothing of set-up, logging, checkpoints, validation or distribution: those exist once, in the run loop.
+An algorithm does no set-up, logging, checkpointing, validation or distribution: the run loop does, for all of them.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from nemo_rl_core.protocols.loss import Loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.schema import PolicyConfig
-    from nemo_rl_core.data.batch import BatchedDataDict
-    from nemo_rl_core.data.tokenizer import Tokenizer
-    from nemo_rl_core.infra.kept import Kept
-    from nemo_rl_core.models.over_vocabulary import OutputLayer
-    from nemo_rl_core.rollouts.records import RolloutGroup
+    from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
+    from nemo_rl_core.models.tokenizer import Tokenizer
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.records.shared_value import SharedValue
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
 
 
 @frozen(kw_only=True)
 class AlgorithmContext:
-    """What the run loop lends to an algorithm."""
+    """Tools that the run loop gives to an algorithm."""
 
     tokenizer: Tokenizer
     resolve: Any
-    """`resolve(kind, choice) -> object`: build the component that a `ComponentChoice` names."""
+    """`resolve(kind, choice) -> object` builds the component that a `ComponentChoice` names."""
     max_sequence_length: int
 
 
 @frozen(kw_only=True)
 class ModelRole:
-    """A model beside the policy, run by the same training backends."""
+    """A model that the algorithm needs in addition to the policy; the same training backends run it."""
 
     config: PolicyConfig
-    """Its model, backend and budget; a `model_name` of None is the policy's."""
+    """Model, backend and token budget; a `model_name` of None means the policy's."""
     capabilities: frozenset[str] = frozenset()
-    """What the algorithm asks of its training backend beside the usual, see `TrainingBackend.capabilities`."""
+    """Capabilities that its training backend must have, see `TrainingBackend.capabilities`."""
     trained: bool = False
-    """It takes optimizer steps (a critic) and stands in the checkpoints; else it is frozen and has no optimizer."""
+    """True: it takes optimizer steps, as a critic does, and checkpoints include it. False: it is frozen and has no
+    optimizer."""
 
 
 @frozen
@@ -53,16 +54,16 @@ class Update:
     """One optimizer step of one model."""
 
     indices: Sequence[int]
-    """Sequences of the batch to train on."""
+    """Indices of the sequences to train on."""
     loss: Loss
     model: str = "policy"
     """Name in `Algorithm.models`, or "policy"."""
 
 
 class Model(Protocol):
-    """A running model as an algorithm sees it: the policy, or one of its `models`.
+    """A running model as an algorithm sees it: the policy, or one of `Algorithm.models`.
 
-    Nothing here carries a gradient.
+    No result carries a gradient.
     """
 
     def logprobs(self, batch: BatchedDataDict) -> Tensor:
@@ -70,23 +71,23 @@ class Model(Protocol):
         ...
 
     def values(self, batch: BatchedDataDict) -> Tensor:
-        """[N] float32 output of a scalar head at each token: what the critic or reward model says after it."""
+        """[N] float32 output of a scalar head at each token: a critic's value or a reward model's score after it."""
         ...
 
     def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
-        """[N, k] token ids and float32 logprobs of the k likeliest tokens in place of each token."""
+        """[N, k] token ids and [N, k] float32 logprobs of the k likeliest tokens at each position."""
         ...
 
     def hidden_states(self, batch: BatchedDataDict) -> Tensor:
-        """[N, E] what the output layer makes each token's distribution of; 0 outside `loss_mask`."""
+        """[N, E] inputs of the output layer that predict each token; 0 outside `loss_mask`."""
         ...
 
     def output_layer(self) -> OutputLayer:
-        """The output layer, at the sampling temperature, on the CPU."""
+        """Return the output layer, at the sampling temperature, on the CPU."""
         ...
 
-    def keep(self, value: Any) -> Kept:
-        """Give the workers of this model a large value once; a loss for it may hold what is returned."""
+    def keep(self, value: Any) -> SharedValue:
+        """Send a large value to the workers of this model once; a loss may hold the handle that is returned."""
         ...
 
 
@@ -94,21 +95,24 @@ class Model(Protocol):
 class Algorithm(Protocol):
     """A training method. A component of group `nemo_rl.algorithms`: `AlgorithmClass(config, context)`.
 
-    What an algorithm keeps from step to step (a moving baseline, a coefficient under control) it gives and takes
-    by two further methods, `state_dict() -> Any` and `load_state_dict(state)`; the run loop saves it with each
-    checkpoint, so that a resumed run equals an uninterrupted one. One fed with rollouts that does not learn from their
-    rewards says so by `learns_from_rewards = False`, and equal rewards are then no alarm. One that may be trained on
-    rollouts of older weights, because it corrects their importance or needs no correction, says so by
-    `takes_stale_rollouts = True` (an attribute or a property); the core refuses `rollouts.staleness` above 0 otherwise.
+    Optional members:
 
-    One that may train on either, as its settings say, has a configuration with the attribute or property `feed`, which
-    then stands for the class's (see `feed_of`). One fed with rollouts that takes the rows themselves in some steps
-    says which by `samples(step) -> bool`, step being the number of steps done; it may depend on nothing else but the
-    configuration, so that a resumed run draws the same. `build_batch` then gets rows, and nothing is sampled.
+    - `state_dict() -> Any` and `load_state_dict(state)`: state that lasts from step to step, such as a moving baseline.
+      The run loop saves it with each checkpoint, so that a resumed run equals an uninterrupted one.
+    - `learns_from_rewards = False`: the algorithm uses rollouts but not their rewards. Equal rewards then raise no
+      alarm.
+    - `takes_stale_rollouts = True` (attribute or property): the algorithm may be trained on rollouts of older weights,
+      because it corrects their importance or needs no correction. Without it the core refuses `rollouts.staleness`
+      above 0.
+    - `samples(step) -> bool`, for feed "rollouts": False for a step that trains on rows instead. `build_batch` then
+      gets rows, and nothing is sampled. `step` counts the steps done. The answer may depend on the step and the
+      configuration only, so that a resumed run decides alike.
+    - `feed` of the configuration (attribute or property): overrides the class's `feed` if the settings decide, see
+      `feed_of`.
 
     Attributes:
-        config_class: Root configuration class (a `RunConfig`) that `algorithm: <name>` picks.
-        feed: "rollouts": each step consumes groups sampled by the policy; "examples": rows of a dataset.
+        config_class: Root configuration class (a `RunConfig`) that `algorithm: <name>` selects.
+        feed: "rollouts" if each step takes groups sampled by the policy, "examples" if it takes rows of a dataset.
         loss: The objective of the policy.
     """
 
@@ -118,63 +122,64 @@ class Algorithm(Protocol):
 
     @property
     def models(self) -> Mapping[str, ModelRole]:
-        """Models needed beside the policy, by role ("reference", "critic", "teacher", ...)."""
+        """Models needed in addition to the policy, by role ("reference", "critic", "teacher", ...)."""
         ...
 
     @property
     def required_fields(self) -> frozenset[str]:
         """Fields that `fill_batch` adds by a forward pass.
 
-        Of "logprobs" (the policy before this step's update) and "ref_logprobs" (the role "reference").
+        Either or both of "logprobs" (the policy before this step's update) and "ref_logprobs" (the role "reference").
         """
         ...
 
     def keep_group(self, group: RolloutGroup) -> bool:
-        """Whether a group may be trained on; the loop samples others in place of those refused."""
+        """Return whether a group may be trained on; the loop samples others in place of refused ones."""
         ...
 
     def build_batch(self, items: Sequence[Any]) -> BatchedDataDict:
         """Turn rollout groups (feed "rollouts") or rows (feed "examples") into one global batch.
 
-        At least `input_ids`, `loss_mask`; for rollouts also `rollout_logprobs, rewards, group_ids`.
+        The batch has at least `input_ids` and `loss_mask`; for rollouts also `rollout_logprobs`, `rewards` and
+        `group_ids`.
         """
         ...
 
     def fill_batch(self, batch: BatchedDataDict, models: Mapping[str, Model]) -> None:
-        """Add what only a forward pass can tell, in place.
+        """Add the fields that need a forward pass, in place.
 
         Args:
-            batch: From `build_batch`.
-            models: "policy", and those of `models`.
+            batch: The batch that `build_batch` returned.
+            models: The policy under "policy", and each of `models` under its role.
         """
         ...
 
     def finish_batch(self, batch: BatchedDataDict) -> Mapping[str, float]:
-        """Add what follows from the fields (advantages), in place; return metrics of the batch."""
+        """Add fields that are computed from others, such as advantages, in place; return metrics of the batch."""
         ...
 
     def minibatches(self, batch: BatchedDataDict) -> Sequence[Sequence[int]]:
-        """Sequence indices of each optimizer step of this batch, in order; one step by default."""
+        """Return the sequence indices of each optimizer step, in order; one step for the whole batch by default."""
         ...
 
     def updates(self, batch: BatchedDataDict) -> Sequence[Update]:
-        """Every optimizer step of this batch, of whichever model, in order; by default `minibatches` of the policy."""
+        """Return every optimizer step of this batch, of any model, in order; by default the policy on `minibatches`."""
         ...
 
 
 def feed_of(algorithm: Any, config: Any) -> Literal["rollouts", "examples"]:
-    """What a run with this configuration is fed with.
+    """Return whether a run with this configuration trains on rollouts or on examples.
 
     Args:
-        algorithm: The class.
-        config: Of its `config_class`.
+        algorithm: The algorithm class.
+        config: An object of its `config_class`.
     """
     feed: Literal["rollouts", "examples"] = getattr(config, "feed", None) or algorithm.feed
     return feed
 
 
 class BaseAlgorithm:
-    """Defaults for an algorithm without other models or filters."""
+    """Base class with defaults for an algorithm without other models or filters."""
 
     config_class: ClassVar[type]
     feed: ClassVar[Literal["rollouts", "examples"]] = "rollouts"
@@ -186,12 +191,12 @@ class BaseAlgorithm:
 
     @property
     def models(self) -> Mapping[str, ModelRole]:
-        """None beside the policy."""
+        """No model but the policy."""
         return {}
 
     @property
     def required_fields(self) -> frozenset[str]:
-        """None."""
+        """No fields."""
         return frozenset()
 
     def keep_group(self, group: RolloutGroup) -> bool:
@@ -202,7 +207,7 @@ class BaseAlgorithm:
         """Add `required_fields`.
 
         Raises:
-            ConfigError: "ref_logprobs" is required and there is no role "reference".
+            ConfigError: "ref_logprobs" is required but there is no role "reference".
         """
         required = self.required_fields
         if "logprobs" in required:
@@ -213,13 +218,13 @@ class BaseAlgorithm:
             batch.set_tokens("ref_logprobs", models["reference"].logprobs(batch))
 
     def finish_batch(self, batch: BatchedDataDict) -> Mapping[str, float]:
-        """Nothing to add."""
+        """Add nothing and report no metrics."""
         return {}
 
     def minibatches(self, batch: BatchedDataDict) -> Sequence[Sequence[int]]:
-        """The whole batch in one optimizer step."""
+        """Take the whole batch in one optimizer step."""
         return [range(len(batch))]
 
     def updates(self, batch: BatchedDataDict) -> Sequence[Update]:
-        """The policy on each minibatch."""
+        """Train the policy on each minibatch."""
         return [Update(indices, self.loss) for indices in self.minibatches(batch)]

@@ -1,4 +1,4 @@
-"""Contract of a dataset source."""
+"""Contract of a dataset source: where rows come from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Rows(Protocol):
 class DatasetSource(Protocol):
     """Loads rows. A component of group `nemo_rl.datasets`: a class called with its config.
 
-    A plain function `f(**options) -> rows` registered by `@register_dataset` serves as well.
+    A plain function `f(**options) -> rows` registered by `@register_dataset` works as well.
 
-    A class may have a class method `accepts(source: str) -> bool`. It is asked, without touching the
-    network, when a user names a file, folder or hub name instead of a component; the class that says yes
-    gets that text as its option `path`. Rows may carry `ordered = True`: they are then never shuffled.
+    A class may have a class method `accepts(source: str) -> bool`. It is called when a user gives a file,
+    folder or hub name instead of a component, and must not use the network. The class that returns True
+    gets that text as its option `path`. Rows with the attribute `ordered = True` are never shuffled.
 
     Attributes:
         config_class: attrs class of the source's options.
@@ -34,12 +34,12 @@ class DatasetSource(Protocol):
     config_class: ClassVar[type]
 
     def load(self) -> Any:
-        """The rows: `Rows`, or an iterable of mappings.
+        """Load the rows: `Rows`, or an iterable of mappings.
 
-        An iterable is streamed in order; it is resumed by skipping, or by `state_dict`/`load_state_dict` if it
-        has them.
+        An iterable is streamed in order. A resumed run calls its `load_state_dict` if it has `state_dict` and
+        `load_state_dict`, and skips rows otherwise.
 
         Raises:
-            DataError: A file is missing, unreadable or truncated; names file and line.
+            DataError: A file is missing, unreadable or truncated; the message names file and line.
         """
         ...

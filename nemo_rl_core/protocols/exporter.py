@@ -1,4 +1,4 @@
-"""Contract of an exporter: takes a trained policy to another format or another place."""
+"""Contract of an exporter: writes a trained policy in another format or to another place."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ __all__ = ["ExportReport", "Exporter"]
 
 @frozen(kw_only=True)
 class ExportReport:
-    """What an export made."""
+    """Result of an export."""
 
     location: str
-    """Where the export is: a path, or an address such as a hub's."""
+    """Path or address of the export."""
     files: tuple[str, ...] = ()
-    """Names of its files below `location`, sorted."""
+    """Sorted names of the files below `location`."""
     num_bytes: int = 0
-    """Bytes of these files."""
+    """Size of these files together."""
 
 
 @runtime_checkable
 class Exporter(Protocol):
-    """Writes a policy elsewhere. A component of group `nemo_rl.exporters`, made with its config.
+    """Exports a trained policy. A component of group `nemo_rl.exporters`, created with its config.
 
-    The source is a folder in the format of Hugging Face: `config.json`, weights in `*.safetensors` (with
-    `model.safetensors.index.json` if there are several), the tokenizer's files. It is only read.
+    The source is a folder in Hugging Face format: `config.json`, weights in `*.safetensors` (with
+    `model.safetensors.index.json` if there are several), the tokenizer's files. An exporter only reads it.
 
-    An export is whole or is not there: write beside the target and rename, or upload and then publish. Exporting
-    again to the same target replaces what is there by the same.
+    An export is complete or absent: write beside the target and rename, or upload and then publish. Exporting
+    again to the same target replaces the export by an equal one.
 
     Attributes:
         config_class: attrs class of the exporter's options.
@@ -39,10 +39,10 @@ class Exporter(Protocol):
     config_class: ClassVar[type]
 
     def export(self, model_dir: Path, target: str | Path) -> ExportReport:
-        """Export the model in `model_dir` to `target`, whose missing parent folders are made.
+        """Export the model in `model_dir` to `target`, creating missing parent folders.
 
         Raises:
-            CheckpointError: The source is not a whole model, or the target cannot be written. Names the file, and
-                leaves what was at the target before as it was.
+            CheckpointError: The source is not a complete model, or the target cannot be written. The message names the
+                file, and the previous content of the target is unchanged.
         """
         ...

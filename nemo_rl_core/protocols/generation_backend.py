@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from attrs import field, frozen
+
+from nemo_rl_core.records.completion import Completion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
 
-__all__ = ["Completion", "FinishReason", "GenerationBackend", "GenerationRequest", "SamplingParams"]
-
-FinishReason = Literal["stop", "length", "abort"]
-"""stop: an end token or a stop string; length: max_new_tokens or the context was full; abort: cut off."""
+__all__ = ["GenerationBackend", "GenerationRequest", "SamplingParams"]
 
 
 @frozen(kw_only=True)
 class SamplingParams:
-    """How the next token is drawn."""
+    """Settings for drawing the next token."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divisor of the logits; 0 takes the most likely token."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with at least this probability."""
+    """Sample from the smallest set of tokens whose probabilities add up to at least this."""
     top_k: int = 0
-    """Sample from the k most likely tokens; 0 is no limit."""
+    """Sample from this many most likely tokens; 0 means no limit."""
     stop: tuple[str, ...] = ()
-    """Generation ends when the text of the completion contains one of these; the tokens up to and
-    including the one that completes it are kept."""
+    """Texts that end the completion as soon as it contains one; the completion keeps the tokens up to and
+    including the one that completes the text."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the completion, kept as its last token. The model's end-of-sequence ids are
-    added by the engine unless `ignore_eos`."""
+    """Token ids that end the completion, which keeps them as its last token. The engine adds the model's
+    end-of-sequence ids unless `ignore_eos`."""
     ignore_eos: bool = False
     seed: int | None = None
-    """Equal seed, prompt, weights and sampling give equal tokens, whatever else is in flight
-    (up to floating-point differences between batch shapes)."""
+    """Seed of this completion. Equal seed, prompt, weights and sampling give equal tokens, whatever else is in
+    flight (up to floating-point differences between batch shapes)."""
 
 
 @frozen(kw_only=True)
@@ -50,47 +49,28 @@ class GenerationRequest:
     prompt_ids: Sequence[int]
     sampling: SamplingParams = field(factory=SamplingParams)
     order: tuple[int, ...] = ()
-    """Waiting requests enter the batch in this order (then by arrival), so that a run is reproducible."""
-
-
-@frozen(kw_only=True)
-class Completion:
-    """One sampled continuation."""
-
-    request_id: str
-    token_ids: list[int]
-    """Sampled tokens, the end or stop token included."""
-    logprobs: list[float]
-    """Natural log of each token's probability under the distribution it was drawn from (after
-    temperature, top-k and top-p; with temperature 0, under the untempered distribution)."""
-    finish_reason: FinishReason
-    stop_reason: str | int | None = None
-    """The stop string or token id that ended it."""
-    weight_version: int = 0
-    """Version of the weights that sampled the first token; a later one is in `last_weight_version`."""
-    last_weight_version: int = 0
-    text: str | None = None
-    """Decoded text without special tokens if the engine has it; the rollout engine decodes otherwise."""
+    """Sort key by which waiting requests enter the batch (then by arrival), so that a run is reproducible."""
 
 
 @runtime_checkable
 class GenerationBackend(Protocol):
     """Samples completions. A component of group `nemo_rl.generation_backends`.
 
-    Made without arguments and then `setup`. `generate` is called concurrently from one event loop, many
-    calls at a time; all of them share one continuous batch. Sub-classing this protocol gives the defaults.
+    The core creates the object without arguments and then calls `setup`. It calls `generate` concurrently from one
+    event loop, many calls at a time; all of them share one continuous batch. Subclass this protocol to inherit the
+    defaults.
 
     Attributes:
         config_class: attrs class of `generation.options` for this backend.
-        capabilities: Of "share_weights" (may alias the trainer's tensors), "in_flight_updates",
+        capabilities: Any of "share_weights" (the engine may alias the trainer's tensors), "in_flight_updates",
             "prefix_sharing", "sleep".
-        devices_per_worker: Function of the `GenerationConfig` (a static method): devices that one engine takes for its
-            own tensor and pipeline parallelism. May be left out: then 1.
-        start_timeout_s: Function of the `GenerationConfig` (a static method): seconds that `setup` may take, where the
-            launcher's deadline is shorter. May be left out.
-        check_installed: Function of the `GenerationConfig` (a static method): raises `MissingExtra` if what the engine
-            needs is not installed here. Called before a model is loaded, where the engine will run in this
-            installation. May be left out.
+        devices_per_worker: Optional static method that takes the `GenerationConfig` and returns the number of devices
+            of one engine, for its own tensor and pipeline parallelism. Without it, 1.
+        start_timeout_s: Optional static method that takes the `GenerationConfig` and returns the seconds that `setup`
+            may take, if that is more than the launcher's deadline.
+        check_installed: Optional static method that takes the `GenerationConfig` and raises `MissingExtra` if a
+            requirement of the engine is not installed. Called before a model is loaded, if the engine will run in this
+            installation.
     """
 
     config_class: ClassVar[type]
@@ -100,7 +80,7 @@ class GenerationBackend(Protocol):
         """Build the engine. Its weights are those of `config.model_name` until the first refit.
 
         Args:
-            config: `config.options` is a `config_class`; `config.model_name` is filled by the core.
+            config: Settings of the engine. `config.options` is a `config_class`; the core fills `config.model_name`.
             context: Device and seed of this worker.
         """
         ...
@@ -110,22 +90,22 @@ class GenerationBackend(Protocol):
 
         Raises:
             GenerationError: The prompt is empty or leaves no room in the context.
-            WorkerDied: A process of the engine has ended, and nothing can be sampled any more; any other method may
-                raise it too. An engine in a process of its own is then started again.
+            WorkerDied: A process of the engine has ended, so it can no longer sample; any other method may raise it
+                too. The core then restarts an engine that runs in its own process.
         """
         ...
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
         """Load new weights (Hugging Face names) and stamp later tokens with `version`.
 
-        Caches that the old weights filled are never read again for a new request. Called when no request
-        is in flight, unless the engine has the capability "in_flight_updates".
+        A new request must never read caches that the old weights filled. Called when no request is in flight,
+        unless the engine has the capability "in_flight_updates".
 
         Args:
             version: The trainer's step count; completions carry it.
-            tensors: Name and full tensor; a tied weight comes once. Without `share` a tensor is valid until the
-                next one is asked for: copy it before.
-            share: The tensors are alive and stay valid: an engine may alias instead of copying.
+            tensors: Name and full tensor; a tied weight comes once. Without `share` a tensor is valid only until the
+                next one is taken: copy it before.
+            share: Whether the tensors stay valid, so that the engine may alias them instead of copying.
 
         Raises:
             GenerationError: A name or shape does not belong to the model, or one is missing.
@@ -133,30 +113,30 @@ class GenerationBackend(Protocol):
         ...
 
     def pause(self) -> None:
-        """Take requests but do not start on them until `resume`. Default: nothing.
+        """Accept requests but do not start them until `resume`. Default: no-op.
 
-        The core pauses the engine while it submits a step's first requests: with all of them waiting before
-        the first is admitted, batches are formed in the same way in every run.
+        The core pauses the engine while it submits the first requests of a step. All of them then wait before
+        the first is admitted, so that every run forms the same batches.
         """
         return None
 
     def resume(self) -> None:
-        """Undo `pause`. Default: nothing."""
+        """Undo `pause`. Default: no-op."""
         return None
 
     def fingerprint(self) -> str:
-        """Digest of the weights the engine now samples from, by `nemo_rl_core.infra.fingerprint`."""
+        """Return the digest of the current weights, computed by `nemo_rl_core.infra.weights.fingerprint`."""
         ...
 
     def metrics(self) -> Mapping[str, float]:
-        """Counters since the last call (tokens, steps, batch fill, cache use). Default: none."""
+        """Return counters since the last call (tokens, steps, batch fill, cache use). Default: none."""
         return {}
 
     def sleep(self) -> None:
-        """Give back memory between rollouts; again it does nothing. Default: nothing.
+        """Release memory between rollouts; a second call is a no-op. Default: no-op.
 
-        A sleeping engine is not asked to generate, but takes new weights: `update_weights` and `fingerprint` get the
-        memory of the weights back and no more. The core refits an engine that slept before it samples again.
+        The core does not call `generate` on a sleeping engine, but it may refit it: `update_weights` and `fingerprint`
+        bring back the memory of the weights only. The core refits an engine that slept before it samples again.
 
         Raises:
             GenerationError: Requests are in flight.
@@ -164,9 +144,9 @@ class GenerationBackend(Protocol):
         return None
 
     def wake(self) -> None:
-        """Undo `sleep`; of an engine that is awake nothing. Default: nothing."""
+        """Undo `sleep`; no-op if the engine is awake. Default: no-op."""
         return None
 
     def shutdown(self) -> None:
-        """Stop every thread and process; may be called twice. Default: nothing."""
+        """Stop every thread and process; may be called twice. Default: no-op."""
         return None

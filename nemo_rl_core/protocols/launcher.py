@@ -1,4 +1,4 @@
-"""Contract of a launcher: where the workers of each role run."""
+"""Contract of a launcher: starts the workers of each role."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import ClusterConfig
+    from nemo_rl_core.schema import ClusterConfig
 
 __all__ = ["Launcher", "WorkerContext", "WorkerGroup", "WorkerSpec"]
 
 
 @frozen(kw_only=True)
 class WorkerContext:
-    """What a worker knows of its place."""
+    """Place of a worker: its rank, device and rendezvous."""
 
     role: str = "policy"
     rank: int = 0
@@ -33,7 +33,7 @@ class WorkerContext:
     num_threads: int | None = None
     """CPU threads this worker may use; None leaves torch's default."""
     shares_device: bool = False
-    """Workers of other roles hold memory on this device too."""
+    """Whether workers of other roles hold memory on this device too."""
 
 
 @frozen(kw_only=True)
@@ -42,38 +42,38 @@ class WorkerSpec:
 
     role: str
     factory: Any
-    """`ComponentRef` of the class every worker makes (without arguments) and then calls `setup` on."""
+    """`ComponentRef` of the class that every worker creates without arguments and then calls `setup` on."""
     config: Any
     """First argument of `setup`."""
     num_workers: int = 1
     devices_per_worker: int = 1
     block: int = 1
-    """So many consecutive workers must share a machine (tensor-parallel peers talk in every layer). A launcher of one
-    machine may ignore it; one of several refuses what no machine has room for."""
+    """Number of consecutive workers that must share a machine, because tensor-parallel peers talk in every layer. A
+    launcher for one machine may ignore it; one for several refuses a block that no machine has room for."""
     own_process: bool = False
-    """Never in the driver's process, also if there is one worker only. A launcher that always starts processes may
+    """Whether even a lone worker must run outside the driver's process. A launcher that always starts processes may
     ignore it."""
     replica: int = 0
-    """Which of `num_replicas` equal groups of the role this is (engines that serve side by side and die alone). It
-    takes the devices after those of the replicas before it."""
+    """Index of this group among `num_replicas` equal groups of the role, such as engines that serve side by side and
+    fail independently. It takes the devices after those of the replicas before it."""
     num_replicas: int = 1
     env: Mapping[str, str] = field(factory=dict)
     seed: int = 0
     run_dir: str | None = None
     timeout_s: float = 600.0
     start_timeout_s: float | None = None
-    """Seconds that `setup` may take, where that is more than the launcher's own deadline of a start."""
+    """Seconds that `setup` may take, if that is more than the launcher's own deadline for a start."""
     shares_device: bool = False
-    """For `WorkerContext.shares_device`."""
+    """Value of `WorkerContext.shares_device`."""
     manifest: Sequence[Mapping[str, Any]] = ()
     """Rows (`nemo_rl_core.registry.manifest`) of the installed plugins that every worker must have too.
 
-    A launcher that starts processes lets each compare them first thing, before anything heavy is imported
-    (`node_differences`), and raises what `check_nodes` makes of all answers."""
+    A launcher that starts processes has each of them compare the rows first, before it imports anything heavy
+    (`node_differences`), and passes all answers to `check_nodes`, which raises if they differ."""
 
     @property
     def label(self) -> str:
-        """Name of this group in messages and of its logs: the role, with the replica's number if there are several."""
+        """Name of this group in messages and logs: the role, with the replica's number if there are several."""
         return self.role if self.num_replicas == 1 else f"{self.role}-{self.replica}"
 
 
@@ -85,16 +85,16 @@ class WorkerGroup(Protocol):
 
     @property
     def local(self) -> Any | None:
-        """The worker object itself if it lives in this process (then tensors can be shared), else None."""
+        """The worker object if it lives in this process, so that tensors can be shared; None otherwise."""
         ...
 
     def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
-        """Call `method` on every worker with the same arguments; results in rank order.
+        """Call `method` on every worker with the same arguments; return the results in rank order.
 
         Raises:
-            DeadlineExceeded: Names the ranks that did not answer.
-            WorkerDied: Names the rank, its exit status and the tail of its standard error.
-            Exception: What a worker raised, with its rank in the message.
+            DeadlineExceeded: Some ranks did not answer in time; the message names them.
+            WorkerDied: A worker died; the message has its rank, exit status and the end of its standard error.
+            Exception: A worker raised it; the message names the rank.
         """
         ...
 
@@ -117,31 +117,31 @@ class WorkerGroup(Protocol):
         """Call `method` on every worker, sharded over some axes and replicated over the others.
 
         With `axes={"dp": 4, "tp": 2}` and `over="dp"` ranks 0 and 1 get `shards[0]`, 2 and 3 `shards[1]`, and so on
-        (`nemo_rl_core.infra.axes.dispatch`). An argument that is the same object in every shard should be sent to
-        where several workers read it only once.
+        (`nemo_rl_core.infra.workers.axes.dispatch`). An argument that is the same object in every shard should be sent
+        only once to where several workers read it.
 
         Returns:
-            One result for each shard, of the lowest rank that has it. Those of its peers are not sent: these are
-            only waited for.
+            One result for each shard, from the lowest rank that has it. The other ranks of the shard send no result;
+            the call only waits for them.
 
         Raises:
-            ValueError: There are not as many shards as places on the axes, or the axes do not fit the group.
-            Exception: As `call`, also for what a rank raised whose result is not taken.
+            ValueError: The number of shards does not match the axes, or the axes do not fit the group.
+            Exception: As for `call`; also if a rank raises whose result is not used.
         """
         ...
 
     def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Any:
-        """Call a generator method on every worker; yield what rank 0 yields, one item at a time."""
+        """Call a generator method on every worker; yield the items of rank 0, one at a time."""
         ...
 
     def check_alive(self) -> None:
-        """Notice a worker that died while nobody called it.
+        """Raise if a worker died while nobody called it.
 
-        Returns at once, also while another thread calls the workers (who then notices it itself), and is asked every
-        few seconds: a death may be told by a later call of it only. A worker that is busy is alive.
+        It returns at once, even while another thread calls the workers; that call then reports the death itself. The
+        core calls it every few seconds, so it may report a death with some delay. A busy worker is alive.
 
         Raises:
-            WorkerDied: As `call` raises it; the group is then ended.
+            WorkerDied: As for `call`; the group has then been shut down.
         """
         ...
 
@@ -152,28 +152,28 @@ class WorkerGroup(Protocol):
 
 @runtime_checkable
 class Launcher(Protocol):
-    """Starts worker groups. A component of group `nemo_rl.launchers`, made with the cluster's config.
+    """Starts worker groups. A component of group `nemo_rl.launchers`, created with its options.
 
     Attributes:
         config_class: attrs class of `cluster.options` for this launcher.
-        in_process: False if no worker ever lives in the driver's process (`WorkerGroup.local` is None). May be left
-            out: a lone worker then lives there unless its spec says `own_process`.
+        in_process: False if no worker ever lives in the driver's process (`WorkerGroup.local` is None). Optional:
+            without it, a lone worker lives there unless its spec sets `own_process`.
     """
 
     config_class: ClassVar[type]
 
     def setup(self, cluster: ClusterConfig) -> None:
-        """Connect to or describe the machines.
+        """Connect to the machines, or detect what this one has.
 
         Raises:
-            ResourceError: The machines do not have what `cluster` asks for.
+            ResourceError: The machines lack resources that `cluster` asks for.
         """
         ...
 
     def launch(self, spec: WorkerSpec) -> WorkerGroup:
         """Start the workers of `spec` and run `setup` on each; returns when all are ready.
 
-        Several threads may call it at once, also during the run: an engine that died is started again so.
+        Several threads may call it at once, also during the run, when an engine that died is restarted.
         """
         ...
 

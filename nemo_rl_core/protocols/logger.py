@@ -1,4 +1,4 @@
-"""Contract of a logger: where metrics go."""
+"""Contract of a logger: sends metrics somewhere."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["Logger"]
 
 @runtime_checkable
 class Logger(Protocol):
-    """Receives the metrics of a run. A component of group `nemo_rl.loggers`, made with its config."""
+    """Receives the metrics of a run. A component of group `nemo_rl.loggers`, created with its config."""
 
     config_class: ClassVar[type]
 
     def start(self, run_name: str, run_dir: str, config: Mapping[str, Any]) -> None:
-        """Called once, before the first step."""
+        """Begin; called once, before the first step."""
         ...
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Called once per step with finite floats; names are `area/name` (`train/loss`, `timing/generation`)."""
+        """Log finite floats; called once per step. Names are `area/name` (`train/loss`, `timing/generation`)."""
         ...
 
     def finish(self, status: str) -> None:
-        """Called once at the end; `status` is "completed", "interrupted" or "failed"."""
+        """End; called once. `status` is "completed", "interrupted" or "failed"."""
         ...

@@ -1,4 +1,4 @@
-"""Contract of a sandbox: runs a program that nobody has read, such as one that a policy wrote."""
+"""Contract of a sandbox: runs an untrusted program, such as one that a policy wrote."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nemo_rl_core.errors import ConfigError
 __all__ = ["Capability", "Sandbox", "SandboxLimits", "SandboxProgram", "SandboxResult"]
 
 Capability = Literal["memory_limit", "no_network", "process_limit"]
-"""What a sandbox enforces here, on this machine. The deadline, the limit of output, and a scratch folder and an
-environment of its own are enforced by every sandbox."""
+"""Restriction that a sandbox can enforce on this machine. Every sandbox enforces the deadline and the limit of output,
+and gives each program its own scratch folder and environment."""
 
 
 def _positive(instance: Any, attribute: Attribute[Any], value: float) -> None:
@@ -38,65 +38,65 @@ def _files_inside(instance: Any, attribute: Attribute[Any], value: Any) -> None:
 
 @frozen(kw_only=True)
 class SandboxLimits:
-    """What a program may use. Every limit has a value."""
+    """Limits of a program. Every limit has a value."""
 
     seconds: float = field(default=10.0, validator=_positive)
-    """Wall-clock time; then the program and everything it started is killed."""
+    """Wall-clock time after which the program and everything it started is killed."""
     memory_bytes: int = field(default=512 * 2**20, validator=_positive)
-    """Memory of all its processes, or of each if the sandbox cannot add them up."""
+    """Memory of all its processes together, or of each if the sandbox cannot add them up."""
     processes: int = field(default=32, validator=_positive)
-    """Processes and threads at a time, the program itself included."""
+    """Processes and threads at a time, including the program itself."""
     output_bytes: int = field(default=2**20, validator=_positive)
-    """Of standard output, and again of standard error; what comes after is thrown away."""
+    """Bytes of standard output, and of standard error, that are kept; the rest is discarded."""
 
 
 @frozen(kw_only=True)
 class SandboxProgram:
-    """A program and what it gets.
+    """A program and its inputs.
 
     Raises:
-        ConfigError: Neither or both of source and command are given, or a file lies outside of the scratch folder.
+        ConfigError: Neither or both of `source` and `command` are given, or a file lies outside the scratch folder.
     """
 
     source: str | None = None
-    """Source text in `language`, or:"""
+    """Source text in `language`; give this or `command`."""
     command: Sequence[str] | None = None
-    """a command with its arguments, run in the scratch folder."""
+    """Command with its arguments, run in the scratch folder; give this or `source`."""
     language: str = "python"
-    """Of `source`."""
+    """Programming language of `source`."""
     stdin: str = ""
-    """Its standard input, which ends after it."""
+    """Text of standard input, followed by its end."""
     files: Mapping[str, bytes] = field(factory=dict, validator=_files_inside)
-    """Files put into the scratch folder before it starts, by relative path."""
+    """Files to put into the scratch folder before the start, by relative path."""
     outputs: Sequence[str] = field(default=(), validator=_files_inside)
-    """Relative paths of files to bring back."""
+    """Relative paths of the files to return."""
     limits: SandboxLimits = Factory(SandboxLimits)
 
     def __attrs_post_init__(self) -> None:
-        """Exactly one thing is to be run."""
+        """Check that there is exactly one thing to run."""
         if (self.source is None) == (self.command is None):
             raise ConfigError("A sandbox program is either `source` or `command`; give one of them.")
 
 
 @frozen(kw_only=True)
 class SandboxResult:
-    """How a program went. A program that fails is a result, not an exception."""
+    """Outcome of a program. A program that fails is a result, not an exception."""
 
     exit_status: int | None
-    """Of the program; negative: the number of the signal that ended it; None if it was killed at a limit."""
+    """Exit status of the program; minus the number of the signal that ended it; None if it was killed at a limit."""
     stdout: str
-    """Bytes that are not UTF-8 are replaced."""
+    """Standard output; bytes that are not UTF-8 are replaced."""
     stderr: str
     seconds: float
     """Wall-clock time from its start to its end."""
     timed_out: bool = False
-    """It was killed at `limits.seconds`."""
+    """Whether it was killed at `limits.seconds`."""
     killed_for_memory: bool = False
-    """It was killed at `limits.memory_bytes`. False also where memory was only refused to it, and it ended itself."""
+    """Whether it was killed at `limits.memory_bytes`. False if memory was only refused and the program ended itself."""
     output_truncated: bool = False
-    """It wrote more than `limits.output_bytes`."""
+    """Whether it wrote more than `limits.output_bytes`."""
     files: Mapping[str, bytes] = field(factory=dict)
-    """Those of `outputs` that it wrote."""
+    """Contents of those `outputs` that the program wrote."""
 
     @property
     def succeeded(self) -> bool:
@@ -106,15 +106,15 @@ class SandboxResult:
 
 @runtime_checkable
 class Sandbox(Protocol):
-    """Runs programs, each apart from the host and from the others. A component of group `nemo_rl.sandboxes`.
+    """Runs programs isolated from the host and from each other. A component of group `nemo_rl.sandboxes`.
 
-    Made with its config; `run` is called concurrently from one event loop, many calls at a time. Each run has a
-    scratch folder of its own, which is its working directory, is the only place that it can count on writing to,
-    and is gone when `run` returns. It sees no environment variable of the host but what a program needs to start.
+    The core creates it with its config and calls `run` concurrently from one event loop, many calls at a time. Each run
+    has its own scratch folder as working directory. This is the only place where a program can rely on writing, and it
+    is gone when `run` returns. A program sees only the environment variables that it needs to start.
 
     Attributes:
         config_class: attrs class of the sandbox's options.
-        capabilities: See `Capability`; what it cannot enforce on this machine is left out.
+        capabilities: Restrictions that it can enforce on this machine, see `Capability`.
         languages: Languages of `SandboxProgram.source` that it runs.
     """
 
@@ -123,14 +123,14 @@ class Sandbox(Protocol):
     languages: frozenset[str]
 
     async def run(self, program: SandboxProgram) -> SandboxResult:
-        """Run one program to its end, or to a limit. A call that is cancelled kills its program.
+        """Run one program to its end, or to a limit. Cancelling the call kills the program.
 
         Raises:
             ConfigError: The language is not one of `languages`.
-            ResourceError: The sandbox itself cannot start: says what is missing on this machine.
+            ResourceError: The sandbox itself cannot start; the message says what this machine lacks.
         """
         ...
 
     def close(self) -> None:
-        """Kill what still runs and release everything; may be called twice."""
+        """Kill running programs and release everything; may be called twice."""
         ...

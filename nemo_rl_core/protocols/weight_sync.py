@@ -1,4 +1,4 @@
-"""Contract of a weight sync: moves weights from the trainer to the engine."""
+"""Contract of a weight sync: transfers weights from the trainer to the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SyncReport", "WeightSync"]
 
 @frozen(kw_only=True)
 class SyncReport:
-    """What one refit did."""
+    """Report on one refit."""
 
     version: int
     num_tensors: int
@@ -23,19 +23,19 @@ class SyncReport:
     """Bytes copied; 0 when the engine shares the trainer's tensors."""
     seconds: float
     fingerprint: str
-    """Equal for trainer and engine, which were compared; may be empty where that is switched off."""
+    """Fingerprint of the weights, equal for trainer and engine; may be empty if the comparison is switched off."""
     num_bytes_sent: int | None = None
-    """Bytes that left the trainer's process for one engine, where that is not `num_bytes` (a delta)."""
+    """Bytes that left the trainer's process for one engine, if that is not `num_bytes`, as for a delta."""
 
 
 @runtime_checkable
 class WeightSync(Protocol):
-    """Moves weights. A component of group `nemo_rl.weight_syncs`.
+    """Transfers weights to the engine. A component of group `nemo_rl.weight_syncs`.
 
     Attributes:
         config_class: attrs class of `weight_sync.options` for this component.
-        placements: Where an engine may live that it can reach: "driver" (this process) and "workers" (processes of
-            their own: then `engine` is an `EngineWorkers`). May be left out: then only "driver".
+        placements: Places of engines that it can reach: "driver" (this process) and "workers" (separate processes;
+            `engine` is then an `EngineWorkers`). Optional: without it, only "driver".
     """
 
     config_class: ClassVar[type]
@@ -43,17 +43,17 @@ class WeightSync(Protocol):
     def sync(
         self, trainer: WorkerGroup, engine: GenerationBackend, *, version: int, share: bool, timeout_s: float
     ) -> SyncReport:
-        """Bring the engine to the trainer's weights.
+        """Load the trainer's weights into the engine.
 
         Args:
             trainer: The policy's workers.
             engine: The generation backend.
-            version: Stamp for what is sampled from now on.
-            share: The engine may alias the trainer's tensors (same process, no step while it samples).
+            version: Version that later completions carry.
+            share: Whether the engine may alias the trainer's tensors (same process, no step while it samples).
             timeout_s: Deadline of the whole refit.
 
         Raises:
-            DeadlineExceeded: Names the side that was waited for.
+            DeadlineExceeded: The refit took too long; the message names the side that was waited for.
             InvariantViolation: The fingerprints differ after the sync.
         """
         ...

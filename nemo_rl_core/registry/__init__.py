@@ -1,4 +1,4 @@
-"""Names to components: index, decorators, resolution, manifest; and the hooks of a run.
+"""Registry of components: index, decorators, resolution, manifest; and the hooks of a run.
 
 Discovery reads metadata only. Nothing of a plugin is imported before it is selected.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_rl_core.exports import lazy_exports
-from nemo_rl_core.registry._kinds import KINDS, Kind
+from nemo_rl_core.registry._current import Lookup, make_with
+from nemo_rl_core.registry.discovery._kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from nemo_rl_core.registry._decorators import (
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
         register_training_backend,
         register_weight_sync,
     )
-    from nemo_rl_core.registry._hooks import HookFailure, HookPlugins, RunHooks
+    from nemo_rl_core.registry._escapes import comes_from_outside, is_escape, text_of
+    from nemo_rl_core.registry._hook_plugin import HookFailure
+    from nemo_rl_core.registry._hooks import HookPlugins, RunHooks
     from nemo_rl_core.registry._manifest import (
         ManifestDifference,
         active_table,
@@ -38,9 +41,18 @@ if TYPE_CHECKING:
         manifest,
         report_changes,
     )
+    from nemo_rl_core.registry._provider import Provider
     from nemo_rl_core.registry._reference import ComponentRef
     from nemo_rl_core.registry._registry import Registry, get_registry
-    from nemo_rl_core.registry._trace import PluginCall, Provider, Trace, origin_of, provider_of
+    from nemo_rl_core.registry._trace import (
+        PluginCall,
+        Trace,
+        blame,
+        contained,
+        failure_of,
+        origin_of,
+        provider_of,
+    )
     from nemo_rl_core.registry._verification import (
         NodeDifference,
         check_nodes,
@@ -63,10 +75,15 @@ __all__ = [
     "RunHooks",
     "Trace",
     "active_table",
+    "blame",
     "check_nodes",
+    "comes_from_outside",
     "compare_manifests",
+    "contained",
     "difference_table",
+    "failure_of",
     "get_registry",
+    "is_escape",
     "is_first_party",
     "manifest",
     "node_differences",
@@ -89,16 +106,17 @@ __all__ = [
     "register_training_backend",
     "register_weight_sync",
     "report_changes",
+    "text_of",
     "worker_rows",
 ]
 
 _HOMES = {
     "ComponentRef": "._reference",
-    "HookFailure": "._hooks",
+    "HookFailure": "._hook_plugin",
     "HookPlugins": "._hooks",
     "ManifestDifference": "._manifest",
     "PluginCall": "._trace",
-    "Provider": "._trace",
+    "Provider": "._provider",
     "Registry": "._registry",
     "RunHooks": "._hooks",
     "Trace": "._trace",
@@ -106,6 +124,12 @@ _HOMES = {
     "active_table": "._manifest",
     "check_nodes": "._verification",
     "compare_manifests": "._manifest",
+    "blame": "._trace",
+    "comes_from_outside": "._escapes",
+    "contained": "._trace",
+    "failure_of": "._trace",
+    "is_escape": "._escapes",
+    "text_of": "._escapes",
     "difference_table": "._manifest",
     "get_registry": "._registry",
     "is_first_party": "._manifest",
@@ -118,6 +142,15 @@ _HOMES = {
     "worker_rows": "._verification",
     **{name: "._decorators" for name in __all__ if name.startswith("register_")},
 }
+
+
+def _registry_of_process() -> Lookup:
+    from nemo_rl_core.registry._registry import get_registry
+
+    return get_registry()
+
+
+make_with(_registry_of_process)
 
 # `nemo-rl --help` needs the index alone.
 __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

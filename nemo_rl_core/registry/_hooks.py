@@ -8,23 +8,22 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import pluggy
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible, RunInterrupted
-from nemo_rl_core.registry._compatibility import incompatibility
-from nemo_rl_core.registry._importing import importing
-from nemo_rl_core.registry._index import DENY_VARIABLE, Entry
+from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginFailed, PluginIncompatible
+from nemo_rl_core.registry._current import Lookup, current
+from nemo_rl_core.registry._escapes import comes_from_outside, is_escape, text_of
+from nemo_rl_core.registry._hook_plugin import HookFailure, HookPlugin
 from nemo_rl_core.registry._reference import ComponentRef, import_path
-from nemo_rl_core.registry._trace import Provider, mark, trace_event
+from nemo_rl_core.registry._trace import failure_of, mark, trace_event
+from nemo_rl_core.registry.discovery._compatibility import incompatibility
+from nemo_rl_core.registry.discovery._importing import importing
+from nemo_rl_core.registry.discovery._index import DENY_VARIABLE, Entry
 
-if TYPE_CHECKING:
-    from nemo_rl_core.registry._distributions import Distribution
-    from nemo_rl_core.registry._registry import Registry
-
-__all__ = ["HookFailure", "HookPlugin", "HookPlugins", "RunHooks"]
+__all__ = ["HookPlugins", "RunHooks"]
 
 logger = logging.getLogger("nemo_rl_core.registry")
 
@@ -44,44 +43,6 @@ SPECS: dict[str, tuple[str, ...]] = {
     if hasattr(function, "nemo_rl_spec")
 }
 """Every hook and its arguments."""
-
-
-class HookPlugin(NamedTuple):
-    """One listener: a module or object of an installed distribution, or a callback of a run."""
-
-    label: str
-    """How messages name it: `plugin x 1.2 (dist y)` or `callback module.Class`."""
-    listener: Any
-    distribution: Distribution | None = None
-    name: str = ""
-    """Of the entry point, or under which the callback was asked for."""
-    is_callback: bool = False
-    """Given to this run, not listening to every run."""
-
-    def __str__(self) -> str:
-        return self.label
-
-    @property
-    def provider(self) -> Provider:
-        """Who it is, for the trace."""
-        cls = self.listener if isinstance(self.listener, ModuleType) else type(self.listener)
-        value = f"{getattr(cls, '__module__', '')}:{getattr(cls, '__qualname__', '')}".strip(":") or cls.__name__
-        dist = self.distribution
-        name = self.name or value.rpartition(":")[2]
-        return Provider("hook", name, dist.name if dist else None, dist.version if dist else None, value)
-
-    @property
-    def critical(self) -> bool:
-        """Whether its exceptions stop the run."""
-        return bool(getattr(self.listener, "critical", False))
-
-
-class HookFailure(NamedTuple):
-    """A listener that raised, and the run went on."""
-
-    plugin: str
-    hook: str
-    error: Exception
 
 
 class _Listeners(pluggy.PluginManager):
@@ -108,7 +69,7 @@ class HookPlugins:
         plugins: In the order in which they are called (`tryfirst` and `trylast` go before and after).
 
     Raises:
-        PluginError: A listener has a method that looks like a hook and is none, or asks for an argument
+        PluginError: A listener has a method that looks like a hook but is not one, or asks for an argument
             that its hook does not have.
     """
 
@@ -123,7 +84,7 @@ class HookPlugins:
             self._register(name, plugin)
 
     @classmethod
-    def installed(cls, registry: Registry) -> HookPlugins:
+    def installed(cls, registry: Lookup) -> HookPlugins:
         """The hook plugins of every admitted distribution.
 
         One that cannot be imported or is malformed is named in one warning and left out.
@@ -145,7 +106,7 @@ class HookPlugins:
         return cls(sound)
 
     @classmethod
-    def of(cls, registry: Registry, entry: Entry) -> HookPlugins:
+    def of(cls, registry: Lookup, entry: Entry) -> HookPlugins:
         """One installed hook plugin alone.
 
         Raises:
@@ -168,11 +129,11 @@ class HookPlugins:
             started = time.perf_counter()
             failure: Exception | None = None
             try:
-                result = impl.function(**_subset(impl.function, arguments))
-            except RunInterrupted:  # a signal that happened to arrive in a listener
-                raise
-            except Exception as error:
-                failure = error
+                result = _answer(plugin, hook, impl.function(**_subset(impl.function, arguments)))
+            except BaseException as error:
+                if comes_from_outside(error):  # a signal that happened to arrive in a listener
+                    raise
+                failure = _as_exception(error, plugin, hook)
             trace_event("hook", plugin.provider, hook, time.perf_counter() - started, failure)
             if failure is not None:
                 self._failed(plugin, hook, failure)
@@ -194,7 +155,7 @@ class HookPlugins:
             "%s: %s: %s (The run goes on; later failures of this listener are not shown.)",
             where,
             type(error).__name__,
-            error,
+            text_of(error).removeprefix(f"{where}: "),
             exc_info=error if logger.isEnabledFor(logging.DEBUG) else None,
         )
 
@@ -223,12 +184,10 @@ class RunHooks(HookPlugins):
     """
 
     def __init__(
-        self, callbacks: Iterable[Any] = (), *, registry: Registry | None = None, installed: bool = True
+        self, callbacks: Iterable[Any] = (), *, registry: Lookup | None = None, installed: bool = True
     ) -> None:
         if registry is None:
-            from nemo_rl_core.registry._registry import get_registry
-
-            registry = get_registry()
+            registry = current()
         own = registry.hooks.plugins if installed else ()
         super().__init__([*own, *(_callback(registry, each) for each in callbacks)])
 
@@ -241,7 +200,7 @@ class RunHooks(HookPlugins):
         return [result for _, result in self.call_each(hook, **arguments)]
 
 
-def _callback(registry: Registry, choice: Any) -> HookPlugin:
+def _callback(registry: Lookup, choice: Any) -> HookPlugin:
     name, dist = "", None
     if isinstance(choice, str | ComponentRef):
         ref = registry.resolve("callbacks", choice)
@@ -252,17 +211,39 @@ def _callback(registry: Registry, choice: Any) -> HookPlugin:
     return HookPlugin(f"callback {cls.__module__}.{cls.__qualname__}", listener, dist, name, is_callback=True)
 
 
+def _answer(plugin: HookPlugin, hook: str, answer: Any) -> Any:
+    """What a listener answered; those who hand something over must do so by name."""
+    if hook.startswith("nemo_rl_") and answer is not None and not isinstance(answer, Mapping):
+        raise PluginError(
+            f"{plugin.label}, hook {hook}: it returned a {type(answer).__name__}; it must return a mapping by name, "
+            "or None."
+        )
+    return answer
+
+
+def _as_exception(error: BaseException, plugin: HookPlugin, hook: str) -> Exception:
+    """The exception, or what stands for one that may not go on."""
+    if isinstance(error, Exception) and not is_escape(error):
+        return error
+    failure: PluginFailed = failure_of(error, plugin.provider, hook)
+    failure.__cause__ = error
+    return failure
+
+
 def _made(cls: type) -> Any:
     try:
         return cls()
-    except Exception as error:
+    except BaseException as error:
+        if comes_from_outside(error):
+            raise
+        found = f"{type(error).__name__}: {text_of(error)}"
         raise PluginError(
-            f"Making {cls.__module__}.{cls.__qualname__} without arguments raised {type(error).__name__}: {error}. "
+            f"Making {cls.__module__}.{cls.__qualname__} without arguments raised {found}. "
             "Pass an object instead of the class."
         ) from error
 
 
-def _load(registry: Registry, entry: Entry) -> HookPlugin:
+def _load(registry: Lookup, entry: Entry) -> HookPlugin:
     dist = entry.distribution
     label = f"plugin {entry.name} {dist.version} (dist {dist.name})"
     remedy = f"To disable it: {DENY_VARIABLE}={dist.name}"
@@ -273,8 +254,10 @@ def _load(registry: Registry, entry: Entry) -> HookPlugin:
         with importing(label):
             listener = import_path(entry.value)
             listener = listener() if isinstance(listener, type) else listener
-    except (Exception, SystemExit) as error:
-        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        if comes_from_outside(error):
+            raise
+        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {text_of(error)}"
         raise PluginBroken(f"{label}: importing {entry.value} raised {found}. {remedy}") from error
     return HookPlugin(label, listener, dist, entry.name)
 
@@ -291,7 +274,7 @@ def _validate(plugin: HookPlugin) -> None:
         elif (options or looks_like_one) and not options.get("optionalhook"):
             raise PluginError(
                 f"{plugin.label}: {name!r} is no hook.{_suggest(hook)} "
-                "Names that begin with on_ or nemo_rl_ are hooks; call it something else if it is none."
+                "Names that begin with on_ or nemo_rl_ are hooks; rename it if it is not a hook."
             )
         elif name in SPECS and not isinstance(plugin.listener, ModuleType) and not isinstance(found, property):
             raise PluginError(f"{plugin.label}: {name!r} has a hook's name but is {found!r}, not a function.")

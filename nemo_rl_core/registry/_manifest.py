@@ -1,4 +1,4 @@
-"""Which components a run uses, exactly: shown at its start, written into checkpoints, compared on resume."""
+"""Manifest of a run's components: shown at its start, written into checkpoints, compared on resume."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from nemo_rl_core.errors import PluginIncompatible
-from nemo_rl_core.registry._source import source_hash
+from nemo_rl_core.registry.discovery._source import source_file, source_hash
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._hooks import HookPlugin
+    from nemo_rl_core.registry._hook_plugin import HookPlugin
     from nemo_rl_core.registry._reference import ComponentRef
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "hook_row",
     "is_first_party",
     "manifest",
-    "manifest_row",
     "report_changes",
 ]
 
@@ -47,21 +46,6 @@ class ManifestDifference:
         return f"{self.kind} {self.name!r}: {self.field} was {self.before}, is {self.after}"
 
 
-def manifest_row(ref: ComponentRef) -> dict[str, Any]:
-    """The manifest's row of one component: plain strings and numbers, fit for JSON."""
-    return {
-        "kind": ref.kind,
-        "name": ref.name,
-        "distribution": ref.distribution,
-        "version": ref.version,
-        "value": ref.value,
-        "api_version": ref.api_version,
-        "source_hash": ref.source_hash,
-        "origin": ref.origin,
-        "defined_in": None if ref.distribution else _file_of(ref._status.component),
-    }
-
-
 def hook_row(plugin: HookPlugin) -> dict[str, Any]:
     """The row of a listener: an installed hook plugin (kind "hooks") or a callback of the run."""
     listener, dist = plugin.listener, plugin.distribution
@@ -77,23 +61,14 @@ def hook_row(plugin: HookPlugin) -> dict[str, Any]:
         "api_version": 1,
         "source_hash": source_hash(value, whole_package=dist is not None, component=code) if hashed else None,
         "origin": "entry point" if dist else "object",
-        "defined_in": None if dist else _file_of(code),
+        "defined_in": None if dist else source_file(code),
     }
-
-
-def _file_of(component: Any) -> str | None:
-    """The file of user code, so that a later run can say which one to run again."""
-    code = component if inspect.isroutine(component) or isinstance(component, type) else type(component)
-    try:
-        return None if component is None else inspect.getsourcefile(code)
-    except (OSError, TypeError):  # made in a notebook or an interpreter
-        return None
 
 
 def manifest(refs: Iterable[ComponentRef], hooks: Iterable[HookPlugin] = ()) -> list[dict[str, Any]]:
     """One row per component and listener, ordered by kind and name, each once."""
     rows = {(ref.kind, ref.name, ref.qualified_name): ref for ref in refs}
-    found = [manifest_row(rows[key]) for key in sorted(rows)]
+    found = [rows[key].manifest_row for key in sorted(rows)]
     known = {(row["kind"], row["value"]) for row in found}
     listeners = [row for row in map(hook_row, hooks) if (row["kind"], row["value"]) not in known]
     return found + sorted(listeners, key=lambda row: (row["kind"], row["name"], row["value"]))
@@ -104,8 +79,8 @@ def manifest(refs: Iterable[ComponentRef], hooks: Iterable[HookPlugin] = ()) -> 
 
 @cache
 def _our_distributions() -> frozenset[str]:
-    from nemo_rl_core.registry._index import CORE
     from nemo_rl_core.registry._messages import known_packages
+    from nemo_rl_core.registry.discovery._index import CORE
 
     return frozenset({CORE, *known_packages()})
 

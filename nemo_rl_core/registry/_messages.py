@@ -1,4 +1,4 @@
-"""What a user reads when a name does not lead to one component."""
+"""Messages for a name that does not lead to one component."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_rl_core.errors import PluginConflict, PluginNotFound
-from nemo_rl_core.registry._kinds import Kind
+from nemo_rl_core.registry.discovery._kinds import Kind
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._index import Entry
     from nemo_rl_core.registry._reference import ComponentRef
+    from nemo_rl_core.registry.discovery._index import Entry
 
 __all__ = ["conflict", "known_package", "known_packages", "not_found"]
 

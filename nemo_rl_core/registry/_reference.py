@@ -1,4 +1,4 @@
-"""A component by reference: known by name at once, imported when asked for, sent to workers."""
+"""Reference to a component: known by name at once, imported on demand, sent to workers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import Any, Literal
 from attrs import define, field, frozen
 
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
-from nemo_rl_core.registry._importing import importing
-from nemo_rl_core.registry._index import CORE, DENY_VARIABLE
-from nemo_rl_core.registry._kinds import KINDS
-from nemo_rl_core.registry._source import source_hash
+from nemo_rl_core.registry._current import current
+from nemo_rl_core.registry._escapes import comes_from_outside, text_of
 from nemo_rl_core.registry._trace import PluginCall
 from nemo_rl_core.registry._verify import shortcoming
+from nemo_rl_core.registry.discovery._importing import importing
+from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE
+from nemo_rl_core.registry.discovery._kinds import KINDS
+from nemo_rl_core.registry.discovery._source import source_file, source_hash
 
 __all__ = ["ComponentRef", "LoadStatus", "Origin", "State", "import_path", "is_importable"]
 
@@ -116,6 +118,21 @@ class ComponentRef:
             return None
         return source_hash(self.value, whole_package=self.distribution is not None, component=self._status.component)
 
+    @property
+    def manifest_row(self) -> dict[str, Any]:
+        """Its row of a manifest: plain strings and numbers, fit for JSON."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "distribution": self.distribution,
+            "version": self.version,
+            "value": self.value,
+            "api_version": self.api_version,
+            "source_hash": self.source_hash,
+            "origin": self.origin,
+            "defined_in": None if self.distribution else source_file(self._status.component),
+        }
+
     def check(self) -> None:
         """Compare the metadata with this core, without importing anything.
 
@@ -147,7 +164,7 @@ class ComponentRef:
         self.check()
         try:
             component = self._obtain()
-            problem = shortcoming(self.kind, component)
+            problem = self._shortcoming(component)
             if problem is not None:
                 raise PluginBroken(f"The {self.description} is broken: {problem}. {self._remedy()}")
         except PluginError as error:
@@ -155,6 +172,14 @@ class ComponentRef:
             raise
         self._status.component, self._status.state = component, "loaded"
         return component
+
+    def _shortcoming(self, component: Any) -> str | None:
+        try:
+            return shortcoming(self.kind, component)
+        except BaseException as error:  # such as a metaclass that raises
+            if comes_from_outside(error):
+                raise
+            return f"looking at it raised {type(error).__name__}: {text_of(error)}"
 
     def _obtain(self) -> Any:
         if self._status.component is not None:
@@ -172,11 +197,13 @@ class ComponentRef:
                 return import_path(self.value)
         except PluginError:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if comes_from_outside(error):
+                raise
             raise self._broken(error) from error
 
     def _broken(self, error: BaseException) -> PluginBroken:
-        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
+        found = str(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {text_of(error)}"
         return PluginBroken(f"The {self.description} is broken: importing it raised {found}. {self._remedy()}")
 
     def _remedy(self) -> str:
@@ -192,9 +219,7 @@ class ComponentRef:
     def _compare_with_sender(self) -> None:
         """In a process that got this reference by pickle: is the code the same as where it came from?"""
         if self._received and self._payload is None:
-            from nemo_rl_core.registry._verification import compare_with_installed
-
-            compare_with_installed(self, self._expected_hash)
+            current().check_manifest([{**self.manifest_row, "source_hash": self._expected_hash}])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By import path where that leads to the same object, else by value."""

@@ -1,4 +1,4 @@
-"""The registry: from a name to a component."""
+"""The registry: resolves names to components."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.errors import PluginBroken, PluginConflict, PluginError, PluginNotFound
 from nemo_rl_core.registry import _manifest, _messages, _verification
-from nemo_rl_core.registry._compatibility import incompatibility
-from nemo_rl_core.registry._distributions import Distribution, normalize
-from nemo_rl_core.registry._index import CORE, DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
-from nemo_rl_core.registry._kinds import KINDS, Kind
 from nemo_rl_core.registry._reference import ComponentRef, LoadStatus, Origin, is_importable
+from nemo_rl_core.registry.discovery._compatibility import incompatibility
+from nemo_rl_core.registry.discovery._distributions import Distribution, normalize
+from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
+from nemo_rl_core.registry.discovery._kinds import KINDS, Kind
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._hooks import HookPlugin, HookPlugins
+    from nemo_rl_core.registry._hook_plugin import HookPlugin
+    from nemo_rl_core.registry._hooks import HookPlugins
 
 __all__ = ["Registry", "get_registry"]
 
@@ -107,11 +108,19 @@ class Registry:
 
     def problems(self) -> list[tuple[str, PluginError]]:
         """What is wrong with installed plugins, as far as metadata tells: (distribution, error) each."""
-        found: list[tuple[str, PluginError]] = []
+        unreadable = self.index.unreadable
+        found: list[tuple[str, PluginError]] = [
+            (name, PluginBroken(f"Plugin {name} {dist.version}: {dist.problem}. Install it again, or disable it."))
+            for name, dist in unreadable.items()
+        ]
         for entry in self.index.misplaced():
             dist = entry.distribution
+            if dist.name in unreadable:
+                continue
             found.append((dist.name, PluginBroken(f"Plugin {dist.name} {dist.version}: {entry.problem}.")))
         for ref in self.entries():
+            if ref.distribution in unreadable:
+                continue
             try:
                 ref.check()
             except PluginError as error:
@@ -150,7 +159,7 @@ class Registry:
             choice: `name`, `dist:name`, `module:attr`, a class, function or object, or a reference;
                 None is the default of the kind.
             plugins: Bare name to full name where two distributions provide one (the `plugins` section
-                of a configuration); goes before what `prefer` was told.
+                of a configuration); takes precedence over the choices of `prefer`.
 
         Raises:
             PluginNotFound: Nothing of that name; says what is installed and what to install.

@@ -2,7 +2,8 @@
 
 The core calls a component inside `PluginCall`. An exception that leaves it is marked with who raised it
 (`plugin boom 1.2 (dist acme), loss __call__`), and while a trace is written every call is one line of it.
-Without either the layer costs less than a microsecond a call.
+One that would read as success or end somebody else's work (see `_escapes`) leaves it as a `PluginFailed`.
+Without an exception or a trace the layer costs less than a microsecond a call.
 """
 
 from __future__ import annotations
@@ -18,22 +19,26 @@ from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_rl_core.errors import PluginError, RunInterrupted
-from nemo_rl_core.registry._index import CORE
-from nemo_rl_core.registry._kinds import KINDS
+from nemo_rl_core.errors import PluginError, PluginFailed, RunInterrupted
+from nemo_rl_core.registry._current import current
+from nemo_rl_core.registry._escapes import is_escape, text_of, what_escaped
+from nemo_rl_core.registry._provider import Provider
+from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE
+from nemo_rl_core.registry.discovery._kinds import KINDS
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._index import Entry
-    from nemo_rl_core.registry._registry import Registry
+    from nemo_rl_core.registry._current import Lookup
+    from nemo_rl_core.registry.discovery._index import Entry
 
 __all__ = [
     "PluginCall",
-    "Provider",
     "Trace",
     "blame",
     "blamed",
+    "contained",
+    "failure_of",
     "mark",
     "origin_of",
     "provider_at_fault",
@@ -46,35 +51,12 @@ logger = logging.getLogger("nemo_rl_core.debug")
 Event = Literal["import", "made", "call", "hook"]
 
 _PER_ROLLOUT = ("environments", "rewards", "generate")
-"""What is called for every rollout stands in the file only, not in the log."""
+"""Calls that occur in every rollout; they are written to the file only, not to the log."""
 
 _ORIGIN = "_nemo_rl_origin"
 _DISTRIBUTION = "_nemo_rl_distribution"
-_PASSED_ON = (PluginError, RunInterrupted, StopIteration, StopAsyncIteration, TimeoutError)
+_PASSED_ON = (PluginError, RunInterrupted, TimeoutError)
 """Exceptions that name who is meant by themselves, or that are no failure of the code they come through."""
-
-
-class Provider(NamedTuple):
-    """Who provides a component."""
-
-    kind: str
-    name: str
-    distribution: str | None = None
-    """None for user code: a script, a notebook, a module that no distribution with plugins owns."""
-    version: str | None = None
-    value: str | None = None
-
-    @property
-    def label(self) -> str:
-        """`plugin boom 1.2 (dist acme)`, or `user code __main__:Boom`."""
-        if self.distribution is not None:
-            return f"plugin {self.name} {self.version} (dist {self.distribution})"
-        return f"user code {self.value or self.name}"
-
-    def at(self, call: str) -> str:
-        """`plugin boom 1.2 (dist acme), loss __call__`."""
-        kind = KINDS[self.kind].label if self.kind in KINDS else self.kind
-        return f"{self.label}, {kind} {call}"
 
 
 # -- who provides an object ---------------------------------------------------------------------------------
@@ -87,16 +69,14 @@ def provider_of(kind: str, component: Any) -> Provider:
     target = component.func if isinstance(component, functools.partial) else component
     if not isinstance(target, type) and not inspect.isroutine(target):
         target = type(target)
-    from nemo_rl_core.registry._registry import get_registry
-
-    registry, key = get_registry(), (kind, target)
+    registry, key = current(), (kind, target)
     found: Provider | None = registry.providers.get(key)
     if found is None:
         found = registry.providers[key] = _looked_up(registry, kind, target)
     return found
 
 
-def _looked_up(registry: Registry, kind: str, target: Any) -> Provider:
+def _looked_up(registry: Lookup, kind: str, target: Any) -> Provider:
     module, qualname = str(target.__module__), str(getattr(target, "__qualname__", target.__name__))
     value = f"{module}:{qualname}"
     entry = next((e for e in registry.index.of(kind) if e.value == value), None)
@@ -113,13 +93,11 @@ def _looked_up(registry: Registry, kind: str, target: Any) -> Provider:
 
 def _owner(module: str) -> Entry | None:
     """An entry point of the distribution that a module seems to belong to."""
-    from nemo_rl_core.registry._registry import get_registry
-
     parts = module.split(".")
     if parts[0] in ("nemo_rl_core", "__main__", "__mp_main__"):  # the core's own helpers are nobody's plugin
         return None
     best, longest = None, 0
-    for entries in get_registry().index.entries.values():
+    for entries in current().index.entries.values():
         for entry in entries:
             own = entry.value.partition(":")[0].split(".")
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, parts, strict=False)))
@@ -146,10 +124,8 @@ def provider_at_fault(error: BaseException) -> tuple[Provider, str] | None:
 
 def _within(owner: Entry, module: str, qualname: str) -> tuple[Provider, str]:
     """The component that a function belongs to, or some component of its distribution."""
-    from nemo_rl_core.registry._registry import get_registry
-
     dist = owner.distribution
-    for entries in get_registry().index.entries.values():
+    for entries in current().index.entries.values():
         for entry in entries:
             own_module, _, own_name = entry.value.partition(":")
             if entry.distribution is dist and own_module == module and _starts(qualname, own_name):
@@ -204,13 +180,53 @@ def mark(error: BaseException, origin: str, distribution: str | None = None) -> 
     with suppress(AttributeError, TypeError):  # a class with slots takes no mark
         setattr(error, _ORIGIN, origin)
         setattr(error, _DISTRIBUTION, distribution)
-    text = str(error)
+    text = text_of(error)
     before = error.args
     if not before or text == before[0]:
         error.args = (f"{origin}: {text or type(error).__name__}", *before[1:])
     if not str(error).startswith(origin):  # it makes its text in another way
         error.args = before
         error.add_note(f"Raised by {origin}.")
+
+
+def failure_of(error: BaseException, provider: Provider, call: str) -> PluginFailed:
+    """What stands for an exception that may not leave a plugin as it is.
+
+    Args:
+        error: One for which `is_escape` holds.
+        provider: Who was called, unless the traceback shows somebody else.
+        call: What was called.
+    """
+    inner = provider_at_fault(error)
+    if inner is not None and inner[0].distribution != provider.distribution:
+        provider, call = inner
+    origin, distribution = provider.at(call), provider.distribution
+    fix = f" Upgrade it (pip install -U {distribution}), choose another, or disable it: {DENY_VARIABLE}={distribution}"
+    found = PluginFailed(f"{origin}: {what_escaped(error)}.{fix if distribution not in (None, CORE) else ''}")
+    setattr(found, _ORIGIN, origin)
+    setattr(found, _DISTRIBUTION, distribution)
+    return found
+
+
+class contained:
+    """`with contained("algorithms", algorithm, "fill_batch"):` around a call that goes back into the core.
+
+    Ordinary exceptions pass unmarked, for they may be the core's own, and nothing is traced. (A class, for the
+    generators of `contextlib` have their own way with StopIteration.)
+    """
+
+    __slots__ = ("call", "component", "kind")
+
+    def __init__(self, kind: str, component: Any, call: str) -> None:
+        self.kind = kind
+        self.component = component
+        self.call = call
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and is_escape(error):
+            raise failure_of(error, provider_of(self.kind, self.component), self.call) from error
 
 
 # -- the trace ----------------------------------------------------------------------------------------------
@@ -277,7 +293,7 @@ class Trace:
                 "distribution": provider.distribution,
                 "version": provider.version,
                 "value": provider.value,
-                "error": None if error is None else f"{type(error).__name__}: {error}",
+                "error": None if error is None else f"{type(error).__name__}: {text_of(error)}",
             }
             if self._file >= 0:
                 os.write(self._file, (json.dumps(row) + "\n").encode())
@@ -322,10 +338,19 @@ class PluginCall:
         self.started = time.perf_counter() if _trace is not None or self.event == "import" else 0.0
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        failure: PluginFailed | None = None
         if error is not None and self.event != "import":  # that is told by `ComponentRef.load`
-            blame(error, provider_of(self.kind, self.component), self.call)
-        if _trace is None and self.event != "import":
-            return
+            provider = provider_of(self.kind, self.component)
+            if is_escape(error):
+                failure = failure_of(error, provider, self.call)
+            else:
+                blame(error, provider, self.call)
+        if _trace is not None or self.event == "import":
+            self._write(error)
+        if failure is not None:
+            raise failure from error
+
+    def _write(self, error: BaseException | None) -> None:
         seconds = time.perf_counter() - self.started if self.started else 0.0
         provider = provider_of(self.kind, self.component)
         if self.event == "import":

@@ -1,4 +1,4 @@
-"""Whether a machine or a process has the plugins that another one expects of it; imports no plugin."""
+"""Comparison of a process's plugins with those that another one expects; imports no plugin."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from nemo_rl_core.errors import PluginIncompatible
-from nemo_rl_core.registry._kinds import KINDS
-from nemo_rl_core.registry._manifest import aligned, manifest_row
-from nemo_rl_core.registry._source import source_hash
+from nemo_rl_core.registry._manifest import aligned
+from nemo_rl_core.registry.discovery._kinds import KINDS
+from nemo_rl_core.registry.discovery._source import source_hash
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry._reference import ComponentRef
-    from nemo_rl_core.registry._registry import Registry
+    from nemo_rl_core.registry._current import Lookup
 
 __all__ = [
     "NodeDifference",
     "check_nodes",
-    "compare_with_installed",
     "node_differences",
     "node_name",
     "node_table",
@@ -59,7 +57,7 @@ def worker_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [dict(row) for row in rows if row.get("distribution")]
 
 
-def row_here(row: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+def row_here(row: Mapping[str, Any], registry: Lookup) -> dict[str, Any]:
     """The row of the same component as this process has it."""
     here, distribution, value = dict(row), row["distribution"], row["value"]
     if row["kind"] in KINDS:
@@ -80,7 +78,7 @@ def row_here(row: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
 
 
 def node_differences(
-    rows: Sequence[Mapping[str, Any]], registry: Registry, *, node: str | None = None
+    rows: Sequence[Mapping[str, Any]], registry: Lookup, *, node: str | None = None
 ) -> list[NodeDifference]:
     """Compare rows of a manifest with what this process has.
 
@@ -140,15 +138,3 @@ def check_nodes(differences: Sequence[NodeDifference]) -> None:
         "Install on every machine what the driver has (`nemo-rl plugins list` shows it), in the same versions; then "
         "start the run again."
     )
-
-
-def compare_with_installed(ref: ComponentRef, expected_hash: str | None) -> None:
-    """In a worker: compare one reference sent by the driver with what is installed here.
-
-    Raises:
-        PluginIncompatible: Another version or source, or none; the message holds a table.
-    """
-    from nemo_rl_core.registry._registry import get_registry
-
-    row = {**manifest_row(ref), "source_hash": expected_hash}
-    check_nodes(node_differences([row], get_registry()))

@@ -1,4 +1,4 @@
-"""Whether what an entry point led to is what its kind requires."""
+"""Verification that a loaded component is what its kind requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from nemo_rl_core.registry._kinds import KINDS
+from nemo_rl_core.registry.discovery._kinds import KINDS
 
 __all__ = ["Contract", "contract", "shortcoming"]
 

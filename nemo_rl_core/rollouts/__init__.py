@@ -1,1 +1,1 @@
-"""Episodes: engine, buffer, records, reward and environment pools."""
+"""Rollouts: from prompts to groups of finished episodes."""

@@ -1,4 +1,4 @@
-"""A bounded buffer of whole groups between the rollout loop and the trainer."""
+"""Bounded buffer of whole groups between the rollout loop and the trainer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
-from nemo_rl_core.rollouts.clock import Clock, SystemClock
-from nemo_rl_core.rollouts.jsonl import group_from_dict, group_to_dict
-from nemo_rl_core.rollouts.records import RolloutGroup
+from nemo_rl_core.machine.clock import Clock, SystemClock
+from nemo_rl_core.records.jsonl import group_from_dict, group_to_dict
+from nemo_rl_core.records.rollout import RolloutGroup
 
 __all__ = ["GroupBuffer", "group_age"]
 
@@ -208,7 +208,7 @@ class GroupBuffer:
         return self.mark()()
 
     def mark(self) -> Callable[[], dict[str, Any]]:
-        """What `state_dict` would now return, made when it is called: the groups do not change any more."""
+        """Return a function that makes what `state_dict` would return now; groups no longer change."""
         with self._changed:
             groups = [self._groups[i] for i in sorted(self._groups)]
             rest = {

@@ -1,13 +1,13 @@
-"""What the rollout engine lends to the environment of one episode."""
+"""Tools that the rollout engine gives to the environment of one episode."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from nemo_rl_core.machine.task_deadlines import TaskDeadline
 from nemo_rl_core.protocols.environment import Environment, EnvironmentContext
-from nemo_rl_core.rollouts.deadlines import Deadline
-from nemo_rl_core.rollouts.process_pool import ProcessPool
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 
 __all__ = ["EnvironmentFactory", "EpisodeContext"]
 
@@ -32,7 +32,7 @@ class EpisodeContext:
         self._pool = pool
         self.reward_timeout_s = reward_timeout_s
         self.completion_ids: list[int] = []
-        self.deadline: Deadline | None = None
+        self.deadline: TaskDeadline | None = None
         """Deadline of the step under way, set by the engine."""
 
     def can_run_in_pool(self, function: Callable[..., Any]) -> bool:

@@ -6,18 +6,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
-from nemo_rl_core.protocols.environment import Task
+from nemo_rl_core.machine.clock import Clock
+from nemo_rl_core.machine.task_deadlines import DeadlineWatch
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
-from nemo_rl_core.rollouts.clock import Clock
+from nemo_rl_core.records.message import Task
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup
+from nemo_rl_core.records.seeds import stable_seed
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
-from nemo_rl_core.rollouts.deadlines import DeadlineWatch
 from nemo_rl_core.rollouts.episode import Episode, EpisodeSettings
-from nemo_rl_core.rollouts.process_pool import ProcessPool
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
-from nemo_rl_core.rollouts.seeds import stable_seed
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
+from nemo_rl_core.schema import RolloutConfig
 
 __all__ = ["EnvironmentFactory", "RolloutEngine"]
 

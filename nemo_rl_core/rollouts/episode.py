@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 from attrs import frozen
 
-from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import (
     DeadlineExceeded,
@@ -21,22 +19,21 @@ from nemo_rl_core.errors import (
     NemoRLError,
     RewardError,
 )
-from nemo_rl_core.protocols.environment import DrivingEnvironment, Environment, EnvironmentStep, Message
-from nemo_rl_core.protocols.generation_backend import (
-    Completion,
-    GenerationBackend,
-    GenerationRequest,
-    SamplingParams,
-)
-from nemo_rl_core.registry import PluginCall, origin_of
+from nemo_rl_core.machine.task_deadlines import DeadlineWatch, TaskDeadline
+from nemo_rl_core.protocols.environment import DrivingEnvironment, Environment, EnvironmentStep
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest, SamplingParams
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.records.message import Message
+from nemo_rl_core.records.rewards import finite_rewards
+from nemo_rl_core.records.rollout import Rollout, RolloutError, Turn
+from nemo_rl_core.records.seeds import stable_seed
+from nemo_rl_core.registry import PluginCall, blame, contained, origin_of, provider_of
+from nemo_rl_core.rollouts.agents.session import EngineSession, check_completion
 from nemo_rl_core.rollouts.context import EnvironmentFactory, EpisodeContext
-from nemo_rl_core.rollouts.deadlines import Deadline, DeadlineWatch
-from nemo_rl_core.rollouts.policy_session import PolicySession, check_completion
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, Turn
-from nemo_rl_core.rollouts.seeds import stable_seed
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
+from nemo_rl_core.schema import RolloutConfig
 
-__all__ = ["Episode", "EpisodeSettings", "finite_rewards"]
+__all__ = ["Episode", "EpisodeSettings"]
 
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
@@ -95,7 +92,7 @@ class Episode:
         self._stage: _Stage = "reset"
         self._generation_s = 0.0
         self._environment_s = 0.0
-        self._deadline: Deadline
+        self._deadline: TaskDeadline
         self._now = asyncio.get_running_loop().time
 
     @property
@@ -107,7 +104,7 @@ class Episode:
         """Play the episode. Every failure is recorded in the rollout; only a cancellation is raised."""
         task = asyncio.current_task()
         assert task is not None
-        self._deadline = self.context.deadline = Deadline(task)
+        self._deadline = self.context.deadline = TaskDeadline(task)
         watch.add(self._deadline)
         try:
             return await self._run(task)
@@ -121,7 +118,8 @@ class Episode:
         try:
             with PluginCall("environments", self.settings.environment, "__init__", "made"):
                 environment = self.settings.environment(self.context)
-            await self._play(environment)
+            with contained("environments", self.settings.environment, "call"):  # such as a property that exits
+                await self._play(environment)
         except asyncio.CancelledError as error:
             if task.cancelling():
                 raise
@@ -147,7 +145,7 @@ class Episode:
             await self._be_driven(environment)
             return
         prompt = await self._call("reset", environment.reset, self.rollout.task, self.environment_seed)
-        self._begin(list(prompt))
+        self._begin(_checked_prompt(prompt, environment.reset))
         for turn in range(self.config.max_turns):
             completion = await self._generate(turn)
             message = self._append_sampled(completion)
@@ -161,7 +159,7 @@ class Episode:
     async def _be_driven(self, environment: DrivingEnvironment) -> None:
         """Lend the policy to an environment that asks by itself; what it asked becomes the rollout."""
         config, rollout = self.config, self.rollout
-        session = PolicySession(
+        session = EngineSession(
             self._sample_for_session,
             self.chat,
             sampling=self.sampling,
@@ -322,13 +320,11 @@ class Episode:
         self._stage = stage
         started = self._now()
         try:
-            with PluginCall("environments", method.__self__, stage):
+            with PluginCall("environments", getattr(method, "__self__", self.settings.environment), stage):
                 result = method(*args)
                 if hasattr(result, "__await__"):
                     result = await self._in_time(stage, result, limit_s)
                 return result
-        except SystemExit as error:
-            raise EnvironmentFailure(f"The environment called sys.exit({error.code!r}) in {stage}.") from error
         finally:
             self._environment_s += self._now() - started
 
@@ -348,7 +344,8 @@ class Episode:
         """Close the environment; an earlier failure stays the one that is recorded."""
         stage = self._stage
         try:
-            await self._call("close", environment.close)
+            with contained("environments", environment, "close"):
+                await self._call("close", environment.close)
         except Exception as error:
             if self.rollout.error is None:
                 self._fail(error)
@@ -358,6 +355,8 @@ class Episode:
 
     def _fail(self, error: Exception) -> None:
         stage: _Stage = "score" if isinstance(error, RewardError) else self._stage
+        if isinstance(error, EnvironmentFailure | RewardError):  # what the core found wrong with an answer
+            blame(error, provider_of("environments", self.settings.environment), stage)
         origin = origin_of(error)
         message = str(error).removeprefix(f"{origin}: ") or type(error).__name__
         if not isinstance(error, NemoRLError):
@@ -367,32 +366,21 @@ class Episode:
         _log.debug("%s failed in %s: %s: %s", self.name, stage, type(error).__name__, message)
 
 
+def _checked_prompt(found: Any, method: Any) -> list[Message]:
+    if isinstance(found, Sequence) and all(isinstance(message, Mapping) for message in found):
+        return list(found)
+    raise EnvironmentFailure(
+        f"{method.__qualname__} returned {type(found).__name__}; it must return messages, such as "
+        '[{"role": "user", "content": "..."}].'
+    )
+
+
 def _checked_step(found: Any, method: Any) -> EnvironmentStep:
     if isinstance(found, EnvironmentStep):
         return found
     raise EnvironmentFailure(
         f"{method.__qualname__} returned {type(found).__name__}; it must return an EnvironmentStep."
     )
-
-
-def finite_rewards(rewards: Mapping[str, Any]) -> dict[str, float]:
-    """The rewards as finite floats.
-
-    Raises:
-        RewardError: One is not a number, or not finite; a failed reward must not pass for 0.
-    """
-    checked: dict[str, float] = {}
-    for name, value in rewards.items():
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise RewardError(f"Reward {name!r} is {value!r} ({type(value).__name__}); it must be a number.")
-        try:
-            number = float(value)
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"Reward {name!r} is {value!r}, which is not one number: {error}.") from error
-        if not math.isfinite(number):
-            raise RewardError(f"Reward {name!r} is {number}; it must be finite. Check for a division by zero.")
-        checked[str(name)] = number
-    return checked
 
 
 def _where(error: Exception) -> str:

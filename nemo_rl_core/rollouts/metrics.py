@@ -1,4 +1,4 @@
-"""What a step's rollouts say in numbers."""
+"""Metrics of a step's rollouts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup
 
 __all__ = ["failure_summary", "rollout_metrics"]
 
@@ -106,29 +106,29 @@ def _variance(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def _infos(valid: Sequence[Rollout]) -> dict[str, float]:
-    found: dict[str, list[float]] = defaultdict(list)
+    values_of: dict[str, list[float]] = defaultdict(list)
     for rollout in valid:
         for key, value in rollout.info.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
-                found[f"env/{key}"].append(float(value))
-    return {name: _mean(values) for name, values in sorted(found.items())}
+                values_of[f"env/{key}"].append(float(value))
+    return {name: _mean(values) for name, values in sorted(values_of.items())}
 
 
 def _timing(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    found: dict[str, list[float]] = defaultdict(list)
+    durations_of: dict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
         for stage, seconds in rollout.timing_s.items():
-            found[stage].append(seconds)
+            durations_of[stage].append(seconds)
     metrics: dict[str, float] = {}
-    for stage, durations in sorted(found.items()):
+    for stage, durations in sorted(durations_of.items()):
         metrics[f"timing/rollout_{stage}_mean_s"] = _mean(durations)
         metrics[f"timing/rollout_{stage}_max_s"] = max(durations)
     return metrics
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.fsum(found) / len(found)
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)
 
 
 def _share(part: int, whole: int) -> float:

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
-from nemo_rl_core.protocols.environment import Task
+from nemo_rl_core.machine.garbage import relaxed_collection
 from nemo_rl_core.protocols.generation_backend import SamplingParams
+from nemo_rl_core.records.message import Task
+from nemo_rl_core.records.rollout import RolloutGroup
 from nemo_rl_core.rollouts.engine import RolloutEngine
-from nemo_rl_core.rollouts.garbage import relaxed_collection
-from nemo_rl_core.rollouts.records import RolloutGroup
 
 __all__ = ["RolloutRunner"]
 
@@ -176,13 +176,27 @@ class RolloutRunner:
         try:
             with relaxed_collection():
                 self._loop.call_soon(self._beat)
-                self._loop.run_forever()
+                while not self._run_until_stopped():
+                    pass
                 self._finish_tasks()
         except BaseException as error:
             _log.exception("the rollout loop failed")
             self._fail(WorkerDied(f"The rollout loop failed: {type(error).__name__}: {error}"))
         finally:
             self._loop.close()
+
+    def _run_until_stopped(self) -> bool:
+        """Run the loop; False if a task or callback that an environment started itself has thrown it out.
+
+        asyncio lets SystemExit and KeyboardInterrupt of any task end the loop that all episodes share. Whoever awaits
+        the task gets its exception; the others go on.
+        """
+        try:
+            self._loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            _log.warning("A task on the rollout loop raised %r; it should raise an error. The loop goes on.", error)
+            return False
+        return True
 
     def _finish_tasks(self) -> None:
         tasks = asyncio.all_tasks(self._loop)

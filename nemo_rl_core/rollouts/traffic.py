@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.rollouts.clock import Clock, SystemClock
+from nemo_rl_core.machine.clock import Clock, SystemClock
+from nemo_rl_core.machine.threads import settle_soon
 
 __all__ = ["GenerationTraffic"]
 
@@ -26,7 +27,7 @@ class GenerationTraffic:
         self._changed = self._clock.condition()
         self._count = 0
         self._held = False
-        self._queue: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._queue: list[asyncio.Future[None]] = []
         self._idle_since: float | None = self._clock.now()
         self._idle_s = self._stopping_s = 0.0
 
@@ -42,11 +43,10 @@ class GenerationTraffic:
                 if not self._held:
                     self._begin()
                     return
-                loop = asyncio.get_running_loop()
-                entry = (loop, loop.create_future())
+                entry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._queue.append(entry)
             try:
-                await entry[1]
+                await entry
             except asyncio.CancelledError:
                 with self._changed:
                     if entry in self._queue:
@@ -129,13 +129,5 @@ class GenerationTraffic:
         with self._changed:
             self._held = False
             waiting, self._queue = self._queue, []
-        for loop, future in waiting:
-            try:
-                loop.call_soon_threadsafe(_wake, future)
-            except RuntimeError:  # the loop is closed; nobody waits
-                continue
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        for future in waiting:
+            settle_soon(future, None)

@@ -1,4 +1,4 @@
-"""What pytest gets when the core is installed: fixtures for a plugin's tests, and clear words for kits used wrongly.
+"""Pytest plugin: fixtures for a plugin's tests, and clear messages for kits used wrongly.
 
 Loaded at every start of pytest in an environment that has the core, so it imports nothing but pytest; torch and
 everything else wait for the fixture that needs them. `-p no:nemo_rl` leaves it out.
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from nemo_rl_core.data.tokenizer import Tokenizer
+    from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.registry import Registry
-    from nemo_rl_core.rollouts.process_pool import ProcessPool
+    from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
     from nemo_rl_core.testing.site import PluginSite
 
 __all__ = [
@@ -79,7 +79,7 @@ def scratch_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def process_pool() -> Iterator[ProcessPool]:
     """A process pool of two workers, as rewards and environments have it in a run."""
-    from nemo_rl_core.rollouts.process_pool import ProcessPool
+    from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 
     pool = ProcessPool(2, default_timeout_s=20.0)
     yield pool
@@ -88,8 +88,8 @@ def process_pool() -> Iterator[ProcessPool]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
-    """Refuse a sub-class of a contract that pytest would pass over, or whose clauses could not run."""
-    kit = sys.modules.get(f"{_KITS}.kit")  # nobody can have sub-classed a contract that is not imported
+    """Refuse a subclass of a contract that pytest would pass over, or whose clauses could not run."""
+    kit = sys.modules.get(f"{_KITS}.frame.kit")  # nobody can have subclassed a contract that is not imported
     if kit is None or not (isinstance(obj, type) and issubclass(obj, kit.Contract) and collector.classnamefilter(name)):
         return
     mistake = _mistake(obj, kit.Contract)
@@ -101,7 +101,7 @@ def _mistake(tested: type, contract: type) -> str | None:
     """What keeps the clauses of `tested` from being run, in words; None if nothing does."""
     subject: str | None = getattr(tested, "subject", None)
     if subject is None:
-        return "it is a sub-class of Contract itself. Sub-class the contract of a kind, such as LossContract."
+        return "it is a subclass of Contract itself. Subclass the contract of a kind, such as LossContract."
     if any("__init__" in vars(base) for base in tested.__mro__[:-1]):
         return (
             f"it has an __init__, so pytest would leave it out without a test. Make the component in the fixture "

@@ -1,4 +1,4 @@
-"""A real generation backend without a model: it replays what a script says.
+"""Generation backend without a model: replays a script.
 
 For tests of everything around an engine. Completions depend on the request alone (prompt and seed), never
 on timing, so results can be compared whatever the order of completion. Latency, failures and hanging are
@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import frozen
 
-from nemo_rl_core.data.tokenizer import Tokenizer
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.protocols.generation_backend import Completion, FinishReason, GenerationRequest
+from nemo_rl_core.models.tokenizer import Tokenizer
+from nemo_rl_core.protocols.generation_backend import GenerationRequest
+from nemo_rl_core.records.completion import Completion, FinishReason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
 
 __all__ = ["ScriptedGeneration", "ScriptedReply"]
 

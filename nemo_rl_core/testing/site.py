@@ -1,4 +1,4 @@
-"""Real little distributions for tests of discovery: dist-info folders and modules in a folder."""
+"""Small real distributions for tests of discovery: dist-info folders and modules in a folder."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The run loop and what hangs on it."""
+"""Training: set-up, the run loop, checkpoints, and the record of a run."""

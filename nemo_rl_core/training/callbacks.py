@@ -20,7 +20,7 @@ class Callback:
 
     A method whose name begins with `on_` and is no hook is an error when the run starts, so a misspelled
     one is not passed over. A callback that raises is named in one warning and the run goes on, unless it
-    says `critical = True`. Any object with such methods serves; sub-classing is not required.
+    says `critical = True`. Any object with such methods serves; subclassing is not required.
 
     Attributes:
         critical: Whether an exception of this callback stops the run.

@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, field, frozen
 
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.records.run_state import Sample
 from nemo_rl_core.rollouts.metrics import rollout_metrics
-from nemo_rl_core.training.assembly import RunInputs, RunParts, assemble, sampling_params
-from nemo_rl_core.training.scores import Scoring, score_groups
-from nemo_rl_core.training.state import Sample
-from nemo_rl_core.training.validation import sample_groups
+from nemo_rl_core.rollouts.scores import Scoring, score_groups
+from nemo_rl_core.training.setup.assemble import assemble
+from nemo_rl_core.training.setup.parts import RunInputs, RunParts, sampling_params
+from nemo_rl_core.training.steps.validation import sample_groups
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import RunConfig
     from nemo_rl_core.data.order import TaskItem
-    from nemo_rl_core.rollouts.records import RolloutGroup
+    from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.schema import RunConfig
 
 __all__ = ["EvaluationResult", "evaluate"]
 
 
 @frozen(kw_only=True)
 class EvaluationResult:
-    """What an evaluation found."""
+    """Result of an evaluation."""
 
     metrics: dict[str, float]
     """`accuracy` (mean reward), `pass@<k>`, `cons@<k>` and the statistics of the rollouts; means over the runs."""
@@ -50,7 +51,7 @@ def evaluate(config: RunConfig, inputs: RunInputs, *, output: Path | None = None
 
     Args:
         config: Finalized configuration; `evaluation` says how to sample and what to count, `validation` the rest.
-        inputs: Python objects that stand in for configured ones.
+        inputs: Python objects that replace configured ones.
         output: JSON-lines file for the rollouts of all runs.
 
     Raises:
@@ -74,7 +75,7 @@ def evaluate(config: RunConfig, inputs: RunInputs, *, output: Path | None = None
     finally:
         parts.close()
     if output is not None:
-        from nemo_rl_core.rollouts.jsonl import write_groups
+        from nemo_rl_core.records.jsonl import write_groups
 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_groups(output, [group for groups in runs for group in groups])
@@ -126,19 +127,19 @@ def _subsets(items: Sequence[TaskItem], column: str | None) -> dict[str, list[in
     """Places of the items of each subset, by the name in their column; in the order of the names."""
     if column is None:
         return {}
-    found: dict[str, list[int]] = defaultdict(list)
+    places: dict[str, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
         if column not in item.task:
             raise DataError(
                 f"evaluation.subset_column is {column!r}, but row {item.index} has no such column. It has: "
                 f"{', '.join(map(repr, item.task))}."
             )
-        found[str(item.task[column])].append(place)
-    return dict(sorted(found.items()))
+        places[str(item.task[column])].append(place)
+    return dict(sorted(places.items()))
 
 
 def _scoring(config: RunConfig, groups: Sequence[RolloutGroup]) -> Scoring:
-    """What to count; cons@k by default only where some rollout has an answer.
+    """Choose the scores; cons@k by default only if some rollout has an answer.
 
     Raises:
         ConfigError: cons@k is asked for, and no rollout has an answer.
@@ -165,10 +166,10 @@ def _scoring(config: RunConfig, groups: Sequence[RolloutGroup]) -> Scoring:
 
 
 def _metrics(groups: Sequence[RolloutGroup], scoring: Scoring) -> dict[str, float]:
-    found = {name.removeprefix("rollouts/"): value for name, value in rollout_metrics(groups).items()}
-    found.update(score_groups(groups, scoring))
-    found["num_samples"] = found.pop("num_prompts")
-    return found
+    metrics = {name.removeprefix("rollouts/"): value for name, value in rollout_metrics(groups).items()}
+    metrics.update(score_groups(groups, scoring))
+    metrics["num_samples"] = metrics.pop("num_prompts")
+    return metrics
 
 
 def _mean_and_std(runs: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float]]:

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nemo_rl_core.config import finalize, load_config
-from nemo_rl_core.config.schema import RunConfig
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.training.state import RunResult, RunState
-from nemo_rl_core.training.tracing import traced
+from nemo_rl_core.records.run_state import RunResult
+from nemo_rl_core.schema import RunConfig
+from nemo_rl_core.training.run import run
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.reward import Reward
-    from nemo_rl_core.registry import ComponentRef
-    from nemo_rl_core.training.assembly import RunInputs
+    from nemo_rl_core.rollouts.recorded import RecordedRollouts
     from nemo_rl_core.training.evaluation import EvaluationResult
-    from nemo_rl_core.training.replay import RecordedRollouts
 
-__all__ = ["Trainer", "default_run_dir", "run"]
+__all__ = ["Trainer"]
 
 Self = TypeVar("Self", bound="Trainer")
 
@@ -28,15 +26,15 @@ class Trainer:
     """Runs the algorithm that its configuration names.
 
     Args:
-        config: A configuration object, a mapping, or the path of a YAML, JSON or TOML file.
-        **fields: Fields to set over it, also dotted ones: `Trainer(path, **{"policy.optimizer.lr": 1e-5})`.
+        config: Configuration object, mapping, or path of a YAML, JSON or TOML file.
+        **fields: Fields that override it, including dotted ones: `Trainer(path, **{"policy.optimizer.lr": 1e-5})`.
 
     Raises:
         ConfigError: With every mistake found.
     """
 
     algorithm: ClassVar[str | None] = None
-    """Name of the algorithm; sub-classes fix it."""
+    """Name of the algorithm; subclasses set it."""
 
     def __init__(self, config: RunConfig | Mapping[str, Any] | str | Path, **fields: Any) -> None:
         if isinstance(config, Mapping) and self.algorithm is not None:
@@ -50,7 +48,7 @@ class Trainer:
 
     @classmethod
     def from_pretrained(cls: type[Self], model: str | Path, **fields: Any) -> Self:
-        """A trainer with the defaults of its algorithm for one model.
+        """Make a trainer with the defaults of its algorithm for one model.
 
         Args:
             model: Hub name, local folder, or `scratch:<name>`. A folder or file that holds a run's
@@ -77,22 +75,22 @@ class Trainer:
         """Train.
 
         Args:
-            train_dataset: Rows, or the name of a dataset (hub name, file, folder); by default what the
-                configuration says. `dataset` is another name for it.
-            reward_fn: A plain function that scores a response; arguments are matched by name.
-            dataset: See `train_dataset`.
+            train_dataset: Rows, or the name of a dataset (hub name, file, folder); by default the training
+                data of the configuration. `dataset` is another name for it.
+            reward_fn: Plain function that scores a response; arguments are matched by name.
+            dataset: Another name for `train_dataset`.
             environment: An environment class instead of a reward function.
-            validation_dataset: As `train_dataset`, for validation.
+            validation_dataset: Validation data, in the same forms as `train_dataset`.
             rollouts: Train on recorded rollouts instead of sampling: a file, the folder of a run, or groups. No
                 engine, environment or data is needed.
             callbacks: `Callback` objects, called at the events of this run.
-            debug: Write which plugin's code ran when to `debug.jsonl` in the run folder and to the logger
-                `nemo_rl_core.debug`; None is what NEMO_RL_DEBUG says.
+            debug: Whether to write which plugin's code ran when to `debug.jsonl` in the run folder and to the logger
+                `nemo_rl_core.debug`; None follows NEMO_RL_DEBUG.
 
         Returns:
             The result; `status` is "interrupted" after Ctrl-C (the state was saved).
         """
-        from nemo_rl_core.training.assembly import RunInputs
+        from nemo_rl_core.training.setup.parts import RunInputs
 
         if train_dataset is not None and dataset is not None:
             raise ConfigError("Both train_dataset and dataset are given; they are two names for one argument.")
@@ -125,8 +123,8 @@ class Trainer:
             environment: An environment class instead of a reward function.
             output: JSON-lines file for the rollouts.
         """
-        from nemo_rl_core.training.assembly import RunInputs
         from nemo_rl_core.training.evaluation import evaluate
+        from nemo_rl_core.training.setup.parts import RunInputs
 
         config, rows = self.config, dataset
         if isinstance(dataset, (str, Path)):
@@ -145,74 +143,10 @@ def _set(config: RunConfig, path: str, value: Any) -> RunConfig:
 
 
 def _recorded(rollouts: Any) -> RecordedRollouts:
-    from nemo_rl_core.training.replay import RecordedRollouts, read_recorded
+    from nemo_rl_core.rollouts.recorded import RecordedRollouts, read_recorded
 
     if isinstance(rollouts, (str, Path)):
         return read_recorded(rollouts)
     if isinstance(rollouts, RecordedRollouts):
         return rollouts
     return RecordedRollouts(source="the rollouts given", groups=list(rollouts))
-
-
-def default_run_dir(config: RunConfig) -> Path:
-    """`run_dir`, or `runs/<name>`."""
-    return Path(config.run_dir or f"runs/{config.name or config.algorithm}").expanduser()
-
-
-def run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any] = (), *, debug: bool | None = None) -> RunResult:
-    """Assemble and run a finalized configuration.
-
-    Args:
-        config: What to run.
-        inputs: Python objects that stand in for configured ones.
-        callbacks: Listeners of this run.
-        debug: Trace which plugin's code runs when; None is what NEMO_RL_DEBUG says.
-    """
-    with traced(default_run_dir(config), debug):
-        return _run(config, inputs, callbacks)
-
-
-def _run(config: RunConfig, inputs: RunInputs, callbacks: Sequence[Any]) -> RunResult:
-    from nemo_rl_core.registry import RunHooks
-    from nemo_rl_core.training.assembly import assemble
-    from nemo_rl_core.training.loop import RunLoop
-    from nemo_rl_core.training.progress import make_progress
-    from nemo_rl_core.training.record import RunRecord
-    from nemo_rl_core.training.replay import replay_config
-    from nemo_rl_core.training.run_folder import check_run_folder
-
-    if inputs.recorded is not None:
-        config = replay_config(config)
-    run_dir = default_run_dir(config)
-    hooks = RunHooks(callbacks)
-    parts = assemble(config, inputs, run_dir=str(run_dir))
-    try:
-        data_steps = None if parts.recorded is not None else parts.data.total_steps(config.num_items_per_step)
-        max_steps = _last_step(config.max_steps, data_steps)
-        state = RunState(config=config, run_dir=run_dir, algorithm=str(config.algorithm), max_steps=max_steps)
-        record = RunRecord(run_dir, _loggers(config, parts.components))
-        if config.checkpointing.enabled:
-            check_run_folder([model.group for model in parts.trained.values()], run_dir)
-        loop = RunLoop(parts, state, hooks, record, make_progress(config.logging.progress))
-        return loop.run()
-    finally:
-        parts.close()
-
-
-def _last_step(max_steps: int | None, data_steps: int | None) -> int | None:
-    """Whichever comes first; data too small for one step is left to the first step to tell."""
-    bounds = [bound for bound in (max_steps, data_steps or None) if bound is not None]
-    return min(bounds, default=None)
-
-
-def _loggers(config: RunConfig, used: list[ComponentRef]) -> list[tuple[str, Any]]:
-    from nemo_rl_core.registry import PluginCall, get_registry
-
-    made = []
-    for choice in config.logging.loggers:
-        ref = get_registry().resolve("loggers", choice.name, plugins=config.plugins)
-        used.append(ref)
-        logger_class = ref.load()
-        with PluginCall("loggers", ref, "__init__", "made"):
-            made.append((ref.name, logger_class(choice.options)))
-    return made

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.reference import ragged_batch
+from nemo_rl_core.schema import OptimizerConfig, PolicyConfig
+from nemo_rl_core.testing.conformance.cases.reference import ragged_batch
 from nemo_rl_plugins_megatron.backend import MegatronBackend
 from nemo_rl_plugins_megatron.config import MegatronConfig
 

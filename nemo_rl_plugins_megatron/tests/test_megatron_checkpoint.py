@@ -8,12 +8,12 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.config.schema import OptimizerConfig
+from nemo_rl_core.backends import sealed_file
 from nemo_rl_core.errors import CheckpointError
-from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.infra.local import InProcessGroup
-from nemo_rl_core.testing.conformance.reference import WeightedLoss
-from nemo_rl_core.training.policy import Policy
+from nemo_rl_core.infra.workers.local import InProcessGroup
+from nemo_rl_core.schema import OptimizerConfig
+from nemo_rl_core.testing.conformance.cases.reference import WeightedLoss
+from nemo_rl_core.training.model.policy import Policy
 from nemo_rl_plugins_megatron.config import MegatronConfig
 
 ADAM, SGD = (OptimizerConfig(name=f"torch.optim.{name}", lr=1e-2) for name in ("Adam", "SGD"))

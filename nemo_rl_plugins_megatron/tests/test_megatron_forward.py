@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import OptimizerConfig
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.loss import LossSums
 from nemo_rl_core.protocols.training_backend import StepPlan
-from nemo_rl_core.testing.conformance.reference import ReferenceTrainer, WeightedLoss, forward_logits, forward_logprobs
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.schema import OptimizerConfig
+from nemo_rl_core.testing.conformance.cases.reference import (
+    ReferenceTrainer,
+    WeightedLoss,
+    forward_logits,
+    forward_logprobs,
+)
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_plugins_megatron import model
 from nemo_rl_plugins_megatron._megatron import _LOWEST, check_version
 from nemo_rl_plugins_megatron.attention import PackedAttention, attend_end

@@ -10,15 +10,15 @@ import cloudpickle
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import CheckpointError, InvariantViolation
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.infra.workers.local import InProcessGroup, LocalLauncher
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerSpec
-from nemo_rl_core.testing.conformance.reference import WeightedLoss
-from nemo_rl_core.training.policy import Policy
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import ClusterConfig, OptimizerConfig, PolicyConfig
+from nemo_rl_core.testing.conformance.cases.reference import WeightedLoss
+from nemo_rl_core.training.model.policy import Policy
 from nemo_rl_plugins_megatron.backend import MegatronBackend
 from nemo_rl_plugins_megatron.config import MegatronConfig
 from nemo_rl_plugins_megatron.pretrained import WeightFiles

@@ -1,11 +1,11 @@
-"""A model or a layout that cannot be had is refused with the fix, before any process waits for another."""
+"""A model or a layout that is not available is refused with the fix, before any process waits for another."""
 
 from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core.config.schema import OptimizerConfig, SchedulerConfig
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import OptimizerConfig, SchedulerConfig
 from nemo_rl_plugins_megatron.config import MegatronConfig
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from vllm_kit import SHAPE, complete, generate, largest_difference, needs_vllm, reference_logprobs, request
 
-from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError
-from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.reference import forward_logits, tiny_model
+from nemo_rl_core.schema import GenerationConfig
+from nemo_rl_core.testing.conformance.cases.reference import forward_logits, tiny_model
 from nemo_rl_plugins_vllm.arguments import engine_arguments
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
@@ -204,7 +204,7 @@ def test_first_weights_of_a_scratch_model_are_those_of_the_trainer(tmp_path):
     script = """
         import asyncio
         import os
-        from nemo_rl_core.config.schema import GenerationConfig
+        from nemo_rl_core.schema.run import GenerationConfig
         from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
         from nemo_rl_core.protocols.launcher import WorkerContext
         from nemo_rl_plugins_vllm.backend import VLLMEngine

@@ -8,8 +8,8 @@ import pytest
 from vllm_kit import SHAPE, EnginePool, complete, largest_difference, needs_vllm, request
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.testing.conformance.reference import tiny_model
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.testing.conformance.cases.reference import tiny_model
 from nemo_rl_plugins_vllm import refit
 
 pytestmark = needs_vllm

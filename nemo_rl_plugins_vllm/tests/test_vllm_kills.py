@@ -9,12 +9,12 @@ import signal
 import pytest
 from vllm_kit import LONG, needs_vllm, request
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.errors import WorkerDied
-from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.local import LocalLauncher
+from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.infra.workers.local import LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
 

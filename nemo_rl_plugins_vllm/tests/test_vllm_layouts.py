@@ -7,8 +7,8 @@ import torch
 from vllm_kit import EnginePool, complete, needs_vllm, request
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.testing.conformance.reference import forward_logits
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.testing.conformance.cases.reference import forward_logits
 
 pytestmark = [*needs_vllm, pytest.mark.slow]
 PROMPTS = [(20, 31, 42, 53, i) for i in range(8)]

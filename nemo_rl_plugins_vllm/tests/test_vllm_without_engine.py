@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig, RunConfig
 from nemo_rl_core.errors import ConfigError, GenerationError, MissingExtra
-from nemo_rl_core.infra.local import LocalLauncher
-from nemo_rl_core.training.engine_assembly import engine_placement
+from nemo_rl_core.infra.workers.local import LocalLauncher
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig, RunConfig
+from nemo_rl_core.training.setup.engine import engine_placement
 from nemo_rl_plugins_vllm import backend
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import GenerationConfig
 from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.reference import TINY_SHAPE, TinyModel, forward_logits, tiny_model
+from nemo_rl_core.schema import GenerationConfig
+from nemo_rl_core.testing.conformance.cases.reference import TINY_SHAPE, TinyModel, forward_logits, tiny_model
 from nemo_rl_plugins_vllm.backend import VLLMEngine
 from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.installed import installed_version

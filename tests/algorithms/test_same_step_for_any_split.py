@@ -17,15 +17,15 @@ import pytest
 import torch
 from pytest import approx
 
-from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
-from nemo_rl_core.infra.place import free_port
+from nemo_rl_core.infra.workers.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.machine.place import free_port
 from nemo_rl_core.models import load_model, load_model_config
-from nemo_rl_core.models.over_vocabulary import OutputLayer
+from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.training.policy import Policy
+from nemo_rl_core.schema import ClusterConfig, OptimizerConfig, PolicyConfig
+from nemo_rl_core.training.model.policy import Policy
 from nemo_rl_plugins_distillation.whole_vocabulary import SHARES, WholeVocabulary, hidden_field
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig

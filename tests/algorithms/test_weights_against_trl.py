@@ -17,13 +17,13 @@ import torch
 from attrs import frozen
 from pytest import approx
 
-from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.infra.local import LocalLauncher
+from nemo_rl_core.infra.workers.local import LocalLauncher
 from nemo_rl_core.models import load_model, load_tokenizer
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.training.policy import Policy
+from nemo_rl_core.schema import ClusterConfig, OptimizerConfig, PolicyConfig
+from nemo_rl_core.training.model.policy import Policy
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("weights_against_trl")]
 

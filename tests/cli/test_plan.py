@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from nemo_rl_core.cli import main
-from nemo_rl_core.testing.simulation.rates import rates_from_run
+from nemo_rl_core.planning.rates import rates_from_run
 
 CONFIG = """
 algorithm: grpo
@@ -188,7 +188,7 @@ def test_slow_rates_end_and_name_the_deadline(config, capsys):
 
 
 def test_a_simulation_that_was_stopped_is_no_result(config, monkeypatch, capsys):
-    from nemo_rl_core.testing.simulation.parts import SimulatedPolicy
+    from nemo_rl_core.planning.simulation.parts import SimulatedPolicy
 
     step = SimulatedPolicy.train_step
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nemo_rl_core.registry import KINDS, Registry
-from nemo_rl_core.registry._diagnosis import compare_nodes, diagnose, reported_nodes
+from nemo_rl_core.registry.explaining._diagnosis import compare_nodes, diagnose, reported_nodes
 from nemo_rl_core.testing.site import PluginSite
 
 REWARD = "def r(response):\n    return 1.0\n"

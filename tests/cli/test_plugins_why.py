@@ -8,7 +8,7 @@ import pytest
 
 from nemo_rl_core.errors import PluginError
 from nemo_rl_core.registry import Registry, register_reward
-from nemo_rl_core.registry._why import kinds_with, resolution
+from nemo_rl_core.registry.explaining._why import kinds_with, resolution
 from nemo_rl_core.testing.site import PluginSite
 
 REWARD = "def r(response):\n    return 1.0\n"

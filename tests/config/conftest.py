@@ -10,9 +10,9 @@ import pytest
 from attrs import field, frozen
 from attrs.validators import gt  # attrs' own: plugin authors use them too
 
-from nemo_rl_core.config import ComponentChoice, Mistake, RunConfig, component, mistake
-from nemo_rl_core.config.validators import ge
 from nemo_rl_core.errors import PluginBroken, PluginConflict, PluginNotFound
+from nemo_rl_core.schema import ComponentChoice, Mistake, RunConfig, component, mistake
+from nemo_rl_core.schema.validators import ge
 
 
 @frozen(kw_only=True)

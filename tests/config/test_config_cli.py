@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_rl_core.cli.config import app
-from nemo_rl_core.config import InvalidConfig, load_config
-from nemo_rl_core.config._yaml import parse_yaml
+from nemo_rl_core.config import load_config
+from nemo_rl_core.config.formats._yaml import parse_yaml
 from nemo_rl_core.registry import get_registry
+from nemo_rl_core.schema import InvalidConfig
 
 YAML = """\
 algorithm: toy_of_cli
@@ -94,7 +95,7 @@ def test_show_prints_what_loads_back(file):
         assert mistakes == []
         assert load_config(tree).num_prompts_per_step == 2
         assert "rollouts per step" in result.stdout
-    assert "# Processes (one per device) that train the policy." in invoke("show", file, "--docs").stdout
+    assert "# Number of processes, one per device, that train the model." in invoke("show", file, "--docs").stdout
 
 
 def test_show_as_json_holds_the_arithmetic(file):

@@ -7,7 +7,9 @@ import pytest
 from attrs import field, frozen
 from attrs.validators import gt
 
-from nemo_rl_core.config import (
+from nemo_rl_core.config import finalize, load_config, resolve_choice
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import (
     CheckpointConfig,
     ClusterConfig,
     ComponentChoice,
@@ -21,11 +23,7 @@ from nemo_rl_core.config import (
     RunConfig,
     SchedulerConfig,
     ValidationConfig,
-    finalize,
-    load_config,
-    resolve_choice,
 )
-from nemo_rl_core.errors import ConfigError
 
 
 def final(config, registry):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config import ComponentChoice, InvalidConfig, OptimizerConfig, PolicyConfig, load_config
-from nemo_rl_core.config._yaml import parse_scalar, parse_yaml
+from nemo_rl_core.config import load_config
+from nemo_rl_core.config.formats._yaml import parse_scalar, parse_yaml
+from nemo_rl_core.schema import ComponentChoice, InvalidConfig, OptimizerConfig, PolicyConfig
 
 YAML = """
 algorithm: toy

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config import GenerationConfig, InvalidConfig, PolicyConfig, RunConfig, load_config, to_dict
-from nemo_rl_core.config.mistakes import suggest
+from nemo_rl_core.config import load_config, to_dict
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import GenerationConfig, InvalidConfig, PolicyConfig, RunConfig
+from nemo_rl_core.schema.mistakes import suggest
 
 GOOD = {"algorithm": "toy", "model": "m"}
 
@@ -102,7 +103,7 @@ def test_values_that_do_not_fit(registry, tree, path, problem, fix):
 
 def test_what_is_allowed_says_type_range_and_meaning(registry):
     m = one({**GOOD, "rollouts": {"environment_timeout_s": 0}}, registry)
-    assert m.allowed == "number > 0 (Deadline of one reset or step)"
+    assert m.allowed == "number > 0 (Seconds that one reset or step of an environment may take)"
     m = one({**GOOD, "policy": {"max_grad_norm": "x"}}, registry)
     assert m.allowed.startswith("number > 0 or null")
 
@@ -340,7 +341,7 @@ def test_the_message_is_compact_and_complete(tmp_path, registry):
         "\n"
         f"  policy.num_workers  ({path}:5)\n"
         "      must be >= 1, found 0\n"
-        "      allowed: integer >= 1 (Processes (one per device) that train the policy)"
+        "      allowed: integer >= 1 (Number of processes, one per device, that train the model)"
     )
 
 

@@ -15,7 +15,11 @@ from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.config import (
+from nemo_rl_core.config import arithmetic, describe, diff, finalize, json_schema, load_config, to_dict, to_yaml
+from nemo_rl_core.config.describing.dump import NOT_SET
+from nemo_rl_core.config.formats._yaml import parse_yaml
+from nemo_rl_core.config.structure import structure
+from nemo_rl_core.schema import (
     ComponentChoice,
     DatasetConfig,
     GenerationConfig,
@@ -23,19 +27,8 @@ from nemo_rl_core.config import (
     PolicyConfig,
     RolloutConfig,
     RunConfig,
-    arithmetic,
-    describe,
-    diff,
-    finalize,
-    json_schema,
-    load_config,
-    schema,
-    to_dict,
-    to_yaml,
 )
-from nemo_rl_core.config._yaml import parse_yaml
-from nemo_rl_core.config.dump import NOT_SET
-from nemo_rl_core.config.structure import structure
+from nemo_rl_core.schema import run as schema
 
 words = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(
     [
@@ -195,7 +188,7 @@ def test_json_schema_says_what_loading_allows(toy):
     assert found["additionalProperties"] is False
     policy = found["properties"]["policy"]["properties"]
     assert policy["num_workers"] == {
-        "description": "Processes (one per device) that train the policy.",
+        "description": "Number of processes, one per device, that train the model.",
         "type": "integer",
         "minimum": 1,
         "default": 1,

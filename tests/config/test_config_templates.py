@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from nemo_rl_core.cli.config import app
 from nemo_rl_core.config import load_config
-from nemo_rl_core.config._yaml import parse_yaml
+from nemo_rl_core.config.formats._yaml import parse_yaml
 from nemo_rl_core.config.templates import config_template, config_templates
 from nemo_rl_core.errors import ConfigError, PluginNotFound
 from nemo_rl_core.registry import get_registry

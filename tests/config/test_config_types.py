@@ -13,12 +13,13 @@ import pytest
 from attrs import field, frozen
 from attrs.validators import in_, matches_re, max_len, min_len
 
-from nemo_rl_core.config import ComponentChoice, component, describe, json_schema, to_dict
-from nemo_rl_core.config._json import parse_json
-from nemo_rl_core.config._yaml import parse_yaml
+from nemo_rl_core.config import describe, json_schema, to_dict
+from nemo_rl_core.config.formats._json import parse_json
+from nemo_rl_core.config.formats._yaml import parse_yaml
 from nemo_rl_core.config.structure import structure
-from nemo_rl_core.config.validators import gt, lt, one_of, optional
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import ComponentChoice, component
+from nemo_rl_core.schema.validators import gt, lt, one_of, optional
 
 
 class Mode(enum.Enum):

@@ -46,6 +46,7 @@ def shipped(kinds):
     for file in [
         ROOT / "pyproject.toml",
         *sorted(ROOT.glob("plugins/*/pyproject.toml")),
+        *sorted(ROOT.glob("plugins/*/*/pyproject.toml")),
         *sorted(ROOT.glob("nemo_rl_plugins_*/pyproject.toml")),
     ]:
         groups = tomllib.loads(file.read_text())["project"].get("entry-points", {})
@@ -73,5 +74,5 @@ def test_its_package_has_a_conformance_test(kind, name, value, package):
     if name in ASK_BY_THEMSELVES:
         assert "RolloutEngine(" in text
         return
-    assert f"({contract_for(kind).__name__})" in text, f"no test of {package.name} sub-classes the contract of {kind}"
+    assert f"({contract_for(kind).__name__})" in text, f"no test of {package.name} subclasses the contract of {kind}"
     assert value.rpartition(":")[2] in text

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import DataError, PluginBroken, PluginNotFound
+from nemo_rl_core.schema import DataConfig, DatasetConfig
 
 torch.set_num_threads(1)
 
@@ -42,10 +42,10 @@ def taken(data, num_batches, size):
 def drain(data, size):
     out = []
     while True:
-        try:
-            out.append([x.row_index for x in data.next(size)])
-        except StopIteration:
+        batch = data.next(size)
+        if batch is None:
             return out
+        out.append([x.row_index for x in batch])
 
 
 # -- order ----------------------------------------------------------------------------------------------------
@@ -102,8 +102,7 @@ def test_batches_run_across_epochs_and_only_the_last_rest_is_dropped(source):
     assert [i for b in batches for i in b] == [*range(10), *range(8)]
     data = module(source, max_epochs=2)
     drain(data, 3)
-    with pytest.raises(StopIteration):
-        data.next(3)
+    assert data.next(3) is None
 
 
 def test_sizes():
@@ -287,6 +286,12 @@ def test_task_ids_are_the_rows_own_if_unique():
     assert {x.task_id for x in module(ids).next(4)} == {"q0", "q1", "q2", "q3"}
     same = [{"prompt": "p", "id": "q"} for _ in range(4)]
     assert {x.task_id for x in module(same).next(4)} == {"0", "1", "2", "3"}
+
+
+def test_a_limit_of_the_training_rows_is_none_of_the_validation_rows():
+    limited = DataConfig(train=DatasetConfig(limit=2))
+    data = DataModule(limited, seed=0, train_rows=rows(6), validation_rows=rows(5), max_epochs=1)
+    assert (len(data), len(data.validation())) == (2, 5)
 
 
 def test_validation_rows_in_their_order():

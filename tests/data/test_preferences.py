@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.data.encoding import ConversationEncoder
 from nemo_rl_core.data.preference_batch import pair_positions, preference_batch
 from nemo_rl_core.data.preferences import LabelledAnswer, PreferencePair, labelled_answers, preference_pair
 from nemo_rl_core.errors import DataError, ShapeMismatch
 from nemo_rl_core.models import load_tokenizer
+from nemo_rl_core.records.batch import BatchedDataDict
 
 
 def user(text):

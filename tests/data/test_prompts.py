@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config.schema import DatasetConfig
 from nemo_rl_core.data.prompts import RowFormat, gym_messages, sft_messages
 from nemo_rl_core.errors import DataError
+from nemo_rl_core.schema import DatasetConfig
 
 USER = {"role": "user", "content": "2 + 2?"}
 REPLY = {"role": "assistant", "content": "4"}

@@ -67,6 +67,7 @@ def pages() -> list[Path]:
         ROOT / "CONTRIBUTING.md",
         *sorted(docs),
         *sorted(ROOT.glob("plugins/*/README.md")),
+        *sorted(ROOT.glob("plugins/*/*/README.md")),
         *sorted(ROOT.glob("nemo_rl_plugins_*/README.md")),
     ]
 
@@ -173,6 +174,7 @@ def distributions() -> frozenset[str]:
     files = [
         ROOT / "pyproject.toml",
         *ROOT.glob("plugins/*/pyproject.toml"),
+        *ROOT.glob("plugins/*/*/pyproject.toml"),
         *ROOT.glob("nemo_rl_plugins_*/pyproject.toml"),
     ]
     return frozenset(tomllib.loads(f.read_text())["project"]["name"] for f in files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_rl_core.testing import contract_for
-from nemo_rl_core.testing.conformance.kit import clauses, contracts
+from nemo_rl_core.testing.conformance.frame.kit import clauses, contracts
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import nemo_rl
-from nemo_rl_core.rollouts.jsonl import read_groups
+from nemo_rl_core.records.jsonl import read_groups
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
 

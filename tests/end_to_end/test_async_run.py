@@ -15,10 +15,11 @@ import pytest
 
 import nemo_rl
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.rollouts.jsonl import read_groups
-from nemo_rl_core.training.assembly import RunInputs, assemble
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.records.jsonl import read_groups
+from nemo_rl_core.training.reporting.record import read_metrics
+from nemo_rl_core.training.setup.assemble import assemble
+from nemo_rl_core.training.setup.parts import RunInputs
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 pytestmark = pytest.mark.xdist_group("async")

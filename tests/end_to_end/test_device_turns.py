@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import nemo_rl
+from nemo_rl_core.backends import sealed_file
 from nemo_rl_core.errors import ConfigError, InvariantViolation
-from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.training.device_turns import DeviceTurns
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.training.model.device_turns import DeviceTurns
+from nemo_rl_core.training.reporting.record import read_metrics
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 

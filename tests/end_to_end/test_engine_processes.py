@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import nemo_rl
-from nemo_rl_core.config.schema import ClusterConfig, RunConfig
 from nemo_rl_core.errors import ConfigError, MissingExtra, WorkerDied
-from nemo_rl_core.training.engine_assembly import EnginePlacement, choose_weight_sync
+from nemo_rl_core.schema import ClusterConfig, RunConfig
+from nemo_rl_core.training.setup.engine import EnginePlacement, choose_weight_sync
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 

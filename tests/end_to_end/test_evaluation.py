@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from nemo_rl_core.cli._app import command
-from nemo_rl_core.config import InvalidConfig
 from nemo_rl_core.errors import ConfigError, DataError
+from nemo_rl_core.schema import InvalidConfig
 from nemo_rl_core.training.trainer import Trainer
 
 DIGITS = r"(\d)"
@@ -84,8 +84,8 @@ def test_what_is_missing_is_named(trainer, rows):
 @pytest.mark.parametrize(
     ("evaluation", "says"),
     [
-        ({"pass_at": [8], "num_generations_per_prompt": 4}, "k=8 of 4 rollouts per prompt cannot be had"),
-        ({"cons_at": [2]}, "k=2 of 1 rollouts per prompt cannot be had"),
+        ({"pass_at": [8], "num_generations_per_prompt": 4}, "k=8 of 4 rollouts per prompt is not available"),
+        ({"cons_at": [2]}, "k=2 of 1 rollouts per prompt is not available"),
         ({"pass_at": [0]}, "k=0 of 1 rollouts"),
         ({"num_generations_per_prompt": 4, "temperature": 0.0}, "all rollouts of a prompt are the same"),
         ({"num_runs": 2, "temperature": 0.0}, "all rollouts of a prompt are the same"),

@@ -11,8 +11,8 @@ import torch
 
 import nemo_rl
 from nemo_rl_core.errors import CheckpointError, ConfigError, EnvironmentFailure, InvariantViolation
-from nemo_rl_core.rollouts.jsonl import read_groups
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.records.jsonl import read_groups
+from nemo_rl_core.training.reporting.record import read_metrics
 
 
 def first_letter(response: str) -> float:

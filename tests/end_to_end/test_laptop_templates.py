@@ -6,8 +6,8 @@ import pytest
 
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.config.templates import config_templates
-from nemo_rl_core.training.assembly import RunInputs
-from nemo_rl_core.training.trainer import run
+from nemo_rl_core.training.run import run
+from nemo_rl_core.training.setup.parts import RunInputs
 
 SELF_CONTAINED = [t for t in config_templates() if t.name == "laptop" and "source: reasoning_gym" in t.text]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core.config import InvalidConfig, arithmetic, finalize, load_config
-from nemo_rl_core.training.assembly import RunInputs
-from nemo_rl_core.training.model_checks import check_models, configured_models
-from nemo_rl_core.training.trainer import run
+from nemo_rl_core.config import arithmetic, finalize, load_config
+from nemo_rl_core.schema import InvalidConfig
+from nemo_rl_core.training.run import run
+from nemo_rl_core.training.setup.model_checks import check_models, configured_models
+from nemo_rl_core.training.setup.parts import RunInputs
 
 SPLIT = {"pipeline_parallel_size": 2, "context_parallel_size": 2}
 

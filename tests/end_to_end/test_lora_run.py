@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import nemo_rl
-from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.training.policy import InitialModel
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.backends import sealed_file
+from nemo_rl_core.training.model.policy import InitialModel
+from nemo_rl_core.training.reporting.record import read_metrics
 
 # Not imported here: the processes that run the reward import this module.
 pytestmark = [pytest.mark.skipif(find_spec("peft") is None, reason="needs peft"), pytest.mark.xdist_group("lora")]
@@ -116,8 +116,9 @@ def test_the_reference_is_the_policy_without_adapters(tiny, rows):
 
 def test_no_second_model_is_loaded_for_the_reference(tiny, rows, tmp_path):
     from nemo_rl_core.config import finalize, load_config
-    from nemo_rl_core.training.assembly import RunInputs, assemble
-    from nemo_rl_core.training.policy import Policy
+    from nemo_rl_core.training.model.policy import Policy
+    from nemo_rl_core.training.setup.assemble import assemble
+    from nemo_rl_core.training.setup.parts import RunInputs
 
     loss = {"name": "clipped_pg", "options": {"reference_kl_beta": 0.1}}
     for options, kind in (({"lora": {}}, InitialModel), ({}, Policy)):

@@ -8,9 +8,9 @@ import logging
 import pytest
 
 import nemo_rl
-from nemo_rl_core.config.mistakes import InvalidConfig
 from nemo_rl_core.errors import PluginIncompatible
 from nemo_rl_core.registry import KINDS, Registry, _registry, register_reward
+from nemo_rl_core.schema.mistakes import InvalidConfig
 from nemo_rl_core.testing.site import PluginSite
 
 REWARD = "def digits(response):\n    return float(any(c.isdigit() for c in response))\n"

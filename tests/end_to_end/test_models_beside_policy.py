@@ -14,12 +14,12 @@ import torch
 from attrs import evolve
 
 import nemo_rl
+from nemo_rl_core.backends import sealed_file
 from nemo_rl_core.config import finalize, load_config
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra import sealed_file
 from nemo_rl_core.protocols.algorithm import ModelRole, Update
 from nemo_rl_core.protocols.loss import Metric
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.training.reporting.record import read_metrics
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_ppo.algorithm import PPO
@@ -317,8 +317,8 @@ class NoReference(PPO):
         ),
         ({"algorithm": TrainsNobody}, r"trains the model 'judge', which its `models` does not name"),
         ({"algorithm": SecondPolicy}, r"SecondPolicy.models has a role 'policy'"),
-        ({"algorithm": AsksThePolicyForValues}, r"values cannot be had of the model of the role 'policy'.*head='lm'"),
-        ({"algorithm": CriticWithoutHead}, r"values cannot be had of the model of the role 'critic'.*head='lm'"),
+        ({"algorithm": AsksThePolicyForValues}, r"role 'policy' does not give values.*head='lm'"),
+        ({"algorithm": CriticWithoutHead}, r"role 'critic' does not give values.*head='lm'"),
         ({"algorithm": NoReference}, r"NoReference requires ref_logprobs, but its models have no reference"),
         ({"critic": {"model_name": "scratch:qwen2-huge"}}, r"model 'scratch:qwen2-huge': no shape of that name"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.training.reporting.record import read_metrics
 
 pytestmark = pytest.mark.xdist_group("resume")  # one worker makes what they share
 

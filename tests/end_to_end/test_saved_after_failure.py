@@ -11,12 +11,12 @@ import pytest
 
 import nemo_rl
 from nemo_rl_core.errors import EnvironmentFailure, WorkerDied
+from nemo_rl_core.planning.simulation import SimulatedCluster, SimulatedRun
+from nemo_rl_core.planning.simulation.parts import SimulatedPolicy
+from nemo_rl_core.records.jsonl import read_groups
 from nemo_rl_core.registry import RunHooks
-from nemo_rl_core.rollouts.jsonl import read_groups
-from nemo_rl_core.testing.simulation import SimulatedCluster, SimulatedRun
-from nemo_rl_core.testing.simulation.parts import SimulatedPolicy
-from nemo_rl_core.training import saving
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.training.checkpoints import saver as saving
+from nemo_rl_core.training.reporting.record import read_metrics
 
 pytestmark = pytest.mark.xdist_group("saved_after_failure")
 STALE = {

@@ -14,7 +14,7 @@ import pytest
 
 from nemo_rl_core.config import load_config
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.training.record import read_metrics
+from nemo_rl_core.training.reporting.record import read_metrics
 
 pytestmark = pytest.mark.xdist_group("user_code")  # one worker makes what they share
 
@@ -24,8 +24,8 @@ CELLS = [
     import torch
     torch.set_num_threads(1)
     from attrs import frozen
-    from nemo_rl_core.config.schema import RunConfig, component
-    from nemo_rl_core.data.from_rollouts import batch_from_groups
+    from nemo_rl_core.schema.run import RunConfig, component
+    from nemo_rl_core.records.to_batch import batch_from_groups
     from nemo_rl_core.protocols.algorithm import BaseAlgorithm
     from nemo_rl_core.protocols.loss import LossSums, Metric
     from nemo_rl_core.registry import (

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig, PolicyConfig, RunConfig
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.generation_backend import GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.records.jsonl import read_groups
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.rollouts.jsonl import read_groups
-from nemo_rl_core.testing.conformance.reference import forward_logits
-from nemo_rl_core.training.engine_assembly import engine_placement, start_engine
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig, PolicyConfig, RunConfig
+from nemo_rl_core.testing.conformance.cases.reference import forward_logits
+from nemo_rl_core.training.setup.engine import engine_placement, start_engine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pairs import Runs, check_pair, check_same_first_step, check_same_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core.infra.axes import dispatch
+from nemo_rl_core.infra.workers.axes import dispatch
 
 AXES = {"pp": 2, "dp": 2, "tp": 2}
 

@@ -13,15 +13,16 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, GenerationConfig
 from nemo_rl_core.errors import ConfigError, DeadlineExceeded, GenerationError, InvariantViolation, WorkerDied
-from nemo_rl_core.infra.arrivals import arrive
-from nemo_rl_core.infra.engine_host import EngineHost, HostConfig
-from nemo_rl_core.infra.engine_metrics import merge_engine_metrics
-from nemo_rl_core.infra.engine_workers import EngineWorkers
-from nemo_rl_core.infra.local import LocalLauncher
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest, SamplingParams
+from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
+from nemo_rl_core.infra.engines.metrics import merge_engine_metrics
+from nemo_rl_core.infra.engines.workers import EngineWorkers
+from nemo_rl_core.infra.workers.local import LocalLauncher
+from nemo_rl_core.machine.arrivals import arrive
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest, SamplingParams
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.schema import ClusterConfig, GenerationConfig
 
 pytestmark = pytest.mark.xdist_group("engine_workers")  # they share the two processes
 
@@ -274,15 +275,13 @@ def test_a_dead_engine_is_named_and_ends_what_waits_for_it(tmp_path):
     try:
 
         async def work():
-            task = asyncio.create_task(made.generate(ask("long", milliseconds=60_000)))
+            task = asyncio.create_task(made.generate(ask("long", milliseconds=3_600_000)))
             await asyncio.sleep(0.2)
             kill(made.links[0])
             await task
 
-        started = time.monotonic()
         with pytest.raises(WorkerDied, match=r"engine generation is gone.*ended by signal 9"):
             asyncio.run(work())
-        assert time.monotonic() - started < 30
         for again in (lambda: complete(made, [ask("next")]), made.metrics, made.fingerprint):
             with pytest.raises(WorkerDied, match="generation"):
                 again()

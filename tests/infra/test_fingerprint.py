@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl_core.infra.fingerprint import KeptSums, _row_and_column_sums, fingerprint
+from nemo_rl_core.infra.weights.fingerprint import CachedSums, _row_and_column_sums, fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
 
@@ -92,7 +92,7 @@ def test_a_tensor_of_many_blocks_is_summed_as_by_hand():
 
 
 def test_kept_sums_are_those_of_the_weights_as_they_are():
-    model, kept = _model(), KeptSums()
+    model, kept = _model(), CachedSums()
     for name, tensor in model.items():
         if name != "c":  # one that was never taken in
             kept.add(name, tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core.infra.weight_sync import InProcessSync
+from nemo_rl_core.infra.weights.in_process import InProcessSync
 from nemo_rl_core.testing import WeightSyncContract
 
 

@@ -13,10 +13,10 @@ import cloudpickle
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import ConfigError, DeadlineExceeded, ResourceError, WorkerDied
-from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
+from nemo_rl_core.infra.workers.local import LocalConfig, LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
+from nemo_rl_core.schema import ClusterConfig
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -211,8 +211,8 @@ def test_workers_outlive_ctrl_c_and_die_with_their_driver_and_scripts_need_no_ma
         textwrap.dedent(
             """
             import os, signal, subprocess, sys, time
-            from nemo_rl_core.config.schema import ClusterConfig
-            from nemo_rl_core.infra.local import LocalLauncher
+            from nemo_rl_core.schema.run import ClusterConfig
+            from nemo_rl_core.infra.workers.local import LocalLauncher
             from nemo_rl_core.protocols.launcher import WorkerSpec
 
             class Worker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_rl_core.infra.local import LocalLauncher
+from nemo_rl_core.infra.workers.local import LocalLauncher
 from nemo_rl_core.testing import LauncherContract
 
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 from attrs import evolve
 
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import ConfigError, ResourceError
-from nemo_rl_core.infra import resources
-from nemo_rl_core.infra.resources import ResourceManager, check_role_names
+from nemo_rl_core.infra.workers import resources
+from nemo_rl_core.infra.workers.resources import ResourceManager, check_role_names
+from nemo_rl_core.schema import ClusterConfig
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def gpus(monkeypatch):
 
 def test_devices_are_found_without_torch_when_there_is_no_driver():
     code = (
-        "import sys; from nemo_rl_core.config.schema import ClusterConfig; found = ClusterConfig.auto_detect();"
+        "import sys; from nemo_rl_core.schema.run import ClusterConfig; found = ClusterConfig.auto_detect();"
         "assert (found.device, found.gpus_per_node) == ('cpu', 0), found; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=60)

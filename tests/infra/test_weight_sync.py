@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError, InvariantViolation
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.infra.local import InProcessGroup
-from nemo_rl_core.infra.weight_sync import InProcessSync, InProcessSyncConfig
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.infra.weights.in_process import InProcessSync, InProcessSyncConfig
+from nemo_rl_core.infra.workers.local import InProcessGroup
 
 
 class Trainer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.infra.fingerprint import Fingerprint
-from nemo_rl_core.infra.local import InProcessGroup
+from nemo_rl_core.infra.weights.fingerprint import Fingerprint
+from nemo_rl_core.infra.workers.local import InProcessGroup
 from nemo_rl_core.testing.conformance.weight_sync import SyncedEngine, SyncedTrainer
 from nemo_rl_plugins_vllm.pieces import open_piece, pack
 from nemo_rl_plugins_weight_syncs.collective import CollectiveSync

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import PluginIncompatible
-from nemo_rl_core.infra import processes
-from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
+from nemo_rl_core.infra.workers import processes
+from nemo_rl_core.infra.workers.local import LocalConfig, LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.registry import Registry, _registry, node_differences, worker_rows
+from nemo_rl_core.schema import ClusterConfig
 from nemo_rl_core.testing.site import PluginSite
 
 WORKER = """
@@ -150,7 +150,7 @@ def test_plugins_of_the_whole_run_are_compared(site, launcher):
 
 PROGRAM = """
 import json, pickle, sys
-from nemo_rl_core.infra._worker import verify
+from nemo_rl_core.infra.workers.child import verify
 
 class Connection:
     def send_bytes(self, data):

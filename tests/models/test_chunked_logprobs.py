@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_rl_core.models.logprobs import LogitTransform, linear_logprobs
+from nemo_rl_core.models.numerics.logprobs import LogitTransform, linear_logprobs
 
 M, E, V = 23, 8, 37
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_rl_core.errors import InvariantViolation
-from nemo_rl_core.infra.kept import Kept, hold
-from nemo_rl_core.models.logprobs import LogitTransform
-from nemo_rl_core.models.over_vocabulary import OutputLayer, map_vocabulary
+from nemo_rl_core.models.numerics.logprobs import LogitTransform
+from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer, map_vocabulary
+from nemo_rl_core.records.shared_value import SharedValue, hold
 
 M, E, V = 23, 8, 37
 
@@ -100,14 +100,14 @@ def test_an_output_layer_at_a_temperature():
     torch.testing.assert_close(layer.logprobs(torch.tensor([[1.0]])), expected)
 
 
-def test_a_kept_value_travels_once():
+def test_a_shared_value_travels_once():
     """Pickled, it is a key; where nothing was held under it, that is said."""
-    kept = Kept(torch.zeros(1000))
-    sent = pickle.dumps(kept)
+    shared = SharedValue(torch.zeros(1000))
+    sent = pickle.dumps(shared)
     assert len(sent) < 300
     arrived = pickle.loads(sent)
-    with pytest.raises(InvariantViolation, match=kept.key):
+    with pytest.raises(InvariantViolation, match=shared.key):
         arrived.on("cpu")
-    hold(None, kept.key, torch.ones(2))
+    hold(None, shared.key, torch.ones(2))
     assert arrived.on("cpu").tolist() == [1.0, 1.0]
-    assert kept.on("cpu").shape == (1000,)
+    assert shared.on("cpu").shape == (1000,)

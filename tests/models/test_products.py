@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nemo_rl_core.models import products
-from nemo_rl_core.models.products import fast_linear, product, use_fast_linear
+from nemo_rl_core.models.numerics import products
+from nemo_rl_core.models.numerics.products import fast_linear, product, use_fast_linear
 
 N, I, O = 260, 576, 512  # noqa: E741
 needs_onednn = pytest.mark.skipif(not products._works(), reason="this build of PyTorch has no such product")

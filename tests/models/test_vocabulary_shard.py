@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nemo_rl_core.models.logprobs import LogitTransform, VocabularyShard, likeliest, linear_logprobs
+from nemo_rl_core.models.numerics.logprobs import LogitTransform, VocabularyShard, likeliest, linear_logprobs
 
 M, E, V, CUT = 11, 8, 37, 20  # rows 0 to 19 stand on rank 0
 

@@ -29,7 +29,11 @@ pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.timeout(180)]
 ROOT = Path(__file__).resolve().parents[2]
 PROJECTS = [
     ROOT,
-    *sorted(p.parent for pattern in ("plugins/*", "nemo_rl_plugins_*") for p in ROOT.glob(f"{pattern}/pyproject.toml")),
+    *sorted(
+        p.parent
+        for pattern in ("plugins/*", "plugins/*/*", "nemo_rl_plugins_*")
+        for p in ROOT.glob(f"{pattern}/pyproject.toml")
+    ),
 ]
 IDS = [p.name if p != ROOT else "core" for p in PROJECTS]
 

@@ -21,7 +21,9 @@ EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/plugins/*/pyprojec
 OURS = [
     ROOT,
     *sorted(
-        path.parent for pattern in ("plugins/*", "nemo_rl_plugins_*") for path in ROOT.glob(f"{pattern}/pyproject.toml")
+        path.parent
+        for pattern in ("plugins/*", "plugins/*/*", "nemo_rl_plugins_*")
+        for path in ROOT.glob(f"{pattern}/pyproject.toml")
     ),
 ]
 

@@ -31,3 +31,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     own = Registry()
     monkeypatch.setattr(_registry, "_registry", own)
     return own
+
+
+@pytest.fixture
+def cli(site: PluginSite):
+    """`cli("plugins", "list")` runs the command line in a fresh process; `cli.site` installs plugins there."""
+
+    class CommandLine:
+        def __call__(self, *arguments: str, **env: str):
+            return site.run("-m", "nemo_rl_core.cli", *arguments, env=env)
+
+    CommandLine.site = site
+    return CommandLine()

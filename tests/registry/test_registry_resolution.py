@@ -125,7 +125,7 @@ def test_requirements_that_do_not_apply_do_not_count(site, registry):
 def test_the_core_requirement_is_judged_as_packaging_judges_it(site, monkeypatch, specifier, core):
     from packaging.specifiers import SpecifierSet
 
-    from nemo_rl_core.registry import _compatibility
+    from nemo_rl_core.registry.discovery import _compatibility
 
     monkeypatch.setattr(_compatibility, "CORE_VERSION", core)
     site.install("d", core, entry_points={"losses": {"x": "m:L"}}, requires=[f"nemo-rl-core{specifier}"])

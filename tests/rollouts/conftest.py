@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.rollouts.engine import RolloutEngine
-from nemo_rl_core.rollouts.process_pool import ProcessPool
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
+from nemo_rl_core.schema import RolloutConfig
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration
 
 

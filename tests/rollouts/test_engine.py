@@ -8,9 +8,9 @@ import time
 import pytest
 from attrs import evolve
 
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.protocols.environment import EnvironmentStep
 from nemo_rl_core.protocols.generation_backend import SamplingParams
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.rollouts.engine import RolloutEngine
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration, ScriptedReply
 
@@ -196,7 +196,9 @@ def test_an_environment_that_cannot_be_made(make_engine, run_group):
 def test_sys_exit_in_an_environment_is_a_failure_of_the_rollout(make_engine, run_group, counting):
     broken = make_broken(counting, step=lambda self, message: exit(3))
     group = run_group(make_engine("a", broken))
-    assert {r.error.message for r in group.rollouts} == {"The environment called sys.exit(3) in step."}
+    (error,) = {r.error for r in group.rollouts}
+    assert (error.type, error.stage) == ("PluginFailed", "step")
+    assert error.origin.endswith("environment step") and error.message.startswith("called sys.exit(3), which")
     assert broken.closed == 4
 
 

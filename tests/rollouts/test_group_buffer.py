@@ -8,8 +8,8 @@ import time
 import pytest
 
 from nemo_rl_core.errors import CheckpointError, ConfigError, DeadlineExceeded, InvariantViolation
+from nemo_rl_core.records.rollout import Rollout, RolloutGroup, Turn
 from nemo_rl_core.rollouts.buffer import GroupBuffer, group_age
-from nemo_rl_core.rollouts.records import Rollout, RolloutGroup, Turn
 
 
 def group(group_id, version=0, oldest=None):
@@ -104,10 +104,8 @@ def test_an_evicted_group_may_be_sampled_again():
 def test_an_error_reaches_who_waits_and_who_comes_later():
     buffer = filled(0)
     threading.Timer(0.1, lambda: buffer.fail(ZeroDivisionError("the loop broke"))).start()
-    started = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="the loop broke"):
-        taken(buffer, 2, timeout_s=60)
-    assert time.monotonic() - started < 30
+        taken(buffer, 2, timeout_s=3600)  # unless it is woken, this test ends at its own deadline
     with pytest.raises(ZeroDivisionError):
         buffer.put(group(9))
 

@@ -7,14 +7,15 @@ import asyncio
 import pytest
 from attrs import evolve
 
-from nemo_rl_core.config.schema import RolloutConfig
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.errors import DataError, EnvironmentFailure, NemoRLError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentStep
 from nemo_rl_core.protocols.generation_backend import SamplingParams
+from nemo_rl_core.protocols.policy import CallRefused, PolicyCall
+from nemo_rl_core.rollouts.agents.session import EngineSession
 from nemo_rl_core.rollouts.engine import RolloutEngine
-from nemo_rl_core.rollouts.policy_session import CallRefused, PolicyCall, PolicySession
+from nemo_rl_core.schema import RolloutConfig
 from nemo_rl_core.testing import EnvironmentContract, ScriptedGeneration
 from nemo_rl_core.testing.scripted_generation import ScriptedReply
 
@@ -26,7 +27,7 @@ def tokenizer():
 
 def session_of(generation, tokenizer, **changes):
     settings = {"sampling": SamplingParams(max_new_tokens=8), "max_sequence_length": 64, "seed": 1, **changes}
-    return PolicySession(generation.generate, ChatFormatter(tokenizer), **settings)
+    return EngineSession(generation.generate, ChatFormatter(tokenizer), **settings)
 
 
 class Driver(DrivingEnvironment):
@@ -69,6 +70,18 @@ def test_only_what_is_recorded_is_the_rollout(tokenizer):
     assert rollout.timing_s["generation"] <= rollout.timing_s["total"]
 
 
+def test_a_discarded_call_is_given_back_to_the_turns(tokenizer):
+    async def play(policy):
+        (await policy.ask(PolicyCall(prompt="a"))).record().discard()
+        (await policy.ask(PolicyCall(prompt="a"))).record()
+        with pytest.raises(CallRefused, match="has had its 1 calls"):
+            await policy.ask(PolicyCall(prompt="b"))
+        return EnvironmentStep(rewards={"good": 1.0})
+
+    rollout, _ = rollout_of(ScriptedGeneration("yes", tokenizer), tokenizer, play, max_turns=1)
+    assert rollout.error is None and [len(segment) for segment in rollout.segments] == [2]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
@@ -94,7 +107,7 @@ async def test_closing_ends_the_calls_under_way_and_takes_no_more(tokenizer):
     with pytest.raises(asyncio.CancelledError):
         await call
     assert (generation.num_active, generation.num_cancelled) == (0, 2)
-    with pytest.raises(CallRefused, match="takes no more calls"):
+    with pytest.raises(CallRefused, match="no longer accepts calls"):
         await session.ask(PolicyCall(prompt="x"))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_core.errors import DeadlineExceeded, PluginIncompatible, RewardError, WorkerDied
-from nemo_rl_core.rollouts.process_pool import ProcessPool
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 
 
 def add(a, b=0):
@@ -379,7 +379,7 @@ def test_functions_of_main_work_without_running_main_again(tmp_path):
     script = run_script(
         """
         import asyncio
-        from nemo_rl_core.rollouts.process_pool import ProcessPool
+        from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
         print("side effect")  # no `if __name__ == "__main__"` on purpose
         class Answer:
             def __init__(self, value): self.value = value
@@ -399,7 +399,7 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path):
     script = run_script(
         """
         import asyncio, os
-        from nemo_rl_core.rollouts.process_pool import ProcessPool
+        from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
         pool = ProcessPool(1, default_timeout_s=60)
         def spin():
             while True: pass

@@ -11,7 +11,7 @@ from attrs import evolve
 from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.generation_backend import SamplingParams
-from nemo_rl_core.rollouts.endpoint import RecordingEndpoint
+from nemo_rl_core.rollouts.agents.endpoint import RecordingEndpoint
 from nemo_rl_core.testing import ScriptedGeneration
 from nemo_rl_core.testing.scripted_generation import ScriptedReply
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
 from nemo_rl_core.rollouts.metrics import failure_summary, rollout_metrics
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
 
 
 def rollout(index, reward, *, tokens=2, turns=1, error=None, truncated=False, info=None, segments=1, text="a"):

@@ -10,8 +10,8 @@ import pytest
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.protocols.environment import EnvironmentStep
-from nemo_rl_core.rollouts.reward_env import reward_environment
 from nemo_rl_core.rollouts.runner import RolloutRunner
+from nemo_rl_core.rollouts.scoring.reward_env import reward_environment
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration, ScriptedReply
 
 TASK = {"prompt": "2+2"}
@@ -192,3 +192,18 @@ def test_gathering_does_not_wait_for_slow_environments(make_runner):
         future = submit(runner)
     assert not future.done()
     assert future.result(20).rewards == [1.0, 1.0]
+
+
+def test_a_task_that_exits_ends_nobody_else(make_runner, caplog):
+    """asyncio throws SystemExit of any task out of the loop that all rollouts share."""
+    runner = make_runner("a")
+
+    async def leave():
+        raise SystemExit(0)
+
+    async def start():
+        asyncio.get_running_loop().kept = asyncio.create_task(leave())
+
+    runner.run(start()).result(20)
+    assert submit(runner).result(20).rewards == [1.0, 1.0]
+    assert "A task on the rollout loop raised SystemExit(0)" in caplog.text

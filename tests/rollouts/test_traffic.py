@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from nemo_rl_core.errors import DeadlineExceeded
+from nemo_rl_core.planning.simulation import VirtualClock, VirtualLoop
 from nemo_rl_core.rollouts.traffic import GenerationTraffic
-from nemo_rl_core.testing.simulation import VirtualClock, VirtualLoop
 
 
 @pytest.fixture

@@ -19,18 +19,21 @@ from xml.etree import ElementTree
 import pytest
 
 from nemo_rl_core.registry import KINDS
-from nemo_rl_core.testing.conformance.kit import contracts
+from nemo_rl_core.testing.conformance.frame.kit import contracts
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("templates"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = [ROOT, *(ROOT / "plugins" / name for name in ("dtensor", "torch_engine", "grpo", "nemo_rl"))]
+OURS = [
+    ROOT,
+    *(ROOT / "plugins" / name for name in ("backends/dtensor", "backends/torch_engine", "algorithms/grpo", "nemo_rl")),
+]
 """The facade says which backend is the default, where several are installed."""
 TESTED = [*contracts(), "commands"]
 """Kinds whose kit is there; the generated tests of the others could not be collected."""
 NOT_THERE = [
     tomllib.loads((path / "pyproject.toml").read_text())["project"]["name"]
-    for pattern in ("plugins/*", "nemo_rl_plugins_*")
+    for pattern in ("plugins/*", "plugins/*/*", "nemo_rl_plugins_*")
     for path in (p.parent for p in ROOT.glob(f"{pattern}/pyproject.toml"))
     if path not in OURS
 ]
@@ -88,7 +91,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
 NEW = """
 import sys
 from pathlib import Path
-import nemo_rl_core.templates as templates
+import nemo_rl_core.cli.plugin_commands.templates as templates
 from nemo_rl_core.registry import KINDS
 assert "site-packages" in templates.__file__, templates.__file__  # the wheel's, not a working tree's
 for kind in KINDS:
@@ -130,7 +133,7 @@ def test_its_tests_pass(outcomes: dict[str, list[str]], kind: str) -> None:
 CHECKED = """
 import sys
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.testing.conformance.kit import check_component, clauses, contract_for
+from nemo_rl_core.testing.conformance.frame.kit import check_component, clauses, contract_for
 
 for kind in sys.argv[1:]:
     ref = get_registry().resolve(kind, f"my_{kind}")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_rl_core.cli.plugin_commands.templates import ANSWERS_FILE, kind_named, new_plugin, update_plugin
 from nemo_rl_core.errors import ConfigError, NemoRLError
 from nemo_rl_core.registry import KINDS
-from nemo_rl_core.templates import ANSWERS_FILE, kind_named, new_plugin, update_plugin
-from nemo_rl_core.testing.conformance.kit import contract_for, contracts
+from nemo_rl_core.testing.conformance.frame.kit import contract_for, contracts
 
 BUDGETS = {"rewards": 5, "environments": 20, "losses": 25, "algorithms": 100}
 """Lines of the author's own code at most."""

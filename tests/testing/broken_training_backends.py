@@ -9,8 +9,8 @@ import cloudpickle
 import torch
 from attrs import evolve
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import CheckpointError
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

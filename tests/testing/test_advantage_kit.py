@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_rl_core.testing import AdvantageContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 torch.set_num_threads(1)
 

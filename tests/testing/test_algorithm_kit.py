@@ -8,10 +8,10 @@ import pytest
 import torch
 from attrs import evolve, frozen
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.protocols.algorithm import ModelRole, Update
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.testing import AlgorithmContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 from nemo_rl_plugins_grpo.algorithm import GRPO
 from nemo_rl_plugins_grpo.config import GRPOConfig
 from nemo_rl_plugins_sft.algorithm import SFT

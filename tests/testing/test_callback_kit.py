@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_rl_core.testing import CallbackContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 from nemo_rl_core.training.callbacks import Callback
 
 

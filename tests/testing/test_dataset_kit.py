@@ -14,7 +14,7 @@ from attrs import frozen
 
 from nemo_rl_core.errors import DataError
 from nemo_rl_core.testing import BrokenSource, DatasetContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 ROWS = [{"prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(12)]
 

@@ -14,7 +14,7 @@ import pytest
 
 from nemo_rl_core.protocols.environment import EnvironmentStep, SingleTurnEnvironment
 from nemo_rl_core.testing import EnvironmentCase, EnvironmentContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 sys.path.insert(0, str(Path(__file__).parent))
 import environment_mistakes

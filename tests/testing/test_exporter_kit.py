@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.exporter import ExportReport
 from nemo_rl_core.testing import ExporterContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 torch.set_num_threads(1)
 

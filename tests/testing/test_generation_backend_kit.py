@@ -11,9 +11,9 @@ import torch
 from attrs import evolve
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.protocols.generation_backend import Completion
+from nemo_rl_core.records.completion import Completion
 from nemo_rl_core.testing import GenerationBackendContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 from nemo_rl_plugins_torch_engine.backend import TorchEngine
 
 

@@ -13,9 +13,9 @@ from attrs import frozen, make_class
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.environment import SingleTurnEnvironment
-from nemo_rl_core.registry._kinds import KINDS
+from nemo_rl_core.registry.discovery._kinds import KINDS
 from nemo_rl_core.testing import Contract, EnvironmentCase, EnvironmentContract, RewardContract, contract_for, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses, contracts
+from nemo_rl_core.testing.conformance.frame.kit import clauses, contracts
 
 made: list[str] = []
 

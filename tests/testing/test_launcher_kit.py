@@ -10,12 +10,12 @@ import pickle
 import pytest
 from attrs import evolve
 
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
-from nemo_rl_core.infra.axes import dispatch
-from nemo_rl_core.infra.local import LocalConfig, LocalLauncher
+from nemo_rl_core.infra.workers.axes import dispatch
+from nemo_rl_core.infra.workers.local import LocalConfig, LocalLauncher
+from nemo_rl_core.schema import ClusterConfig
 from nemo_rl_core.testing import LauncherContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 
 class Impatient(LauncherContract):
@@ -24,7 +24,7 @@ class Impatient(LauncherContract):
 
 
 class Group:
-    """Passes every call on; its sub-classes break one thing."""
+    """Passes every call on; its subclasses break one thing."""
 
     def __init__(self, group):
         self.group = group

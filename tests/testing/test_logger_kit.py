@@ -9,7 +9,7 @@ import pytest
 
 from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.testing import LoggerContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 
 class Lines:

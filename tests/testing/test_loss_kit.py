@@ -9,7 +9,7 @@ import torch
 
 from nemo_rl_core.protocols.loss import LossSums, Metric
 from nemo_rl_core.testing import LossContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nemo_rl_core.testing.conformance.malformed_turns import malformed
+from nemo_rl_core.testing.conformance.cases.malformed_turns import malformed
 
 CALL = 'Now. <call>{"tool": "guess", "arguments": {"number": 5}}</call>'
 

@@ -12,8 +12,13 @@ from typing import ClassVar
 
 import pytest
 
-from nemo_rl_core.testing.conformance._blocking import longest_block
-from nemo_rl_core.testing.conformance.process_traces import changes, component_state, process_state, variables_written
+from nemo_rl_core.testing.conformance.frame._blocking import longest_block
+from nemo_rl_core.testing.conformance.frame.process_traces import (
+    changes,
+    component_state,
+    process_state,
+    variables_written,
+)
 
 counter = itertools.count()
 remembered: dict = {}

@@ -88,7 +88,7 @@ MISTAKES = {
         "`conformance` of Listener says scale = 2, not a function",
     ),
 }
-"""Sub-classes of a contract by what is wrong with them, and what is told."""
+"""Subclasses of a contract by what is wrong with them, and what is told."""
 
 FILES = {
     "sound": f"{HEADER}\nclass TestListener(CallbackContract):{FIXTURE}",
@@ -172,7 +172,7 @@ def test_classic_mistakes_are_told(outcomes, name):
 
 
 def test_a_contract_without_a_kind_is_told(outcomes):
-    assert "Sub-class the contract of a kind" in outcomes["no_kind"].failures
+    assert "Subclass the contract of a kind" in outcomes["no_kind"].failures
 
 
 def test_a_site_of_plugins(outcomes):

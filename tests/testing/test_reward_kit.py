@@ -12,7 +12,7 @@ import time
 import pytest
 
 from nemo_rl_core.testing import RewardContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 
 class Kit(RewardContract):

@@ -25,7 +25,7 @@ import pytest
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.sandbox import SandboxLimits, SandboxProgram, SandboxResult
 from nemo_rl_core.testing import SandboxContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the small sandbox reads /proc"),

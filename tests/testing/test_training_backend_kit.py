@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_rl_core.testing import TrainingBackendContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,11 +7,11 @@ import torch
 from attrs import evolve
 
 from nemo_rl_core.errors import DeadlineExceeded
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.infra.weight_sync import InProcessSync, InProcessSyncConfig
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.infra.weights.in_process import InProcessSync, InProcessSyncConfig
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_core.testing import WeightSyncContract, run_kit
-from nemo_rl_core.testing.conformance.kit import clauses
+from nemo_rl_core.testing.conformance.frame.kit import clauses
 
 
 class Impatient(WeightSyncContract):

@@ -17,12 +17,12 @@ import cloudpickle
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, OptimizerConfig, PolicyConfig
-from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
-from nemo_rl_core.infra.place import free_port
+from nemo_rl_core.infra.workers.local import InProcessGroup, LocalLauncher
+from nemo_rl_core.machine.place import free_port
 from nemo_rl_core.protocols.launcher import WorkerContext, WorkerSpec
-from nemo_rl_core.testing.conformance.reference import WeightedLoss, ragged_batch
-from nemo_rl_core.training.policy import Policy
+from nemo_rl_core.schema import ClusterConfig, OptimizerConfig, PolicyConfig
+from nemo_rl_core.testing.conformance.cases.reference import WeightedLoss, ragged_batch
+from nemo_rl_core.training.model.policy import Policy
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_dtensor.config import DTensorConfig
 from nemo_rl_plugins_megatron.backend import MegatronBackend

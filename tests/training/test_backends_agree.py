@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import OptimizerConfig, PolicyConfig
-from nemo_rl_core.infra.local import InProcessGroup
+from nemo_rl_core.infra.workers.local import InProcessGroup
 from nemo_rl_core.protocols.launcher import WorkerContext
-from nemo_rl_core.testing.conformance.reference import WeightedLoss, ragged_batch, tiny_model
-from nemo_rl_core.training.policy import Policy
+from nemo_rl_core.schema import OptimizerConfig, PolicyConfig
+from nemo_rl_core.testing.conformance.cases.reference import WeightedLoss, ragged_batch, tiny_model
+from nemo_rl_core.training.model.policy import Policy
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
 from nemo_rl_plugins_megatron.backend import MegatronBackend
 

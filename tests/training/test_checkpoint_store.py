@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl_core.errors import CheckpointError
-from nemo_rl_core.training.checkpoint import CheckpointStore
+from nemo_rl_core.training.checkpoints.store import CheckpointStore
 
 
 def writer(text: str):
@@ -131,7 +131,7 @@ def test_killed_while_writing_leaves_the_former_one_and_is_swept(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from nemo_rl_core.training.checkpoint import CheckpointStore
+        from nemo_rl_core.training.checkpoints.store import CheckpointStore
         store = CheckpointStore(Path(sys.argv[1]))
         store.save(1, lambda f: (f / "a").write_text("one"), {})
         def die(folder):

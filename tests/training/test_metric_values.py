@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from nemo_rl_core.protocols.loss import Metric
-from nemo_rl_core.training.metrics import merge_metrics, metric_values
+from nemo_rl_core.training.model.metrics import merge_metrics, metric_values
 
 
 def parts(*totals, reduction):

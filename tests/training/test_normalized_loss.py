@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.loss import LossSums, Metric, ModelOutputs
-from nemo_rl_core.training.normalize import GlobalCounts, NormalizedLoss, count_trained
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.training.model.normalize import GlobalCounts, NormalizedLoss, count_trained
 
 
 class SumLoss:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra.local import LocalLauncher
+from nemo_rl_core.infra.workers.local import LocalLauncher
 from nemo_rl_core.protocols.launcher import WorkerSpec
-from nemo_rl_core.training import run_folder
-from nemo_rl_core.training.run_folder import check_run_folder
+from nemo_rl_core.schema import ClusterConfig
+from nemo_rl_core.training.checkpoints import run_folder
+from nemo_rl_core.training.checkpoints.run_folder import check_run_folder
 
 
 class Trainer:

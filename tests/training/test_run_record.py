@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nemo_rl_core.errors import CheckpointError
-from nemo_rl_core.training.record import RunRecord, read_metrics
+from nemo_rl_core.training.reporting.record import RunRecord, read_metrics
 
 
 class ListLogger:

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
-from nemo_rl_core.testing.conformance.kit import Contract
-from nemo_rl_core.testing.conformance.process_traces import changes_made_by
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
 
 __all__ = ["AdvantageContract"]
 

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.config import finalize, load_config
-from nemo_rl_core.config.schema import RunConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, Update, feed_of
-from nemo_rl_core.testing.conformance.algorithm_case import AlgorithmCase, StandIn, handmade_groups, is_sampled
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import RunConfig
+from nemo_rl_core.testing.conformance.cases.algorithm_case import AlgorithmCase, StandIn, handmade_groups, is_sampled
+from nemo_rl_core.testing.conformance.frame.declared import overlaid
+from nemo_rl_core.testing.conformance.frame.kit import Contract
 
 if TYPE_CHECKING:
+    from nemo_rl_core.records.run_state import RunResult
     from nemo_rl_core.registry import ComponentRef
-    from nemo_rl_core.training.state import RunResult
 
 __all__ = ["AlgorithmContract"]
 

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import attrs
 
 from nemo_rl_core import hookspecs
-from nemo_rl_core.config.schema import RunConfig
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.errors import PluginError
+from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.records.run_state import RunState
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.registry import ComponentRef, RunHooks
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
-from nemo_rl_core.training.state import RunState
+from nemo_rl_core.schema import RunConfig
+from nemo_rl_core.testing.conformance.frame.declared import overlaid
+from nemo_rl_core.testing.conformance.frame.kit import Contract
 
 __all__ = ["CallbackContract"]
 

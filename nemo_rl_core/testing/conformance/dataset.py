@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 
-from nemo_rl_core.config.schema import DataConfig, DatasetConfig
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import DataError
 from nemo_rl_core.protocols.dataset import DatasetSource
 from nemo_rl_core.registry import ComponentRef
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
-from nemo_rl_core.testing.conformance.process_traces import changes_made_by
+from nemo_rl_core.schema import DataConfig, DatasetConfig
+from nemo_rl_core.testing.conformance.frame.declared import overlaid
+from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
 
 __all__ = ["BrokenSource", "DatasetContract"]
 
@@ -148,14 +148,14 @@ class DatasetContract(Contract):
         assert size >= 8, f"this clause needs 8 rows, the source has {size}"
         for shuffle in (False, True):
             straight = self._module(dataset, size, shuffle=shuffle)
-            expected = [_text(item) for item in straight.next(size + size // 2)]
+            expected = [_text(item) for item in straight.next(size + size // 2) or ()]
             for done in (1, size // 2, size + 2):
                 before = self._module(dataset, size, shuffle=shuffle)
-                delivered = [_text(item) for item in before.next(done)]
+                delivered = [_text(item) for item in before.next(done) or ()]
                 state = json.loads(json.dumps(before.state_dict()))
                 after = self._module(dataset, size, shuffle=shuffle)
                 after.load_state_dict(state)
-                delivered += [_text(item) for item in after.next(size + size // 2 - done)]
+                delivered += [_text(item) for item in after.next(size + size // 2 - done) or ()]
                 wrong = [i for i, (a, b) in enumerate(zip(delivered, expected, strict=True)) if a != b]
                 assert not wrong, (
                     f"resumed after {done} of {size} rows (shuffle {shuffle}) it gave {delivered[wrong[0]]:.80} where "
@@ -169,7 +169,7 @@ class DatasetContract(Contract):
             pytest.skip(f"it is a stream of {self.max_rows} rows or more, which is not read to its end")
         for shuffle in (False, True):
             module = self._module(dataset, len(rows), shuffle=shuffle)
-            delivered = sorted(_text(item) for item in module.next(len(rows)))
+            delivered = sorted(_text(item) for item in module.next(len(rows)) or ())
             assert delivered == rows, f"with shuffle {shuffle} a pass does not hold every row once"
 
     def test_errors_name_the_place(self, dataset: DatasetSource, tmp_path: Path) -> None:

@@ -16,21 +16,27 @@ from typing import Any
 
 import pytest
 
-from nemo_rl_core.data.from_rollouts import batch_from_groups
 from nemo_rl_core.errors import NemoRLError
+from nemo_rl_core.records.jsonl import read_groups, write_groups
+from nemo_rl_core.records.rollout import RolloutGroup
+from nemo_rl_core.records.to_batch import batch_from_groups
 from nemo_rl_core.registry import ComponentRef
 from nemo_rl_core.rollouts.context import EpisodeContext
-from nemo_rl_core.rollouts.jsonl import read_groups, write_groups
-from nemo_rl_core.rollouts.process_pool import ProcessPool
-from nemo_rl_core.rollouts.records import RolloutGroup
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.environment_bench import requests_of, same_json
-from nemo_rl_core.testing.conformance.environment_case import EnvironmentCase
-from nemo_rl_core.testing.conformance.environment_play import PlayedEpisode, close, message_mistake, play, value_of
-from nemo_rl_core.testing.conformance.environment_traces import EnvironmentTraces
-from nemo_rl_core.testing.conformance.malformed_turns import malformed
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
+from nemo_rl_core.testing.conformance.cases.environment_bench import requests_of, same_json
+from nemo_rl_core.testing.conformance.cases.environment_case import EnvironmentCase
+from nemo_rl_core.testing.conformance.cases.environment_play import (
+    PlayedEpisode,
+    close,
+    message_mistake,
+    play,
+    value_of,
+)
+from nemo_rl_core.testing.conformance.cases.environment_traces import EnvironmentTraces
+from nemo_rl_core.testing.conformance.cases.malformed_turns import malformed
+from nemo_rl_core.testing.conformance.frame.declared import overlaid
+from nemo_rl_core.testing.conformance.frame.subject import structured
 from nemo_rl_core.testing.conformance.reward import ODD_RESPONSES
-from nemo_rl_core.testing.conformance.subject import structured
 from nemo_rl_core.testing.scripted_generation import ScriptedGeneration
 
 __all__ = ["EnvironmentContract"]

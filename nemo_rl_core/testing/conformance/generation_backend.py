@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import pytest
 import torch
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend
-from nemo_rl_core.testing.conformance.generation_bench import (
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_core.records.completion import Completion
+from nemo_rl_core.testing.conformance.cases.generation_bench import (
     PROMPT,
     PROMPTS,
     GenerationBench,
@@ -30,14 +31,8 @@ from nemo_rl_core.testing.conformance.generation_bench import (
     make_request,
     numbered_prompts,
 )
-from nemo_rl_core.testing.conformance.reference import (
-    forward_logits,
-    sampling_distribution,
-)
-from nemo_rl_core.testing.conformance.subject import Expecting, configured
-
-if TYPE_CHECKING:
-    pass
+from nemo_rl_core.testing.conformance.cases.reference import forward_logits, sampling_distribution
+from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
 
 __all__ = ["GenerationBackendContract"]
 
@@ -333,7 +328,7 @@ class GenerationBackendContract(GenerationBench):
         """With `share` it samples from the weights it is given, and leaves the trainer's tensors as they are."""
         engine = start()
         if "share_weights" not in engine.capabilities:
-            pytest.skip("it has not the capability share_weights")
+            pytest.skip("it lacks the capability share_weights")
         live = self.tiny.changed_weights()
         request = make_request("r", PROMPT, seed=1, max_new_tokens=8, ignore_eos=True)
         for version in (1, 2):
@@ -378,7 +373,7 @@ class GenerationBackendContract(GenerationBench):
         """Updated in flight, a completion is stamped with the version of its first token and with that of its last."""
         engine = start(max_sequence_length=1000)
         if "in_flight_updates" not in engine.capabilities:
-            pytest.skip("it has not the capability in_flight_updates")
+            pytest.skip("it lacks the capability in_flight_updates")
         for version in range(1, 6):  # an engine may be through before the update comes
             found = self.run(self.updated_in_flight(engine, version), "a request during an update")
             assert found.weight_version in (version - 1, version), (
@@ -396,7 +391,7 @@ class GenerationBackendContract(GenerationBench):
         """After `sleep` and `wake`, also twice, it samples as before."""
         engine = start()
         if "sleep" not in engine.capabilities:
-            pytest.skip("it has not the capability sleep")
+            pytest.skip("it lacks the capability sleep")
         requests = [make_request(str(i), p, seed=i, max_new_tokens=8, ignore_eos=True) for i, p in numbered_prompts()]
         self.update(engine, 4, self.tiny.weights())
         before = self.complete(engine, requests)
@@ -411,7 +406,7 @@ class GenerationBackendContract(GenerationBench):
         """Weights that come while it sleeps are those that it samples from when it is awake."""
         engine = start()
         if "sleep" not in engine.capabilities:
-            pytest.skip("it has not the capability sleep")
+            pytest.skip("it lacks the capability sleep")
         requests = [make_request(str(i), p, seed=i, max_new_tokens=8, ignore_eos=True) for i, p in numbered_prompts()]
         self.complete(engine, requests)
         new = self.tiny.changed_weights()

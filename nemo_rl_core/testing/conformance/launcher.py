@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 
-from nemo_rl_core.config.schema import ClusterConfig
 from nemo_rl_core.errors import DeadlineExceeded, ResourceError, WorkerDied
 from nemo_rl_core.protocols.launcher import Launcher, WorkerGroup, WorkerSpec
-from nemo_rl_core.testing.conformance.launched import LaunchedWorker
-from nemo_rl_core.testing.conformance.set_up import SetUpContract
-from nemo_rl_core.testing.conformance.subject import Expecting, configured
+from nemo_rl_core.schema import ClusterConfig
+from nemo_rl_core.testing.conformance.frame.launched import LaunchedWorker
+from nemo_rl_core.testing.conformance.frame.set_up import SetUpContract
+from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
 
 __all__ = ["LauncherContract"]
 

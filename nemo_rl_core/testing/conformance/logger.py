@@ -17,7 +17,7 @@ import pytest
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.logger import Logger
-from nemo_rl_core.testing.conformance.kit import Contract
+from nemo_rl_core.testing.conformance.frame.kit import Contract
 
 __all__ = ["LoggerContract"]
 

@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.data.sharding import plan_step
 from nemo_rl_core.protocols.loss import Loss, LossSums
-from nemo_rl_core.testing.conformance.kit import Contract
-from nemo_rl_core.testing.conformance.loss_case import (
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.testing.conformance.cases.loss_case import (
     TOLERANCE,
     FreeModel,
     answer_of,
@@ -37,8 +35,10 @@ from nemo_rl_core.testing.conformance.loss_case import (
     positions_of,
     reduced,
 )
-from nemo_rl_core.testing.conformance.process_traces import changes_made_by
-from nemo_rl_core.training.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
+from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
+from nemo_rl_core.training.model.sharding import plan_step
 
 __all__ = ["LossContract"]
 

@@ -18,17 +18,17 @@ import pytest
 from attrs import frozen
 
 from nemo_rl_core.errors import ConfigError, NemoRLError, RewardError
-from nemo_rl_core.protocols.environment import Task
+from nemo_rl_core.records.message import Task
+from nemo_rl_core.records.rewards import finite_rewards
 from nemo_rl_core.registry import ComponentRef
 from nemo_rl_core.rollouts.context import EpisodeContext
-from nemo_rl_core.rollouts.episode import finite_rewards
-from nemo_rl_core.rollouts.process_pool import ProcessPool
-from nemo_rl_core.rollouts.reward_env import Isolation, reward_environment
-from nemo_rl_core.testing.conformance._blocking import longest_block
-from nemo_rl_core.testing.conformance._pool import shared_pool
-from nemo_rl_core.testing.conformance.declared import overlaid
-from nemo_rl_core.testing.conformance.kit import Contract
-from nemo_rl_core.testing.conformance.process_traces import changes_made_by
+from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
+from nemo_rl_core.rollouts.scoring.reward_env import Isolation, reward_environment
+from nemo_rl_core.testing.conformance.frame._blocking import longest_block
+from nemo_rl_core.testing.conformance.frame._pool import shared_pool
+from nemo_rl_core.testing.conformance.frame.declared import overlaid
+from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
 
 __all__ = ["RewardContract"]
 

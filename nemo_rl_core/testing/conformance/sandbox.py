@@ -23,7 +23,7 @@ import pytest
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.sandbox import Sandbox, SandboxLimits, SandboxProgram, SandboxResult
-from nemo_rl_core.testing.conformance.kit import Contract
+from nemo_rl_core.testing.conformance.frame.kit import Contract
 
 __all__ = ["SandboxContract"]
 

@@ -16,13 +16,13 @@ import attrs
 import pytest
 import torch
 
-from nemo_rl_core.config.schema import ClusterConfig, SchedulerConfig
-from nemo_rl_core.data.batch import BatchedDataDict
 from nemo_rl_core.errors import NemoRLError
-from nemo_rl_core.infra.fingerprint import fingerprint
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.protocols.launcher import WorkerSpec
 from nemo_rl_core.protocols.loss import Metric
-from nemo_rl_core.testing.conformance.reference import (
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import ClusterConfig, SchedulerConfig
+from nemo_rl_core.testing.conformance.cases.reference import (
     LargestTensor,
     Likelihood,
     ValuesToOne,
@@ -31,8 +31,7 @@ from nemo_rl_core.testing.conformance.reference import (
     ragged_batch,
     tiny_model,
 )
-from nemo_rl_core.testing.conformance.subject import Expecting, configured
-from nemo_rl_core.testing.conformance.training_bench import (
+from nemo_rl_core.testing.conformance.cases.training_bench import (
     OPTIMIZER,
     Start,
     TrainingBench,
@@ -42,7 +41,8 @@ from nemo_rl_core.testing.conformance.training_bench import (
     weights_of,
     without_mask,
 )
-from nemo_rl_core.training.metrics import metric_values
+from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
+from nemo_rl_core.training.model.metrics import metric_values
 
 __all__ = ["TrainingBackendContract"]
 
@@ -467,8 +467,8 @@ class TrainingBackendContract(TrainingBench):
 
     def test_data_parallel(self, backend: Any, start: Start) -> None:
         """Two data-parallel processes take the step of one: loss, gradient norm, weights and logprobs."""
-        from nemo_rl_core.infra.local import InProcessGroup, LocalLauncher
-        from nemo_rl_core.training.policy import Policy
+        from nemo_rl_core.infra.workers.local import InProcessGroup, LocalLauncher
+        from nemo_rl_core.training.model.policy import Policy
 
         if self.num_processes == 0:
             pytest.skip("num_processes is 0")

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError, InvariantViolation
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.infra.local import InProcessGroup
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.infra.workers.local import InProcessGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport, WeightSync
-from nemo_rl_core.testing.conformance.kit import Contract
-from nemo_rl_core.testing.conformance.subject import Expecting
+from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.subject import Expecting
 
 __all__ = ["SyncedEngine", "SyncedTrainer", "WeightSyncContract"]
 

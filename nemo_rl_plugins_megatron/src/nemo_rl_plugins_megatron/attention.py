@@ -18,7 +18,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from nemo_rl_core.models.packed_attention import Packing, attend_packed
+from nemo_rl_core.models.numerics.packed_attention import Packing, attend_packed
 from nemo_rl_plugins_megatron._megatron import PackedSeqParams, mappings
 from nemo_rl_plugins_megatron.cpu import attend_end_on_cpu
 

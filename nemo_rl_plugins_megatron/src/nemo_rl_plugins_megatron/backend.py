@@ -14,17 +14,17 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from nemo_rl_core.config import Mistake, mistake
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.data.per_token import PerToken, fill_in_order, one_token
-from nemo_rl_core.errors import ConfigError, InvariantViolation
-from nemo_rl_core.infra import sealed_file
-from nemo_rl_core.infra.host_memory import HostMemory
+from nemo_rl_core.backends import sealed_file
+from nemo_rl_core.backends.base import TorchBackend
+from nemo_rl_core.backends.per_token import PerToken, one_token
+from nemo_rl_core.backends.step_metrics import StepMetrics
+from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import is_scratch, load_model, load_model_config, write_model
-from nemo_rl_core.models.vocabulary_head import check_ids
+from nemo_rl_core.models.numerics.vocabulary_head import check_ids
 from nemo_rl_core.protocols.loss import ModelOutputs
-from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult, TrainingBackend
-from nemo_rl_core.training.step_metrics import StepMetrics
+from nemo_rl_core.protocols.training_backend import LossFunction, ModelMemory, StepPlan, StepResult
+from nemo_rl_core.records.batch import BatchedDataDict
+from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_megatron import checkpoint
 from nemo_rl_plugins_megatron._megatron import (
     DistributedDataParallel,
@@ -47,8 +47,8 @@ from nemo_rl_plugins_megatron.sizes import check_sizes, replica_sizes, size_mist
 from nemo_rl_plugins_megatron.weights import WeightMap
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["MegatronBackend"]
 
@@ -62,7 +62,7 @@ class _MicroBatch:
     row: Row
 
 
-class MegatronBackend(TrainingBackend):
+class MegatronBackend(TorchBackend):
     """Training with tensor, pipeline, context, sequence, expert and data parallelism by megatron-core."""
 
     config_class: ClassVar[type] = MegatronConfig
@@ -104,26 +104,20 @@ class MegatronBackend(TrainingBackend):
         """Build this rank's part of the model, load its weights and make the optimizer.
 
         Raises:
-            ConfigError: The model, the optimizer or the layout cannot be had.
+            ConfigError: The model, the optimizer or the layout is not available.
         """
         check_version()
-        if config.model_name is None:
-            raise ConfigError("policy.model_name is not set. Give a hub name, a folder or scratch:<name>.")
-        if context.num_threads is not None:
-            torch.set_num_threads(context.num_threads)
-        self.config = config
+        self._begin(config, context)
+        assert config.model_name is not None
         self.options = (
             config.options if isinstance(config.options, MegatronConfig) else MegatronConfig(**config.options)
         )
-        self.device = torch.device(context.device)
-        self.role = context.role
         self.hf_config = load_model_config(config.model_name)
         family_of(self.hf_config)
         check_rope(self.hf_config)
         given = evolve(config, options=self.options, num_workers=context.world_size)
         check_sizes(self.hf_config, given, role=context.role)
         self.ranks = Ranks(config, self.options, context, self.device)
-        self._host = HostMemory(constant=not config.trained)
         self._closed = False
         try:
             with without_gpu(self.device):
@@ -150,6 +144,7 @@ class MegatronBackend(TrainingBackend):
             chunk_size=config.logprob_chunk_size,
             is_scalar=config.head == "scalar",
         )
+        self.gives, self.vocab_size = self.outputs.gives, self.hf_config.vocab_size
         self.model.train()
         self.chunk: Any = self.model
         self.optimizer: Optimizer | None = None
@@ -176,11 +171,8 @@ class MegatronBackend(TrainingBackend):
             ConfigError: The loss needs an output that this backend does not have.
             InvariantViolation: The loss or the gradient is not finite; the weights are as before the call.
         """
-        self._check_here()
         needs = frozenset(getattr(loss_fn, "needs", frozenset({"logprobs"})))
-        self._require(needs)
-        if plan.update and self.optimizer is None:
-            raise ConfigError(f"The model of the role {self.role!r} is frozen: it has no optimizer and takes no steps.")
+        self._check_step(plan, needs)
         metrics = StepMetrics()
         losses = [torch.zeros((), device=self.device)]
 
@@ -257,69 +249,16 @@ class MegatronBackend(TrainingBackend):
         norm = self.optimizer.gradient_norm()
         if self.ranks.any_rank(~loss.isfinite() | torch.tensor(not math.isfinite(norm), device=loss.device)):
             self._forget_gradient()
-            raise InvariantViolation(
-                f"The training step is not finite (loss {float(loss)}, gradient norm {norm}); the weights were not "
-                "changed. Usual causes: a learning rate that is too high, a reward or advantage that is not finite, or "
-                "bfloat16 overflow."
-            )
+            raise self._not_finite(loss, norm)
         self.optimizer.step()
         return norm
 
     # -- forward only -------------------------------------------------------------------------
 
-    def get_logprobs(
-        self, batch: BatchedDataDict, temperature: float = 1.0, micro_batches: Sequence[Sequence[int]] | None = None
-    ) -> Tensor:
-        """[N] float32 logprobs of `batch["input_ids"]`, on the CPU, without gradient.
-
-        If the batch has a `loss_mask`, only the tokens it selects are computed; the others are 0, as is the first
-        token of each sequence.
-        """
-        needs = frozenset({"logprobs"})
-        self._require(needs)
-        return self._forward_only(batch, micro_batches, needs, temperature=temperature, needs=needs)["logprobs"]
-
-    def get_values(self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]] | None = None) -> Tensor:
-        """[N] float32 output of the scalar head at each token, on the CPU, without gradient."""
-        needs = frozenset({"values"})
-        self._require(needs)
-        return self._forward_only(batch, micro_batches, needs, needs=needs)["values"]
-
-    def get_top_logprobs(
-        self,
-        batch: BatchedDataDict,
-        k: int,
-        temperature: float = 1.0,
-        micro_batches: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """[N, k] ids and float32 logprobs of the likeliest tokens in place of each trained one, on the CPU."""
-        self._require(frozenset({"logprobs"}))
-        k = min(k, self.hf_config.vocab_size)
-        names = ("top_ids", "top_logprobs")
-        out = self._forward_only(batch, micro_batches, names, temperature=temperature, needs=frozenset(), top_k=k)
-        return out["top_ids"], out["top_logprobs"]
-
-    def _require(self, needs: frozenset[str]) -> None:
-        if unknown := needs - self.outputs.gives:
-            raise ConfigError(
-                f"{', '.join(sorted(unknown))} cannot be had of the model of the role {self.role!r}: with "
-                f"{self.role}.head={self.config.head!r} it gives {', '.join(sorted(self.outputs.gives))}."
-            )
-
-    @torch.no_grad()
     def _forward_only(
-        self,
-        batch: BatchedDataDict,
-        micro_batches: Sequence[Sequence[int]] | None,
-        names: Iterable[str],
-        **options: Any,
+        self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], names: Iterable[str], **options: Any
     ) -> dict[str, Tensor]:
-        """These outputs for each token of the batch, [N, ...] each, on the CPU."""
-        self._check_here()
-        parts = micro_batches
-        if parts is None:
-            parts = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
-        parts = parts or [[]]
+        """These outputs for each token of the batch, the same on every stage of the pipeline."""
         collected = PerToken(batch)
 
         def step(micro: _MicroBatch, hidden: Tensor) -> Tensor:
@@ -327,9 +266,9 @@ class MegatronBackend(TrainingBackend):
             collected.put(micro.indices, {name: found[name] for name in names})
             return found["anchor"]
 
-        rows = self._micro_batches(batch, parts, only_trained="loss_mask" in batch)
+        rows = self._micro_batches(batch, micro_batches, only_trained="loss_mask" in batch)
         with without_gpu(self.device):
-            self._run(rows, len(parts), step, update=False)
+            self._run(rows, len(micro_batches), step, update=False)
         found: dict[str, Tensor] = self.ranks.from_last_stage(collected.values)
         return found
 
@@ -403,13 +342,6 @@ class MegatronBackend(TrainingBackend):
             gradients = [buffer.grad_data for buffer in buffers]
         on_device = [tensor for tensor in held if tensor.device.type == self.device.type]
         self._host.offload(on_device, zeros=gradients)
-
-    def reload(self) -> None:
-        """Undo `offload`."""
-        self._host.reload()
-
-    def _check_here(self) -> None:
-        self._host.check_here(f"The model of the role {self.role!r}")
 
     def shutdown(self) -> None:
         """Free the model and leave the process group; may be called twice."""

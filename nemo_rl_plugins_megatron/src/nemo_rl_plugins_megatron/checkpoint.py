@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from nemo_rl_core.backends import sealed_file
 from nemo_rl_core.errors import CheckpointError
-from nemo_rl_core.infra import sealed_file
 from nemo_rl_plugins_megatron._megatron import (
     CheckpointingException,
     ShardedObject,
@@ -40,7 +40,7 @@ _LAYOUT: dict[str, Any] = {"singleton_local_shards": True}
 """Each layer and expert under its number: megatron-core's other form names devices, and those of a GPU."""
 
 
-class _SaveInProcess(torch_strategy.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class _SaveInProcess(torch_strategy.TorchDistSaveShardedStrategy):
     """Megatron-core's writer without the processes that it forks, for which it would wait without an end."""
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:

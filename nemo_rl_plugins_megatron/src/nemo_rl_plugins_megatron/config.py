@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import field, frozen
 
-from nemo_rl_core.config.validators import ge, optional
+from nemo_rl_core.schema.validators import ge, optional
 
 __all__ = ["MegatronConfig"]
 

@@ -1,7 +1,7 @@
 """The model families that can be trained. A new one is added here, and only here.
 
 A `Family` says which Hugging Face weights make which megatron-core weights, and how the Hugging Face configuration sets
-the layers. What all families share stands in `common_settings`.
+the layers. What all families share is in `common_settings`.
 """
 
 from __future__ import annotations

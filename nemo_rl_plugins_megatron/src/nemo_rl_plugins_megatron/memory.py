@@ -1,4 +1,4 @@
-"""What a worker of the backend will hold, told from the model's shapes."""
+"""Memory that a worker of the backend will hold, estimated from the model's shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_rl_core.protocols.training_backend import ModelMemory
 from nemo_rl_plugins_megatron.config import MegatronConfig
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["model_memory"]
 

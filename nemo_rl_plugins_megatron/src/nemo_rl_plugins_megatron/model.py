@@ -31,7 +31,7 @@ from nemo_rl_plugins_megatron.cpu import NO_FUSIONS
 from nemo_rl_plugins_megatron.families import common_settings, family_of
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_megatron.config import MegatronConfig
     from nemo_rl_plugins_megatron.parallel import Ranks
 
@@ -104,7 +104,7 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_RMSNorm)
 
 
-class PolicyModel(GPTModel):  # type: ignore[misc]
+class PolicyModel(GPTModel):
     """Gives the hidden states that the output layer would see; the output layer is applied chunk by chunk elsewhere."""
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -254,7 +254,10 @@ def _frequencies(hf_config: Any) -> Tensor:
     kind = _rope(hf_config)["rope_type"]
     if kind == "default":
         size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-        return 1.0 / (_rope(hf_config)["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
+        theta: float = _rope(hf_config)["rope_theta"]
+        exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+        frequencies: Tensor = 1.0 / (theta**exponents)
+        return frequencies
     if kind in ("linear", "llama3"):
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
         if scale == 1.0:

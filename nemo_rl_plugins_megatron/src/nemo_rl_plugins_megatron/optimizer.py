@@ -12,12 +12,12 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from nemo_rl_core.backends.schedule import check_schedule, learning_rate_factor
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.training.schedule import check_schedule, learning_rate_factor
 from nemo_rl_plugins_megatron._megatron import OptimizerConfig, get_megatron_optimizer
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["Optimizer", "Share"]
 

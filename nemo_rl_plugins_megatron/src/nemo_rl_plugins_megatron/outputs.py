@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nemo_rl_core.models.logprobs import LogitTransform, VocabularyShard
-from nemo_rl_core.models.vocabulary_head import (
-    VOCABULARY_OUTPUTS,
-    differentiable_logits,
-    vocabulary_outputs,
-)
+from nemo_rl_core.models.numerics.logprobs import LogitTransform, VocabularyShard
+from nemo_rl_core.models.numerics.vocabulary_head import VOCABULARY_OUTPUTS, differentiable_logits, vocabulary_outputs
 from nemo_rl_plugins_megatron._megatron import mappings
 
 if TYPE_CHECKING:
@@ -100,7 +96,7 @@ class TokenOutputs:
             return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
                 hidden, tensor_parallel_output_grad=not self.is_scalar
             )
-        return hidden if self.is_scalar else mappings.copy_to_tensor_model_parallel_region(hidden)  # type: ignore[no-any-return]
+        return hidden if self.is_scalar else mappings.copy_to_tensor_model_parallel_region(hidden)
 
     @property
     def _first_row(self) -> int:

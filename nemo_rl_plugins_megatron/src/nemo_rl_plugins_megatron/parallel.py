@@ -18,8 +18,8 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron._megatron import parallel_state
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_megatron.config import MegatronConfig
 
 __all__ = ["Ranks"]
@@ -63,11 +63,13 @@ class Ranks:
         state = parallel_state
         self.is_first = dist.get_rank() == 0
         self.dp_index, self.dp_size = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
+        self.tp_group: Any
+        self.tp_size: int
         self.tp_group, self.tp_size = (
             state.get_tensor_model_parallel_group(),
             state.get_tensor_model_parallel_world_size(),
         )
-        self.tp_index = state.get_tensor_model_parallel_rank()
+        self.tp_index: int = state.get_tensor_model_parallel_rank()
         self.pp_group, self.pp_size = (
             state.get_pipeline_model_parallel_group(),
             state.get_pipeline_model_parallel_world_size(),
@@ -115,7 +117,7 @@ class Ranks:
     @property
     def is_last_stage(self) -> bool:
         """Whether the output layer stands here."""
-        return self.pp_index == self.pp_size - 1
+        return bool(self.pp_index == self.pp_size - 1)
 
     def any_rank(self, flag: Tensor) -> bool:
         """Whether `flag` [] is True on any rank."""

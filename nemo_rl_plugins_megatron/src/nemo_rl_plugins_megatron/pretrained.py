@@ -21,7 +21,7 @@ from nemo_rl_core.models.adapter import base_of
 from nemo_rl_plugins_megatron.mapping import Readable
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["WeightFiles", "WeightSource", "WholeModel", "open_weights"]
 
@@ -33,7 +33,9 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 class WeightSource(Protocol):
     """Gives Hugging Face weights by name, of which what is taken is read."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each weight."""
 
     def read(self, name: str) -> Readable:
         """The weight."""
@@ -46,8 +48,8 @@ class WholeModel:
     """The weights of a model in memory."""
 
     def __init__(self, model: Any) -> None:
-        self._weights = dict(model.named_parameters())
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+        self._weights: dict[str, Tensor] = dict(model.named_parameters())
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in self._weights.items()}
 
     def read(self, name: str) -> Tensor:
         """The weight."""

@@ -13,8 +13,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.data.batch import BatchedDataDict
-from nemo_rl_core.models.packed_attention import Packing
+from nemo_rl_core.models.numerics.packed_attention import Packing
+from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_megatron.attention import ContextShare, PackedRow
 
 if TYPE_CHECKING:
@@ -85,7 +85,10 @@ class Row:
         wanted = wanted[places[wanted - 1] >= 0]
         cumulative = starts.to(torch.int32).to(ranks.device)
         longest = max(lengths)
-        move = lambda t: t.to(ranks.device, non_blocking=True)  # noqa: E731
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(ranks.device, non_blocking=True)
+
         return Row(
             input_ids=move(ids[local])[None],
             position_ids=move(position_ids[local])[None],

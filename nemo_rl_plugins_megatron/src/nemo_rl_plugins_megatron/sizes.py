@@ -1,17 +1,18 @@
-"""Which sizes fit a model and its workers, told from the configuration alone."""
+"""Sizes that fit a model and its workers, derived from the configuration alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_core.config import Mistake, mistake
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_megatron.families import heads_of
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["check_sizes", "replica_sizes", "size_mistakes"]
 
@@ -73,7 +74,7 @@ def _of_model(hf_config: Any, policy: PolicyConfig) -> Iterator[Mistake]:
     for path, size, name in wanted:
         count = getattr(hf_config, name, None)
         if count and count % size:
-            yield _unfit(path, size, f"the model's {name} {count}", lambda n, count=count: count % n == 0)
+            yield _unfit(path, size, f"the model's {name} {count}", partial(_divides, count))
     if experts and tensor > 1 and not options.sequence_parallel:
         problem = f"a mixture-of-experts model with tensor_parallel_size {tensor} needs it"
         yield mistake("options.sequence_parallel", problem, "Set it to true.", related=[_TENSOR])
@@ -114,3 +115,7 @@ def _of_workers(policy: PolicyConfig) -> Iterator[Mistake]:
         )
         fix = f"Set it to a multiple of {experts}, or options.expert_parallel_size to a divisor of what there is."
         yield mistake("num_workers", problem, fix, related=[_EXPERT])
+
+
+def _divides(count: int, size: int) -> bool:
+    return count % size == 0

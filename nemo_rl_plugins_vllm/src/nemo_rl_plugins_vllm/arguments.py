@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_rl_core.errors import ConfigError
-from nemo_rl_core.infra.starting import starting
+from nemo_rl_core.machine.starting import starting
 from nemo_rl_plugins_vllm.config import VLLMConfig
 from nemo_rl_plugins_vllm.cpu import KV_CACHE_GIB, environment
 from nemo_rl_plugins_vllm.layout import check_one_machine, executor, visible_devices

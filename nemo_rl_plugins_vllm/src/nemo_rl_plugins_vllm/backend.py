@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError, GenerationError
-from nemo_rl_core.infra.fingerprint import fingerprint
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationBackend, GenerationRequest
+from nemo_rl_core.infra.weights.fingerprint import fingerprint
+from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
+from nemo_rl_core.records.completion import Completion
 from nemo_rl_plugins_vllm.checkpoint import (
     checkpoint_folder,
     expected_weights,
@@ -27,8 +28,8 @@ from nemo_rl_plugins_vllm.layout import check_one_machine, num_devices
 from nemo_rl_plugins_vllm.requests import completion, refusal, sampling_params
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import GenerationConfig
     from nemo_rl_core.protocols.launcher import WorkerContext
+    from nemo_rl_core.schema import GenerationConfig
     from nemo_rl_plugins_vllm.loop import EngineThread
 
 __all__ = ["VLLMEngine"]
@@ -242,12 +243,14 @@ class VLLMEngine(GenerationBackend):
             GenerationError: The workers disagree, or their weights changed since the last update.
         """
         thread = self._running()
-        found = set(thread.call(thread.fingerprints(), what="The fingerprint", timeout_s=self._options.refit_timeout_s))
-        if len(found) > 1:
+        digests = set(
+            thread.call(thread.fingerprints(), what="The fingerprint", timeout_s=self._options.refit_timeout_s)
+        )
+        if len(digests) > 1:
             raise GenerationError(
-                f"The workers of vLLM hold different weights: fingerprints {sorted(map(str, found))}."
+                f"The workers of vLLM hold different weights: fingerprints {sorted(map(str, digests))}."
             )
-        (digest,) = found
+        (digest,) = digests
         if digest is not None:
             return digest
         if self._broken is not None:

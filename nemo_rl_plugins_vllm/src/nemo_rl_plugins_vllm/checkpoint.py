@@ -66,8 +66,8 @@ def limits_of(model_name: str, tokenizer: Any, max_sequence_length: int | None) 
     """What a request must keep to."""
     config = load_model_config(model_name).get_text_config()
     own = getattr(config, "max_position_embeddings", None)
-    found = config.eos_token_id
-    configured = (found,) if isinstance(found, int) else tuple(found or ())
+    eos = config.eos_token_id
+    configured = (eos,) if isinstance(eos, int) else tuple(eos or ())
     return Limits(
         max_length=min(max_sequence_length or own or _DEFAULT_CONTEXT, own or max_sequence_length or _DEFAULT_CONTEXT),
         vocab_size=config.vocab_size,

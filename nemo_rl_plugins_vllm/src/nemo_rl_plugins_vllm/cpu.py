@@ -106,12 +106,12 @@ def prepare_pipeline(model_runner: Any) -> None:
 
 
 def _storages(model_runner: Any) -> list[Any]:
-    found = {}
+    storages = {}
     for cache in model_runner.kv_caches:
         for tensor in cache if isinstance(cache, list | tuple) else [cache]:
             storage = tensor.untyped_storage()
-            found[storage._cdata] = storage
-    return list(found.values())
+            storages[storage._cdata] = storage
+    return list(storages.values())
 
 
 def release_cache(model_runner: Any) -> int:

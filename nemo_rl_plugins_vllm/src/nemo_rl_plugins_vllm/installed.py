@@ -36,22 +36,22 @@ def installed_version() -> tuple[str, str] | None:
     return "vllm", "unknown"
 
 
-def check_version(found: tuple[str, str] | None, *, allow_untested: bool) -> None:
+def check_version(installed: tuple[str, str] | None, *, allow_untested: bool) -> None:
     """Refuse a vLLM that is missing or untested.
 
     Args:
-        found: What `installed_version` says.
+        installed: What `installed_version` says.
         allow_untested: Warn instead, if there is one at all.
 
     Raises:
         MissingExtra: It is missing, or of another version than `TESTED`.
     """
-    if found is None:
+    if installed is None:
         raise MissingExtra(
             f"The generation backend `vllm` needs vLLM, which is not installed. {_HOW}, or choose another backend "
             "(generation.backend)."
         )
-    name, number = found
+    name, number = installed
     if number == "unknown" or TESTED.contains(Version(number).public, prereleases=True):
         return
     said = f"The generation backend `vllm` was tested with vLLM {TESTED}, and {name} {number} is installed."

@@ -26,6 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError, WorkerDied
+from nemo_rl_core.machine.threads import settle_soon
 from nemo_rl_plugins_vllm.stats import Counters, StepCounter
 
 __all__ = ["Call", "EngineThread"]
@@ -51,17 +52,8 @@ class Call:
 
     def settle(self, result: CompletionOutput | BaseException) -> None:
         """Answer the caller, from any thread."""
-
-        def tell() -> None:
-            if not self.future.done():
-                if isinstance(result, BaseException):
-                    self.future.set_exception(result)
-                else:
-                    self.future.set_result(result)
-
-        try:
-            self.loop.call_soon_threadsafe(tell)
-        except RuntimeError:  # the caller's loop has been closed: nobody waits
+        value, error = (None, result) if isinstance(result, BaseException) else (result, None)
+        if not settle_soon(self.future, value, error):
             logger.debug("a completion came after its caller's event loop was closed")
 
 
@@ -339,8 +331,8 @@ class EngineThread:
     async def fingerprints(self) -> list[str | None]:
         """Of each worker of each engine; vLLM's own `collective_rpc` asks them all and returns those of the first."""
         ask = self._llm.engine_core.call_utility_all_async
-        found: list[list[str | None]] = await ask("collective_rpc", "nemo_rl_fingerprint", None, (), None)
-        return [digest for of_engine in found for digest in of_engine]
+        answers: list[list[str | None]] = await ask("collective_rpc", "nemo_rl_fingerprint", None, (), None)
+        return [digest for of_engine in answers for digest in of_engine]
 
     async def sleep(self, level: int, *, gpu: bool) -> None:
         """Give memory back.

@@ -16,7 +16,7 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.infra.shared_files import SharedFile, map_shared
+from nemo_rl_core.machine.shared_files import SharedFile, map_shared
 
 __all__ = ["ExpectedWeights", "Piece", "open_piece", "pack"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import threading
-import time
+from functools import partial
+
+from nemo_rl_core.machine.threads import watch_parent
 
 __all__ = ["HOST_VARIABLE", "IMPORT_VARIABLE", "TRANSFER_BACKEND", "register"]
 
@@ -47,11 +48,4 @@ def _end_with_parent() -> None:
     if _watching_in == os.getpid():
         return
     _watching_in = os.getpid()
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK_EVERY_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="nemo-rl-parent-watch", daemon=True).start()
+    watch_parent(partial(os._exit, 1), name="nemo-rl-parent-watch")

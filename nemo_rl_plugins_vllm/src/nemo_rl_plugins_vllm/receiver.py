@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from nemo_rl_core.infra.fingerprint import Fingerprint, fingerprint
+from nemo_rl_core.infra.weights.fingerprint import Fingerprint, fingerprint
 from nemo_rl_plugins_vllm.cpu import forget_expert_kernels, keep_expert_kernels, repack_tied_heads
 from nemo_rl_plugins_vllm.pieces import open_piece
 

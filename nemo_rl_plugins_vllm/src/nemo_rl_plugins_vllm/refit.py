@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.errors import DeadlineExceeded
+from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_plugins_vllm.layout import num_devices
 from nemo_rl_plugins_vllm.pieces import ExpectedWeights, Piece, pack
 
@@ -33,24 +33,15 @@ class RefitReport:
     seconds: float
 
 
-class _Deadline:
+class _UpdateDeadline(Deadline):
     def __init__(self, thread: EngineThread, *, version: int, timeout_s: float) -> None:
-        self._thread = thread
-        self._end = time.monotonic() + timeout_s
         self._what = f"Weight update to version {version}"
-        self._timeout_s = timeout_s
+        super().__init__(timeout_s, what=self._what, hint="Raise generation.options.refit_timeout_s.")
+        self._thread = thread
 
     def wait(self, future: concurrent.futures.Future[Any]) -> Any:
         """The result, until the end of the whole update."""
-        return self._thread.result(future, what=self._what, timeout_s=self._end - time.monotonic())
-
-    def check(self) -> None:
-        """Refuse to go on when the trainer has used the time up."""
-        if time.monotonic() > self._end:
-            raise DeadlineExceeded(
-                f"{self._what} passed its deadline of {self._timeout_s:g} s while waiting for the trainer's tensors "
-                "(generation.options.refit_timeout_s)."
-            )
+        return self._thread.result(future, what=self._what, timeout_s=self.remaining())
 
 
 def refit(
@@ -78,7 +69,7 @@ def refit(
         GenerationError, DeadlineExceeded, WorkerDied: As `VLLMEngine.update_weights`.
     """
     start = time.monotonic()
-    deadline = _Deadline(thread, version=version, timeout_s=options.refit_timeout_s)
+    deadline = _UpdateDeadline(thread, version=version, timeout_s=options.refit_timeout_s)
     if wake_weights:
         deadline.wait(thread.begin(thread.wake(gpu=gpu, only_weights=True)))
     pieces = pack(
@@ -104,7 +95,7 @@ def refit(
     return RefitReport(num_bytes, time.monotonic() - start)
 
 
-def _send(thread: EngineThread, pieces: Iterable[Piece], deadline: _Deadline) -> int:
+def _send(thread: EngineThread, pieces: Iterable[Piece], deadline: _UpdateDeadline) -> int:
     """Send all; one piece is loaded while the next one is filled."""
     under_way: tuple[concurrent.futures.Future[None], Piece] | None = None
     num_bytes = 0
@@ -114,7 +105,7 @@ def _send(thread: EngineThread, pieces: Iterable[Piece], deadline: _Deadline) ->
             before, under_way = under_way, None
             try:
                 _finish(before, deadline)
-                deadline.check()
+                deadline.check("the trainer's tensors")
             except BaseException:
                 piece.close()
                 raise
@@ -128,7 +119,7 @@ def _send(thread: EngineThread, pieces: Iterable[Piece], deadline: _Deadline) ->
     return num_bytes
 
 
-def _finish(under_way: tuple[concurrent.futures.Future[None], Piece] | None, deadline: _Deadline) -> None:
+def _finish(under_way: tuple[concurrent.futures.Future[None], Piece] | None, deadline: _UpdateDeadline) -> None:
     if under_way is None:
         return
     future, piece = under_way

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from nemo_rl_core.errors import GenerationError
-from nemo_rl_core.protocols.generation_backend import Completion, GenerationRequest
+from nemo_rl_core.protocols.generation_backend import GenerationRequest
+from nemo_rl_core.records.completion import Completion
 
 if TYPE_CHECKING:
     from vllm import SamplingParams as VLLMSamplingParams

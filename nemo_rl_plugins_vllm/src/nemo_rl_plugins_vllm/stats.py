@@ -1,4 +1,4 @@
-"""What vLLM says of each of its steps, added up."""
+"""Statistics of vLLM's steps, added up."""
 
 from __future__ import annotations
 

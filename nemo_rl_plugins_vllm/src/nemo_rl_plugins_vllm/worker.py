@@ -16,8 +16,8 @@ class WorkerExtension:
 
     def nemo_rl_fingerprint(self) -> str | None:
         """Digest of the weights that the last update brought to this worker."""
-        found: str | None = self.weight_transfer_engine.fingerprint()
-        return found
+        digest: str | None = self.weight_transfer_engine.fingerprint()
+        return digest
 
     def nemo_rl_abandon_update(self) -> None:
         """Leave a broken weight update, so that the next one starts anew."""

@@ -9,7 +9,8 @@ import pytest
 
 from nemo_rl.quickstart import recipe
 from nemo_rl.quickstart.report import curve, write_report
-from nemo_rl_core.training.state import RunResult, Sample
+from nemo_rl.quickstart.result import QuickstartResult
+from nemo_rl_core.records.run_state import RunResult, Sample
 
 
 def test_a_quarter_of_the_demonstrations_is_right_and_the_rest_is_one_too_high():
@@ -57,7 +58,7 @@ def test_the_report_is_one_file_without_references(tmp_path):
         )
 
     sample = Sample(prompt="1 + <2> =", response="3", reward=1.0, step=10)
-    quickstart = recipe.QuickstartResult(
+    quickstart = QuickstartResult(
         seed=0,
         generation_backend="torch_engine",
         sft=result("sft"),

@@ -4,8 +4,8 @@ import pytest
 from rollout_report import report
 from typer import BadParameter
 
-from nemo_rl_core.rollouts.jsonl import write_groups
-from nemo_rl_core.rollouts.records import Rollout, RolloutError, RolloutGroup, Turn
+from nemo_rl_core.records.jsonl import write_groups
+from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
 
 
 def rollout(index: int, reward: float, **changes) -> Rollout:

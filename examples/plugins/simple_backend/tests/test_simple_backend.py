@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from simple_backend import SimpleBackend, SimpleConfig
 
-from nemo_rl_core.config.schema import PolicyConfig
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.protocols.launcher import WorkerContext
+from nemo_rl_core.schema import PolicyConfig
 from nemo_rl_core.testing import TrainingBackendContract
 
 

@@ -5,7 +5,7 @@
     trainer = nemo_rl.GRPOTrainer.from_pretrained("Qwen/Qwen2.5-1.5B")
     trainer.fit(dataset="my.jsonl", reward_fn=lambda response, answer: float(answer in response))
 
-Names are imported when they are first used, so that `import nemo_rl` is cheap.
+Names are imported on first use, so that `import nemo_rl` is cheap.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from nemo_rl_core.exports import lazy_exports
 if TYPE_CHECKING:
     from nemo_rl.callbacks import CheckpointCallback, WandbCallback
     from nemo_rl.functional import evaluate, train
-    from nemo_rl_core.config.schema import ClusterConfig, PolicyConfig
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.hookspecs import hookimpl
     from nemo_rl_core.protocols.environment import Environment, EnvironmentStep, SingleTurnEnvironment
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.run_state import RunResult
     from nemo_rl_core.registry import (
         register_advantage,
         register_algorithm,
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
         register_training_backend,
         register_weight_sync,
     )
+    from nemo_rl_core.schema import ClusterConfig, PolicyConfig
     from nemo_rl_core.training.callbacks import Callback
-    from nemo_rl_core.training.state import RunResult
     from nemo_rl_core.training.trainer import Trainer
     from nemo_rl_plugins_distillation.config import DistillationConfig
     from nemo_rl_plugins_distillation.trainer import DistillationTrainer
@@ -70,12 +70,12 @@ if TYPE_CHECKING:
     from nemo_rl_plugins_sft.trainer import SFTTrainer
 
 _HOMES = {
-    "BatchedDataDict": "nemo_rl_core.data.batch",
+    "BatchedDataDict": "nemo_rl_core.records.batch",
     "CISPOConfig": "nemo_rl_plugins_grpo.presets",
     "CISPOTrainer": "nemo_rl_plugins_grpo.trainer",
     "Callback": "nemo_rl_core.training.callbacks",
     "CheckpointCallback": "nemo_rl.callbacks",
-    "ClusterConfig": "nemo_rl_core.config.schema",
+    "ClusterConfig": "nemo_rl_core.schema.run",
     "DPOConfig": "nemo_rl_plugins_dpo.config",
     "DPOTrainer": "nemo_rl_plugins_dpo.trainer",
     "DAPOConfig": "nemo_rl_plugins_grpo.presets",
@@ -90,7 +90,7 @@ _HOMES = {
     "GRPOTrainer": "nemo_rl_plugins_grpo.trainer",
     "PPOConfig": "nemo_rl_plugins_ppo.config",
     "PPOTrainer": "nemo_rl_plugins_ppo.trainer",
-    "PolicyConfig": "nemo_rl_core.config.schema",
+    "PolicyConfig": "nemo_rl_core.schema.run",
     "RewardModelConfig": "nemo_rl_plugins_reward_model.config",
     "RewardModelTrainer": "nemo_rl_plugins_reward_model.trainer",
     "GSPOConfig": "nemo_rl_plugins_grpo.presets",
@@ -99,7 +99,7 @@ _HOMES = {
     "RLOOTrainer": "nemo_rl_plugins_grpo.trainer",
     "ReinforcePPConfig": "nemo_rl_plugins_grpo.presets",
     "ReinforcePPTrainer": "nemo_rl_plugins_grpo.trainer",
-    "RunResult": "nemo_rl_core.training.state",
+    "RunResult": "nemo_rl_core.records.run_state",
     "SFTConfig": "nemo_rl_plugins_sft.config",
     "SFTTrainer": "nemo_rl_plugins_sft.trainer",
     "SingleTurnEnvironment": "nemo_rl_core.protocols.environment",

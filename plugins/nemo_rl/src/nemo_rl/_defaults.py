@@ -1,4 +1,4 @@
-"""The default set: which component is meant when a configuration names none."""
+"""The default set: the component of each kind for configurations that name none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nemo_rl_core.hookspecs import hookimpl
 
 @hookimpl
 def nemo_rl_defaults() -> dict[str, str]:
-    """Kind to name."""
+    """Provide the default component of each kind."""
     return {
         "training_backends": "dtensor",
         "generation_backends": "torch_engine",

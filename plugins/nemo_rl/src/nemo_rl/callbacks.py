@@ -7,14 +7,14 @@ from typing import Any
 
 from nemo_rl_core.config import to_dict
 from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.records.run_state import RunState
 from nemo_rl_core.training.callbacks import Callback
-from nemo_rl_core.training.state import RunState
 
 __all__ = ["CheckpointCallback", "WandbCallback"]
 
 
 class CheckpointCallback(Callback):
-    """Saves a checkpoint every so many steps, whatever `checkpointing.every` says.
+    """Saves a checkpoint at a fixed interval of steps, in addition to those of `checkpointing.every`.
 
     Args:
         every: Steps between checkpoints.
@@ -28,7 +28,7 @@ class CheckpointCallback(Callback):
         self.every = every
 
     def on_step_end(self, run: RunState) -> None:
-        """Ask for a checkpoint."""
+        """Request a checkpoint if the step is due for one."""
         if run.step % self.every == 0:
             run.checkpoint_requested = True
 
@@ -37,7 +37,7 @@ class WandbCallback(Callback):
     """Sends metrics to Weights & Biases (needs the package `wandb`).
 
     Args:
-        project: Name of the project.
+        project: Name of the project in Weights & Biases.
         **settings: Further arguments of `wandb.init`.
     """
 
@@ -53,7 +53,7 @@ class WandbCallback(Callback):
         self._run: Any = None
 
     def on_run_start(self, run: RunState) -> None:
-        """Open the run."""
+        """Start the run in Weights & Biases."""
         self._run = self._wandb.init(config=to_dict(run.config), **self._settings)
 
     def on_step_end(self, run: RunState, metrics: Mapping[str, float]) -> None:
@@ -61,6 +61,6 @@ class WandbCallback(Callback):
         self._run.log(dict(metrics), step=run.step)
 
     def on_run_end(self, status: str) -> None:
-        """Close the run."""
+        """Finish the run in Weights & Biases."""
         if self._run is not None:
             self._run.finish(exit_code=0 if status == "completed" else 1)

@@ -1,8 +1,9 @@
-"""The configuration classes of the framework and of the default algorithms."""
+"""Configuration classes of the framework and of the default algorithms."""
 
 from __future__ import annotations
 
-from nemo_rl_core.config import (
+from nemo_rl_core.config import load_config
+from nemo_rl_core.schema import (
     CheckpointConfig,
     ClusterConfig,
     ComponentChoice,
@@ -18,7 +19,6 @@ from nemo_rl_core.config import (
     RunConfig,
     SchedulerConfig,
     ValidationConfig,
-    load_config,
 )
 from nemo_rl_plugins_distillation.config import DistillationConfig
 from nemo_rl_plugins_grpo.config import GRPOConfig

@@ -1,4 +1,4 @@
-"""One-call functions over the trainers."""
+"""Functions that train or evaluate with one call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_rl_core.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.reward import Reward
-    from nemo_rl_core.training.state import RunResult
+    from nemo_rl_core.records.run_state import RunResult
 
 __all__ = ["evaluate", "train"]
 
@@ -33,17 +33,17 @@ def train(
 
     Args:
         model: Hub name, local folder or `scratch:<name>`.
-        dataset: Rows, a file, a folder or a hub name; by default what the configuration says.
-        reward_fn: Scores a response; arguments are matched by name (`prompt`, `response`, any column).
-        algorithm: Name of the algorithm, unless `config` says it.
-        config: A configuration object, mapping or file to start from.
-        environment: An environment class instead of a reward function.
-        validation_dataset: As `dataset`, for validation.
-        callbacks: `Callback` objects.
-        **fields: Fields of the configuration, dotted ones included.
+        dataset: Rows, a file, a folder or a hub name. By default, the training data of the configuration.
+        reward_fn: Function that scores a response; arguments are matched by name (`prompt`, `response`, any column).
+        algorithm: Name of the algorithm; ignored if `config` is given.
+        config: Configuration object, mapping or file to start from.
+        environment: Environment class, instead of a reward function.
+        validation_dataset: Validation data, in the same forms as `dataset`.
+        callbacks: `Callback` objects that listen to this run.
+        **fields: Fields of the configuration, including dotted ones such as `**{"policy.optimizer.lr": 1e-5}`.
 
     Returns:
-        The run's result.
+        The result of the run.
     """
     if model is not None:
         fields["model"] = model
@@ -71,11 +71,11 @@ def evaluate(
 
     Args:
         model: Hub name, local folder or `scratch:<name>`.
-        dataset: Rows, a file, a folder or a hub name; by default the validation data of the configuration.
-        reward_fn: See `train`.
-        algorithm: Whose configuration class reads `fields`.
-        config: A configuration object, mapping or file to start from.
-        environment: An environment class instead of a reward function.
+        dataset: Rows, a file, a folder or a hub name. By default, the validation data of the configuration.
+        reward_fn: Function that scores a response, as in `train`.
+        algorithm: Name of the algorithm whose configuration class reads `fields`; ignored if `config` is given.
+        config: Configuration object, mapping or file to start from.
+        environment: Environment class, instead of a reward function.
         **fields: Fields of the configuration, such as `**{"validation.num_generations_per_prompt": 4}`.
 
     Returns:

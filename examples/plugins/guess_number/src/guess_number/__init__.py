@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from attrs import field, frozen
 from attrs.validators import ge
 
-from nemo_rl_core.protocols.environment import EnvironmentContext, EnvironmentStep, Message, Task
+from nemo_rl_core.protocols.environment import EnvironmentContext, EnvironmentStep
+from nemo_rl_core.records.message import Message, Task
 
 __all__ = ["GuessNumber", "GuessNumberConfig"]
 

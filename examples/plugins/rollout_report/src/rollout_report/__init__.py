@@ -15,7 +15,7 @@ def report(
     top: Annotated[int, typer.Option(min=1, help="Rollouts shown of each end.")] = 3,
 ) -> None:
     """Show the best and the worst rollouts of a run's last recorded step."""
-    from nemo_rl_core.rollouts.jsonl import read_groups
+    from nemo_rl_core.records.jsonl import read_groups
 
     steps = sorted((run / "rollouts").glob("step_*.jsonl"), key=lambda path: int(path.stem.partition("_")[2]))
     if run.is_dir() and not steps:

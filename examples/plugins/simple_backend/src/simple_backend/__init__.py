@@ -1,6 +1,6 @@
 """A training backend in one file: plain PyTorch on one device, one sequence at a time, nothing clever.
 
-Slow, and a place to start from: each method is what its contract asks and no more.
+Slow, but a good start: each method does what its contract asks and nothing else.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from nemo_rl_core.protocols.loss import Metric, ModelOutputs
 from nemo_rl_core.protocols.training_backend import StepPlan, StepResult, TrainingBackend
 
 if TYPE_CHECKING:
-    from nemo_rl_core.config.schema import PolicyConfig, SchedulerConfig
-    from nemo_rl_core.data.batch import BatchedDataDict
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_core.protocols.training_backend import LossFunction
+    from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.schema import PolicyConfig, SchedulerConfig
 
 __all__ = ["SimpleBackend", "SimpleConfig"]
 

@@ -1,1 +1,1 @@
-"""The main job in small: warm start by SFT, then GRPO, on a laptop CPU and without a network."""
+"""Quickstart: warm start by SFT, then GRPO, on a laptop's CPU and without a network."""

@@ -12,12 +12,12 @@ __all__ = ["command"]
 
 
 def command(
-    run_dir: Annotated[Path, typer.Option(help="Folder for everything that is written.")] = Path("quickstart-run"),
+    run_dir: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("quickstart-run"),
     seed: Annotated[int, typer.Option(help="Seed of model, data and sampling.")] = 0,
     generation_backend: Annotated[
-        str, typer.Option(help="What samples: `torch_engine`, or another that is installed, such as `vllm`.")
+        str, typer.Option(help="Engine that samples: `torch_engine`, or another installed backend such as `vllm`.")
     ] = "torch_engine",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, for programs.")] = False,
 ) -> None:
     """Train a small model on this machine's CPU: warm start by SFT, then GRPO. No network, no GPU."""
     from nemo_rl.quickstart.recipe import run_quickstart

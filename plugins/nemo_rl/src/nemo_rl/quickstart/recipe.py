@@ -1,8 +1,8 @@
-"""The quickstart's two trainings, through the public API and the same code as any run.
+"""Two trainings of the quickstart, through the public API.
 
-A small model made from scratch is fine-tuned on sloppy demonstrations of addition: three of four answers are one
-too high. So it learns to add, and to be wrong about three times of four. GRPO then teaches it to be right, from
-nothing but the reward.
+A small model with random weights is fine-tuned on sloppy demonstrations of addition, in which three of four answers
+are one too high. It learns to add, and to be wrong about three times out of four. GRPO then teaches it to be right,
+with nothing but the reward.
 """
 
 from __future__ import annotations
@@ -13,47 +13,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
-
+from nemo_rl.quickstart.report import write_report
+from nemo_rl.quickstart.result import QuickstartResult
+from nemo_rl_core.records.run_state import RunResult, Sample
 from nemo_rl_core.registry import get_registry
-from nemo_rl_core.training.state import RunResult, Sample
 from nemo_rl_core.training.trainer import Trainer
 from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymData, ReasoningGymSource
 from nemo_rl_plugins_grpo.trainer import GRPOTrainer
 from nemo_rl_plugins_sft.trainer import SFTTrainer
 
-__all__ = ["QuickstartResult", "arithmetic_data", "demonstrations", "run_quickstart"]
+__all__ = ["arithmetic_data", "demonstrations", "run_quickstart"]
 
 MODEL = "scratch:qwen2-500k"
 NUM_ROWS = 64_000
-"""Of the demonstrations, and of the tasks for GRPO; reasoning-gym takes one seed for each row."""
+"""Number of demonstrations, and of tasks for GRPO; reasoning-gym uses one seed for each row."""
 HELD_OUT_SEED = 77
 NUM_HELD_OUT = 256
 EXACT_SHARE = 0.25
-"""Of the demonstrations."""
-
-
-@frozen(kw_only=True)
-class QuickstartResult:
-    """What the quickstart shows."""
-
-    seed: int
-    generation_backend: str
-    sft: RunResult
-    grpo: RunResult
-    accuracy_before: float
-    """Share of held-out tasks solved after the warm start, sampled as in training; no partial credit."""
-    accuracy_after: float
-    greedy_before: float
-    greedy_after: float
-    samples_before: list[Sample]
-    samples_after: list[Sample]
-    seconds: float
-    report: Path
+"""Fraction of the demonstrations whose answer is correct."""
 
 
 def arithmetic_data(*, seed: int, size: int) -> dict[str, Any]:
-    """Reasoning-gym arithmetic, its question shortened to `12 + 34 =` by a template."""
+    """Configure reasoning-gym arithmetic, with questions shortened to `12 + 34 =` by a template."""
     return {
         "source": "reasoning_gym",
         "options": {
@@ -84,11 +65,11 @@ def run_quickstart(
     """Run both trainings and the evaluations, and write the report.
 
     Args:
-        run_dir: Folder for everything that is written; a finished stage in it is not repeated.
-        seed: Of the model, the data order and the sampling.
-        generation_backend: What samples, in GRPO and in the evaluations.
-        progress: How the runs show themselves (`logging.progress`).
-        announce: Called with a line at the start of each stage.
+        run_dir: Folder for all output; a stage that is finished in it is not repeated.
+        seed: Seed of the model, the data order and the sampling.
+        generation_backend: Backend that samples in GRPO and in the evaluations.
+        progress: Form of the runs' progress (`logging.progress`).
+        announce: Function that is called with a line of text at the start of each stage.
     """
     started = time.perf_counter()
     get_registry().resolve("generation_backends", generation_backend)  # a name that nobody has is refused at once
@@ -121,14 +102,12 @@ def run_quickstart(
         seconds=time.perf_counter() - started,
         report=run_dir / "report.html",
     )
-    from nemo_rl.quickstart.report import write_report
-
     write_report(result)
     return result
 
 
 def demonstrations(*, seed: int, size: int) -> list[dict[str, str]]:
-    """Rows with `prompt` and `response`; the response is right with probability `EXACT_SHARE`, else one too high."""
+    """Make rows with `prompt` and `response`; a response is right with probability `EXACT_SHARE`, else one too high."""
     source = arithmetic_data(seed=seed, size=size)
     rows = ReasoningGymSource(ReasoningGymData(**source["options"])).load()
     rng = random.Random(seed)

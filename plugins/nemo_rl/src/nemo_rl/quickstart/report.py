@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_rl.quickstart.recipe import QuickstartResult
-    from nemo_rl_core.training.state import Sample
+    from nemo_rl.quickstart.result import QuickstartResult
+    from nemo_rl_core.records.run_state import Sample
 
 __all__ = ["curve", "write_report"]
 
@@ -28,7 +28,7 @@ text{font:11px system-ui,sans-serif;fill:#555}
 def curve(
     title: str, points: Sequence[tuple[float, float]], *, low: float | None = None, high: float | None = None
 ) -> str:
-    """One SVG line chart: the values, and their running mean over a tenth of the run.
+    """Draw an SVG line chart of the values and of their running mean over a tenth of the run.
 
     Args:
         title: Shown above, and as the accessible name.
@@ -88,7 +88,7 @@ def _samples(before: Sequence[Sample], after: Sequence[Sample], num: int = 12) -
 
 
 def write_report(result: QuickstartResult) -> None:
-    """Write `result.report`."""
+    """Write the report to `result.report`."""
     accuracy = "".join(
         f'<tr><td>{label}</td><td class="n">{before:.3f}</td><td class="n">{after:.3f}</td></tr>'
         for label, before, after in (

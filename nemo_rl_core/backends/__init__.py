@@ -1,0 +1,1 @@
+"""Parts that training backends share; only backends and their kits import them."""

@@ -1,0 +1,1 @@
+"""The commands of `nemo-rl plugins`."""

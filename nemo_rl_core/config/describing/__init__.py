@@ -1,0 +1,1 @@
+"""Configurations as text: written out, compared, and their fields described."""

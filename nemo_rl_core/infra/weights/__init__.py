@@ -1,0 +1,1 @@
+"""Transfer of weights from the trainer to the engines."""

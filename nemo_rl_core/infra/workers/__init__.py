@@ -1,0 +1,1 @@
+"""Worker processes: starting, calling and ending them, and their devices."""

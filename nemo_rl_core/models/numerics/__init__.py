@@ -1,0 +1,1 @@
+"""Arithmetic of language models: logprobs and gradients of the output layer, attention, products, KL."""

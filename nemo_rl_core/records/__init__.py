@@ -1,0 +1,1 @@
+"""Data that one stage hands to the next: messages, completions, rollouts, batches, the state of a run."""

@@ -1,0 +1,1 @@
+"""Discovery of installed components from package metadata; imports no plugin."""

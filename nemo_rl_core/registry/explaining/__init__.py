@@ -1,0 +1,1 @@
+"""Explanations: how a name is resolved, and problems of the installation."""

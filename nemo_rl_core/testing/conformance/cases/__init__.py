@@ -1,0 +1,1 @@
+"""Small cases that the kits of algorithms, losses and backends work on."""

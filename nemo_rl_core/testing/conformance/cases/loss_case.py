@@ -1,0 +1,299 @@
+"""Case for a loss's contract: a batch with a policy of free logits, the call of a loss, comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from nemo_rl_core.protocols.loss import Loss, LossSums, Metric, ModelOutputs
+from nemo_rl_core.records.batch import BatchedDataDict
+
+__all__ = [
+    "Answer",
+    "FreeModel",
+    "answer_of",
+    "answer_on",
+    "call_loss",
+    "check_equal",
+    "check_metrics",
+    "check_same_when_cut",
+    "fields_read",
+    "flat",
+    "logprob_gradient",
+    "logprobs_of",
+    "make_on_policy",
+    "off_policy_case",
+    "padded",
+    "poisoned",
+    "positions_of",
+    "reduced",
+]
+
+VOCABULARY = 7
+TOLERANCE = 1e-9
+"""Relative, of values and gradients in float64."""
+_ADVANTAGES = (1.0, -1.2, -0.7, 0.9, -1.1, 1.3)
+
+
+@frozen(eq=False)
+class FreeModel:
+    """What stands for the policy: free logits and values, so that gradients are per token."""
+
+    logits: Tensor
+    """[N, V] float64."""
+    values: Tensor
+    """[N] float64."""
+
+    def select(self, positions: Tensor) -> FreeModel:
+        """The same numbers at these tokens, as new leaves."""
+        return FreeModel(self.logits[positions], self.values[positions])
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """Copies that gather gradients."""
+        return self.logits.detach().clone().requires_grad_(), self.values.detach().clone().requires_grad_()
+
+
+@frozen(eq=False)
+class Answer:
+    """A loss sum and its gradient by token."""
+
+    total: Tensor
+    logits_grad: Tensor
+    values_grad: Tensor
+    sums: LossSums
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def off_policy_case() -> tuple[BatchedDataDict, FreeModel, torch.Generator]:
+    """Current, old, sampling and reference policies differ by a few per cent; what further fields are drawn from."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = [5, 3, 8, 4, 6, 7]
+    n = sum(lengths)
+    model = FreeModel(
+        torch.randn(n, VOCABULARY, generator=generator, dtype=torch.float64),
+        torch.randn(n, generator=generator, dtype=torch.float64),
+    )
+    batch = BatchedDataDict(lengths, {"input_ids": torch.randint(VOCABULARY, (n,), generator=generator)})
+    starts = batch.position_ids
+    mask = (starts > 0) & ((starts > 1) | (batch.sequence_index % 2 == 0))
+    mask &= torch.rand(n, generator=generator) > 0.15
+    batch.set_tokens("loss_mask", mask | (starts == batch.lengths[batch.sequence_index] - 1))
+    current = logprobs_of(batch, model.logits)
+    for name, spread in (("logprobs", 0.05), ("rollout_logprobs", 0.07), ("ref_logprobs", 0.3)):
+        noise = torch.randn(n, generator=generator, dtype=torch.float64)
+        batch.set_tokens(name, (current + spread * noise) * (starts > 0))
+    rewards = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 1.0], dtype=torch.float64)
+    advantages = batch.expand_to_tokens(torch.tensor(_ADVANTAGES, dtype=torch.float64))
+    batch.set_tokens("advantages", advantages * (0.5 + torch.rand(n, generator=generator, dtype=torch.float64)))
+    batch.set_sequences("rewards", rewards)
+    batch.set_sequences("group_ids", torch.tensor([0, 0, 1, 1, 2, 2]))
+    batch.set_sequences("is_chosen", torch.tensor([True, False] * 3))
+    batch.set_sequences("margins", torch.tensor([0.5, 0.5, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64))
+    for name in ("values", "returns"):
+        batch.set_tokens(name, model.values + 0.1 * torch.randn(n, generator=generator, dtype=torch.float64))
+    return batch, model, generator
+
+
+def make_on_policy(batch: BatchedDataDict, model: FreeModel) -> None:
+    """Make the four policies equal, and the advantage one number for each sequence; in place."""
+    current = logprobs_of(batch, model.logits).detach()
+    for name in ("logprobs", "rollout_logprobs", "ref_logprobs"):
+        batch.set_tokens(name, current.clone())
+    per_sequence = torch.tensor(_ADVANTAGES, dtype=torch.float64)
+    batch.set_tokens("advantages", batch.expand_to_tokens(per_sequence))
+
+
+# -- calling a loss --------------------------------------------------------------------------------
+
+
+def logprobs_of(batch: BatchedDataDict, logits: Tensor) -> Tensor:
+    """[N] logprob of each token; 0 at the first of each sequence."""
+    chosen = torch.log_softmax(logits, -1).gather(-1, batch["input_ids"][:, None]).squeeze(-1)
+    return chosen.masked_fill(batch.position_ids == 0, 0.0)
+
+
+def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> ModelOutputs:
+    outputs = ModelOutputs()
+    wanted = set(loss.needs)
+    log_p = torch.log_softmax(logits, -1)
+    if "logprobs" in wanted:
+        outputs.logprobs = logprobs_of(batch, logits)
+    if "entropy" in wanted:
+        outputs.entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(batch.position_ids == 0, 0.0)
+    if "logits" in wanted:
+        outputs.logits = logits
+    if "top_logprobs" in wanted:
+        ids = batch["top_ids"].flatten(1)
+        found = log_p.gather(-1, ids).masked_fill((batch.position_ids == 0)[:, None], 0.0)
+        outputs.top_logprobs = found.view(batch["top_ids"].shape)
+    if "over_vocabulary" in wanted:
+        at = batch["loss_mask"]
+        found = loss.over_vocabulary(log_p[at], {name: batch[name][at] for name in loss.vocabulary_fields})
+        outputs.over_vocabulary = found.new_zeros(batch.num_tokens, *found.shape[1:]).masked_scatter(
+            at.view(-1, *(1,) * (found.ndim - 1)), found
+        )
+    if "values" in wanted:
+        outputs.values = values
+    return outputs
+
+
+def call_loss(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> LossSums:
+    """The sums, by outputs made of these logits and values."""
+    sums: LossSums = loss(_outputs_for(loss, batch, logits, values), batch)
+    return sums
+
+
+def answer_of(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Answer:
+    """The sum and its gradients."""
+    logits, values = model.leaves()
+    sums = call_loss(loss, batch, logits, values)
+    if sums.total.requires_grad:
+        torch.autograd.backward(sums.total)
+    grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (logits, values)]
+    return Answer(sums.total.detach().to(torch.float64), grads[0], grads[1], sums)
+
+
+def answer_on(loss: Any, batch: BatchedDataDict, model: FreeModel, indices: Sequence[int]) -> Answer:
+    """The answer for some sequences alone."""
+    return answer_of(loss, batch.select(list(indices)), model.select(positions_of(batch, indices)))
+
+
+def positions_of(batch: BatchedDataDict, indices: Sequence[int]) -> Tensor:
+    """Positions of these sequences' tokens in the batch, in the order of `select`."""
+    marked = BatchedDataDict(batch.lengths, {"at": torch.arange(batch.num_tokens)})
+    found: Tensor = marked.select(list(indices))["at"]
+    return found
+
+
+def flat(units: Iterable[Sequence[int]]) -> list[int]:
+    """Sequences of several units, in order."""
+    return [i for unit in units for i in unit]
+
+
+class _Watched(BatchedDataDict):
+    """A batch that remembers which fields were read."""
+
+    def __init__(self, batch: BatchedDataDict) -> None:
+        super().__init__(batch.lengths, batch.tokens, batch.sequences)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        """The field, remembered."""
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def fields_read(loss: Any, batch: BatchedDataDict, model: FreeModel) -> frozenset[str]:
+    """Names of the fields of the batch that the loss reads."""
+    watched = _Watched(batch)
+    answer_of(loss, watched, model)
+    return frozenset(watched.read)
+
+
+def logprob_gradient(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Tensor:
+    """[N] gradient by the logprobs themselves, the other outputs held."""
+    outputs = _outputs_for(loss, batch, model.logits, model.values)
+    assert outputs.logprobs is not None
+    outputs.logprobs = outputs.logprobs.detach().clone().requires_grad_()
+    sums: LossSums = loss(outputs, batch)
+    (grad,) = torch.autograd.grad(sums.total, outputs.logprobs, materialize_grads=True)
+    return grad
+
+
+# -- changed batches -------------------------------------------------------------------------------
+
+
+def poisoned(batch: BatchedDataDict, poison: float) -> BatchedDataDict:
+    """The batch with `poison` in every masked position of its float fields."""
+    changed = batch.select(range(len(batch)))
+    for name, value in batch.tokens.items():
+        if value.is_floating_point():
+            outside = (~batch["loss_mask"]).view(-1, *(1,) * (value.ndim - 1))
+            changed.set_tokens(name, value.masked_fill(outside, poison))
+    return changed
+
+
+def padded(batch: BatchedDataDict, model: FreeModel) -> tuple[BatchedDataDict, FreeModel, Tensor]:
+    """Every sequence lengthened to one width by untrained tokens; and where the old tokens are now."""
+    width = batch.max_length + 2
+    keep = torch.cat([torch.arange(int(n)) + i * width for i, n in enumerate(batch.lengths)])
+
+    def spread(value: Tensor) -> Tensor:
+        wide = torch.ones(len(batch) * width, *value.shape[1:]).to(value.dtype)
+        wide[keep] = value
+        return wide
+
+    tokens = {name: spread(value) for name, value in batch.tokens.items()}
+    trained = torch.zeros(len(batch) * width, dtype=torch.bool)
+    trained[keep] = batch["loss_mask"]
+    tokens["loss_mask"] = trained
+    wide = BatchedDataDict([width] * len(batch), tokens, batch.sequences)
+    return wide, FreeModel(spread(model.logits), spread(model.values)), keep
+
+
+# -- comparing -------------------------------------------------------------------------------------
+
+
+def check_same_when_cut(loss: Loss, batch: BatchedDataDict, model: FreeModel, cuts: Sequence[Sequence[int]]) -> None:
+    """The answers for parts of the batch add up to that for the whole."""
+    whole = answer_of(loss, batch, model)
+    total, grad = torch.zeros((), dtype=torch.float64), torch.zeros_like(model.logits)
+    values = torch.zeros_like(model.values)
+    for cut in cuts:
+        part = answer_on(loss, batch, model, cut)
+        total += part.total
+        grad[positions_of(batch, cut)] += part.logits_grad
+        values[positions_of(batch, cut)] += part.values_grad
+    check_equal(total, whole.total, "value")
+    check_equal(grad, whole.logits_grad, "gradient")
+    check_equal(values, whole.values_grad, "gradient of the values")
+
+
+def check_equal(found: Tensor, expected: Tensor, what: str) -> None:
+    """Fail with the largest difference, unless it is rounding."""
+    scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-12)
+    finite = bool(torch.isfinite(found).all())
+    worst = float((found - expected).abs().max()) if expected.numel() else 0.0
+    assert finite and worst <= max(TOLERANCE * scale, 1e-12), (
+        f"{what} differs by {worst:.3g} (largest {scale:.3g})" if finite else f"{what} is not finite"
+    )
+
+
+def check_metrics(metrics: Mapping[str, Metric], *, empty: bool = False) -> None:
+    """Fail unless each is a finite scalar without gradient; empty: nothing was trained."""
+    for name, metric in metrics.items():
+        assert isinstance(metric, Metric), f"metric `{name}` is a {type(metric).__name__}, not a Metric"
+        for part, value in (("total", metric.total), ("count", metric.count)):
+            number = torch.as_tensor(value)
+            assert number.numel() == 1, f"`{part}` of metric `{name}` has shape {list(number.shape)}, not []"
+            neutral = empty and metric.reduction in ("min", "max")  # inf and -inf are their neutral elements
+            assert not torch.isnan(number).any(), f"metric `{name}` is nan"
+            assert neutral or metric.reduction in ("min", "max") or torch.isfinite(number).all(), (
+                f"metric `{name}` is not finite"
+            )
+            assert not number.requires_grad, f"metric `{name}` still has a gradient: detach it"
+
+
+def reduced(parts: Sequence[Mapping[str, Metric]]) -> dict[str, float]:
+    """Each metric over all parts, as the core reduces it."""
+    reduced = {}
+    for name in dict.fromkeys(key for part in parts for key in part):
+        found = [part[name] for part in parts if name in part]
+        totals = [float(metric.total) for metric in found]
+        match found[0].reduction:
+            case "min":
+                reduced[name] = min(totals)
+            case "max":
+                reduced[name] = max(totals)
+            case "sum":
+                reduced[name] = sum(totals)
+            case _:
+                count = sum(float(metric.count) for metric in found)
+                reduced[name] = sum(totals) / count if count else 0.0
+    return reduced

@@ -1,0 +1,1 @@
+"""Frame of every kit: clauses, subjects, and the declarations of a component."""

@@ -1,0 +1,95 @@
+"""Subject of a contract of the heavy kinds: a component that the kit sets up, with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pytest
+from attrs import frozen
+
+from nemo_rl_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_rl_core.registry import ComponentRef
+
+__all__ = ["Configured", "Expecting", "configured", "from_reference", "structured"]
+
+
+@frozen(kw_only=True)
+class Configured:
+    """A component that is not made yet, and its options."""
+
+    component: Any
+    """The class, or a `ComponentRef` of it; what a launcher in another process can make."""
+    options: Any = None
+    """An instance of its `config_class`."""
+
+    @property
+    def loaded(self) -> Any:
+        """The class itself."""
+        load = None if isinstance(self.component, type) else getattr(self.component, "load", None)
+        return load() if callable(load) else self.component
+
+
+def configured(subject: Any, options: Mapping[str, Any]) -> Configured:
+    """The subject of a fixture as `Configured`: it may be one, or a class that takes the contract's options."""
+    if isinstance(subject, Configured):
+        return subject
+    config_class = getattr(subject, "config_class", None)
+    if config_class in (None, dict):
+        return Configured(component=subject, options=dict(options))
+    return Configured(component=subject, options=config_class(**options))
+
+
+def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Configured:
+    """An installed component with options structured by its `config_class`.
+
+    Raises:
+        ConfigError: See `structured`.
+    """
+    return Configured(component=ref, options=structured(kind, ref, options))
+
+
+def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+    """Options by the component's `config_class`.
+
+    Raises:
+        ConfigError: They do not fit, or some are missing; the message lists every mistake.
+    """
+    from nemo_rl_core.config.components import resolve_choice
+    from nemo_rl_core.schema import ComponentChoice
+
+    choice, mistakes = resolve_choice(ComponentChoice(name=ref, options=dict(options)), kind)
+    if not mistakes:
+        return choice.options
+    told = (attrs.evolve(m, keys=m.keys[m.keys[:1] == ("options",) :]).render() for m in mistakes)
+    raise ConfigError(
+        "\n\n".join(
+            [
+                f"The {ref.description} cannot be made with these options. Give them as --option key=value, or "
+                "give the component an attribute `example`, the options to check it with:",
+                *told,
+            ]
+        )
+    )
+
+
+class Expecting:
+    """As `pytest.raises`, with words for what was not refused."""
+
+    def __init__(self, error: type[Exception], what: str) -> None:
+        self._error, self._what = error, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None:
+            pytest.fail(f"{self._what} was not refused")
+        if isinstance(error, self._error):
+            return True
+        if isinstance(error, Exception):
+            pytest.fail(f"{self._what} raised {type(error).__name__}, not {self._error.__name__}: {error}")
+        return False

@@ -1,0 +1,1 @@
+"""Files that a run keeps: checkpoints, the exported model, the run folder."""

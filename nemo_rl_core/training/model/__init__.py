@@ -1,0 +1,1 @@
+"""One model in its workers: sharding, packing, steps, metrics, turns on the devices, invariants."""

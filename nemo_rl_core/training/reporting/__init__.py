@@ -1,0 +1,1 @@
+"""Reports of a run: progress, its record, a trace."""

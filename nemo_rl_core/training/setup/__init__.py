@@ -1,0 +1,1 @@
+"""Set-up: from a configuration to the parts of a run."""

@@ -1,0 +1,52 @@
+"""Choice of the environment or reward that scores the responses of a run."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from nemo_rl_core.config.run_components import Resolver, options_of
+from nemo_rl_core.errors import ConfigError
+from nemo_rl_core.rollouts.engine import EnvironmentFactory
+from nemo_rl_core.rollouts.scoring.reward_env import reward_environment
+from nemo_rl_core.schema import RunConfig
+from nemo_rl_core.training.setup.parts import RunInputs
+
+__all__ = ["make_environment"]
+
+
+def make_environment(config: RunConfig, inputs: RunInputs, resolver: Resolver) -> EnvironmentFactory:
+    """The episode factory: an environment, or a reward function wrapped as one."""
+    given = [
+        name
+        for name, value in (
+            ("reward_fn", inputs.reward),
+            ("environment", inputs.environment),
+            ("config.environment", config.environment.name),
+            ("config.reward", config.reward.name),
+        )
+        if value is not None
+    ]
+    if not given:
+        raise ConfigError(
+            f"{config.algorithm} needs something that scores a response. Pass reward_fn=... to fit(), or set "
+            "`reward: <name>` or `environment: <name>` in the configuration (nemo-rl plugins list --kind "
+            "environments shows what is installed)."
+        )
+    if inputs.reward is not None:
+        resolver.used.append(resolver.resolve("rewards", inputs.reward))
+        return reward_environment(inputs.reward)
+    if inputs.environment is not None:
+        resolver.used.append(resolver.resolve("environments", inputs.environment))
+        return _factory(inputs.environment, config.environment.options)
+    if config.environment.name is not None:
+        component = resolver.load("environments", config.environment.name)
+        return _factory(component, options_of(component, config.environment.options))
+    return reward_environment(resolver.reward(config.reward))
+
+
+def _factory(component: Any, options: Any) -> EnvironmentFactory:
+    if not isinstance(component, type):
+        factory: EnvironmentFactory = component
+        return factory
+    return partial(component, options_of(component, options))

@@ -1,0 +1,1 @@
+"""The run loop: take items, build a batch, update, refit, validate."""
