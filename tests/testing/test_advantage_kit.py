@@ -65,6 +65,21 @@ class Unmasked(Sound):
         return batch.expand_to_tokens(found).float()
 
 
+class DividedByTrainedTokens(Sound):
+    """Scaled by how much of the batch is trained, which may be nothing."""
+
+    def per_token(self, batch, found):
+        return super().per_token(batch, found) / batch["loss_mask"].sum() * batch["loss_mask"]
+
+
+class SeedsGlobalNumbers(Sound):
+    """Breaks ties by noise, which is the same each time."""
+
+    def __call__(self, batch):
+        torch.manual_seed(0)
+        return super().__call__(batch) + 0.0 * torch.rand(())
+
+
 class OneBaselineForThoseBefore(Sound):
     """A running mean over the batch."""
 
@@ -201,7 +216,7 @@ class HoldsALock(Sound):
 
 BROKEN = {
     "shape_and_dtype": [Float64, PerSequence, SampleDeviationOfOne],
-    "masked_tokens_are_zero": [Unmasked],
+    "masked_tokens_are_zero": [Unmasked, DividedByTrainedTokens],
     "permutation": [OneBaselineForThoseBefore, NeighboursAreAGroup],
     "groups_are_found_by_id": [NeighboursAreAGroup, IdsAreNumbers],
     "group_sizes_may_differ": [DividedByTheLargestGroup],
@@ -215,6 +230,7 @@ BROKEN = {
     "no_gradient": [KeepsTheGradient],
     "inputs_are_left_alone": [EditsInPlace, AddsAField, LendsAField],
     "deterministic": [Jitters, KeepsARunningMean],
+    "process_stays_as_it_is": [SeedsGlobalNumbers],
     "pickles": [HoldsALock],
 }
 

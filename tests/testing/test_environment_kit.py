@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import sys
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -14,10 +16,9 @@ from nemo_rl_core.protocols.environment import EnvironmentStep, SingleTurnEnviro
 from nemo_rl_core.testing import EnvironmentCase, EnvironmentContract, run_kit
 from nemo_rl_core.testing.conformance.frame.kit import clauses
 
-
-class Kit(EnvironmentContract):
-    max_block_s = 0.2
-
+sys.path.insert(0, str(Path(__file__).parent))
+import environment_mistakes
+from environment_mistakes import MISTAKES
 
 TASK = {"prompt": "Guess a number from 1 to 9.", "number": 7, "notes": ["first guess: 5"]}
 
@@ -210,7 +211,7 @@ class CannotCloseAfterAnError(Sound):
 
 class Blocks(Sound):
     def reset(self, task, seed):
-        time.sleep(0.5)
+        time.sleep(0.06)
         return super().reset(task, seed)
 
 
@@ -292,14 +293,55 @@ def one_turn():
     return EnvironmentCase(environment=SoundOneTurn, task=TASK, response="7")
 
 
+def tool_game(environment):
+    """The game of `environment_mistakes`."""
+    call = environment_mistakes.call
+    return EnvironmentCase(
+        environment=environment,
+        task=copy.deepcopy(environment_mistakes.TASK),
+        turns_before=(call(5), call(8)),
+        response=call(7),
+        wrong_response=call(9),
+        max_turns=4,
+        seeded=True,
+        bad_tasks=({"prompt": "Guess."},),
+    )
+
+
 @pytest.mark.parametrize("make", [functools.partial(case, Sound), one_turn], ids=["several-turns", "one-turn"])
 def test_a_sound_environment_passes_every_clause(make):
-    report = run_kit(Kit, make)
+    report = run_kit(EnvironmentContract, make)
+    assert report.failed == (), report
+    skipped = {result.clause for result in report.results if result.outcome != "passed"}
+    assert skipped == {"seeds_differ", "bad_tasks_are_errors"}  # neither is declared
+
+
+def test_a_sound_environment_of_tool_calls_passes_every_clause():
+    report = run_kit(EnvironmentContract, functools.partial(tool_game, environment_mistakes.Sound))
     assert [result for result in report.results if result.outcome != "passed"] == []
 
 
 def test_every_clause_has_a_broken_environment():
-    assert set(BROKEN) == set(clauses(EnvironmentContract))
+    assert {*BROKEN, *MISTAKES.values()} - {""} == set(clauses(EnvironmentContract))
+
+
+@pytest.mark.parametrize(("mistake", "clause"), [(m, c) for m, c in MISTAKES.items() if c])
+def test_a_mistake_of_an_author_is_caught(mistake, clause):
+    report = run_kit(EnvironmentContract, functools.partial(tool_game, mistake), only=[clause])
+    assert report.failed == (clause,), report
+
+
+def test_nearly_all_mistakes_are_caught():
+    missed = [mistake.__name__ for mistake, clause in MISTAKES.items() if not clause]
+    assert missed == ["PlaysOnAfterTheEnd"] and len(MISTAKES) == 43
+
+
+def test_state_that_is_declared_to_be_shared_may_change():
+    class Declared(EnvironmentContract):
+        shared_state = ("HistoryInTheClass.history",)
+
+    make = functools.partial(tool_game, environment_mistakes.HistoryInTheClass)
+    assert run_kit(Declared, make, only=["classes_stay_as_they_are"]).passed
 
 
 @pytest.mark.parametrize(
@@ -309,13 +351,13 @@ def test_every_clause_has_a_broken_environment():
 def test_a_broken_environment_fails_its_clause(clause, broken):
     before = copy.deepcopy(TASK)
     try:
-        report = run_kit(Kit, broken, only=[clause])
+        report = run_kit(EnvironmentContract, broken, only=[clause])
     finally:
         TASK.update(before)
     assert report.failed == (clause,), report
 
 
 def test_an_environment_without_an_example_is_told():
-    (result,) = run_kit(Kit, lambda: Sound, only=["seedable"]).results
+    (result,) = run_kit(EnvironmentContract, lambda: Sound, only=["seedable"]).results
     assert result.outcome == "failed"
     assert "EnvironmentCase(environment=Sound" in result.message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import zlib
 
 import pytest
 import torch
@@ -56,6 +57,29 @@ class Teleporting(TorchEngine):
 
 class WithoutConfigClass(TorchEngine):
     config_class = dict
+
+
+class OneAtATime(TorchEngine):
+    """Serves a request when the one before it is through."""
+
+    async def generate(self, request):
+        if not hasattr(self, "free"):
+            self.free = asyncio.Lock()
+        async with self.free:
+            return await super().generate(request)
+
+
+class SeedOfTheName(TorchEngine):
+    """Ignores the seed: draws by the name of the request, which another run gives otherwise."""
+
+    async def generate(self, request):
+        own = zlib.crc32(request.request_id.encode())
+        return await super().generate(evolve(request, sampling=evolve(request.sampling, seed=own)))
+
+
+def without_the_last_logprob(request, found):
+    """The token that ends a completion is taken for given."""
+    return evolve(found, logprobs=[*found.logprobs[:-1], 0.0]) if found.finish_reason == "stop" else found
 
 
 class MixedUp(TorchEngine):
@@ -334,20 +358,24 @@ BROKEN = {
         answering(lambda r, c: shortened(c) if c.finish_reason == "stop" else c),
         answering(lambda r, c: evolve(c, stop_reason=None)),
         answering(lambda r, c: evolve(c, finish_reason="length")),
+        answering(without_the_last_logprob),
     ),
     "end_of_sequence": (
         asking(ignore_eos=lambda s: False),
         asking(ignore_eos=lambda s: True),
         answering(lambda r, c: shortened(c) if c.finish_reason == "stop" else c),
         answering(lambda r, c: evolve(c, finish_reason="length")),
+        answering(without_the_last_logprob),
     ),
     "stop_string": (
         asking(stop=lambda s: ()),
         answering(lambda r, c: shortened(c) if c.finish_reason == "stop" else c),
         answering(lambda r, c: evolve(c, stop_reason=c.token_ids[-1])),
+        answering(without_the_last_logprob),
     ),
     "many_at_a_time": (MixedUp, asking(max_new_tokens=lambda s: 4)),
-    "seed": (SeedOfTheBatch, SeedOfTheEngine),
+    "serves_at_the_same_time": (OneAtATime,),
+    "seed": (SeedOfTheBatch, SeedOfTheEngine, SeedOfTheName),
     "seeds_differ": (asking(seed=lambda s: 0),),
     "samples_differ": (asking(seed=lambda s: s.seed or 0),),
     "cancelling": (Leaking,),

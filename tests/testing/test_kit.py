@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from functools import partial
 from typing import ClassVar
 
 import pytest
+from attrs import frozen, make_class
 
 from nemo_rl_core.errors import NemoRLError
+from nemo_rl_core.protocols.environment import SingleTurnEnvironment
 from nemo_rl_core.registry.discovery._kinds import KINDS
-from nemo_rl_core.testing import Contract, contract_for, run_kit
+from nemo_rl_core.testing import Contract, EnvironmentCase, EnvironmentContract, RewardContract, contract_for, run_kit
 from nemo_rl_core.testing.conformance.frame.kit import clauses, contracts
 
 made: list[str] = []
+
+
+class GuessOnce(SingleTurnEnvironment):
+    example: ClassVar[dict] = {"task": {"prompt": "2 + 2?"}, "response": "4"}
+
+    async def score(self, task, response):
+        return float(response == "4")
 
 
 class Numbers(Contract):
@@ -161,6 +171,95 @@ def test_an_interrupt_ends_the_kit():
 
     with pytest.raises(KeyboardInterrupt):
         run_kit(Interrupted, lambda: 1)
+
+
+class Speaks(Contract):
+    kind: ClassVar[str] = "losses"
+    subject: ClassVar[str] = "speaker"
+
+    def test_says(self, speaker):
+        """It says hello."""
+        assert speaker.word == "hello", f"it says {speaker.word}"
+
+
+class Speaker:
+    word = "hello"
+
+
+@frozen
+class Words:
+    word: str = "hello"
+
+
+class SpeakerWithOptions:
+    config_class = Words
+
+    denominator = "tokens"
+    needs = ("logprobs",)
+
+    def __init__(self, config):
+        self.word = config.word
+
+    def __call__(self, batch, output):
+        raise NotImplementedError
+
+
+class SpeakerWithAnExample(SpeakerWithOptions):
+    config_class = make_class("Options", ["word"])
+    example: ClassVar[dict] = {"word": "hello"}
+
+
+def speaker():
+    return Speaker()
+
+
+@pytest.mark.parametrize("given", [Speaker, Speaker(), speaker, partial(SpeakerWithOptions, Words())], ids=repr)
+def test_a_kit_takes_a_class_an_object_or_a_function_that_makes_one(given):
+    assert run_kit(Speaks, given).passed
+
+
+@pytest.mark.parametrize("given", [SpeakerWithOptions, SpeakerWithAnExample])
+def test_a_class_is_made_with_its_defaults_or_its_example(given):
+    assert run_kit(Speaks, given).passed
+
+
+def reward(response):
+    return 1.0
+
+
+def test_a_function_with_arguments_is_tested_itself():
+    assert run_kit(RewardContract, reward, only=["returns_finite_numbers"]).passed
+
+
+@pytest.mark.parametrize("given", [GuessOnce, EnvironmentCase(environment=GuessOnce, **GuessOnce.example)])
+def test_an_environment_is_taken_as_a_class_with_an_example_or_as_a_case(given):
+    assert run_kit(EnvironmentContract, given, only=["good_is_better"]).passed
+
+
+@pytest.mark.parametrize("given", ["sharp", None, 7, {"a": 1}, [Speaker()]])
+def test_what_is_nothing_to_test_is_told(given):
+    with pytest.raises(
+        NemoRLError, match=r"run_kit\(Speaks, \.\.\.\) wants what the fixture `speaker` would return.* It got"
+    ):
+        run_kit(Speaks, given)
+
+
+def test_a_case_of_another_kind_is_told():
+    with pytest.raises(NemoRLError, match="wants what the fixture `environment` would return"):
+        run_kit(EnvironmentContract, Speaker())
+
+
+def test_a_class_that_says_not_what_to_play_is_told():
+    class WithoutExample(GuessOnce):
+        example = None
+
+    with pytest.raises(NemoRLError, match="does not say what to play"):
+        run_kit(EnvironmentContract, WithoutExample)
+
+
+def test_a_contract_comes_first():
+    with pytest.raises(NemoRLError, match=r"wants a contract first, such as LossContract. It got .*Speaker"):
+        run_kit(Speaker, Speaks)
 
 
 @pytest.mark.parametrize("kind", contracts())

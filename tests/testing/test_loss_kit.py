@@ -195,6 +195,12 @@ class AddsAField(Sound):
         return super().__call__(outputs, batch)
 
 
+class SeedsGlobalNumbers(Sound):
+    def __call__(self, batch, output):
+        torch.manual_seed(0)
+        return super().__call__(batch, output)
+
+
 class MetricsOfMeans(Sound):
     def metrics(self, terms, mask):
         return {"surrogate": Metric((terms * mask).sum() / mask.sum().clamp(min=1))}
@@ -250,6 +256,7 @@ BROKEN = {
     "inputs_are_left_alone": [EditsInPlace, AddsAField],
     "metrics_add_up": [MetricsOfMeans, MetricsThatComeAndGo],
     "deterministic": [KeepsAnAverage],
+    "process_stays_as_it_is": [SeedsGlobalNumbers],
     "pickles": [HoldsALock, lambda: LosesAnOption(2.0)],
 }
 

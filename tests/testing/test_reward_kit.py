@@ -21,7 +21,6 @@ class Kit(RewardContract):
 
 class ImpatientKit(Kit):
     deadline_s = 1.0
-    max_block_s = 0.2
 
 
 def sound(response, answer):
@@ -88,6 +87,21 @@ def adds_a_message(messages, answer):
     return 0.0
 
 
+def seeds_global_numbers(response, answer):
+    random.seed(answer)
+    return sound(response, answer)
+
+
+def prints_the_response(response, answer):
+    print(response)
+    return sound(response, answer)
+
+
+def sets_a_variable(response, answer):
+    os.environ["EXPECTED_ANSWER"] = answer
+    return sound(response, answer)
+
+
 class HoldsALock:
     def __init__(self):
         self.lock = threading.Lock()
@@ -122,7 +136,7 @@ def hangs_on_an_open_block(response, answer):
 
 
 async def blocks_the_loop(response, answer):
-    time.sleep(0.5)
+    time.sleep(0.06)
     return sound(response, answer)
 
 
@@ -143,6 +157,7 @@ BROKEN = {
     "any_response": [raises_on_nothing, raises_on_a_brace],
     "deterministic": [drawn],
     "inputs_are_left_alone": [drops_a_column, adds_a_message],
+    "process_stays_as_it_is": [seeds_global_numbers, prints_the_response, sets_a_variable],
     "pickles": [HoldsALock()],
     "same_everywhere": [CountsInItsProcess(), drawn],
     "concurrent_calls": [ScoresTheLastOneAsked()],

@@ -21,6 +21,7 @@ from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.protocols.advantage import AdvantageEstimator
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
 
 __all__ = ["AdvantageContract"]
 
@@ -74,13 +75,14 @@ class AdvantageContract(Contract):
         assert bool(torch.isfinite(found).all()), "it returned nan or inf for ordinary rewards"
 
     def test_masked_tokens_are_zero(self, advantage: AdvantageEstimator) -> None:
-        """It is exactly 0 where `loss_mask` is False, also if a sequence trains nothing."""
+        """It is exactly 0 where `loss_mask` is False, also if a sequence trains nothing, or the whole batch."""
         batch = self._case()
-        mask = batch["loss_mask"] & (batch.sequence_index != 4)
-        batch.set_tokens("loss_mask", mask)
-        outside = advantage(batch)[~mask]
-        wrong = int((outside != 0).sum())
-        assert wrong == 0, f"{wrong} of {outside.numel()} masked tokens have an advantage"
+        some = batch["loss_mask"] & (batch.sequence_index != 4)
+        for mask, which in ((some, ""), (torch.zeros_like(some), " of a batch in which nothing is trained")):
+            batch.set_tokens("loss_mask", mask)
+            outside = advantage(batch)[~mask]
+            wrong = int((outside != 0).sum())
+            assert wrong == 0, f"{wrong} of {outside.numel()} masked tokens{which} have an advantage"
 
     def test_permutation(self, advantage: AdvantageEstimator) -> None:
         """Sequences in another order get the same advantages, in that order."""
@@ -231,6 +233,12 @@ class AdvantageContract(Contract):
         first = advantage(batch).clone()
         torch.rand(3)
         assert torch.equal(advantage(batch), first), "the second call gave other advantages"
+
+    def test_process_stays_as_it_is(self, advantage: AdvantageEstimator) -> None:
+        """It changes nothing of the process (variables, folder, global random numbers, logging) and prints nothing."""
+        batch = self._case()
+        found = changes_made_by(lambda: advantage(batch))
+        assert not found, f"after a call {'; '.join(found[:3])}: everything else in the process sees that"
 
     def test_pickles(self, advantage: AdvantageEstimator) -> None:
         """It can be sent to a worker process and is the same there."""

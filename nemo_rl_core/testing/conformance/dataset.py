@@ -24,6 +24,7 @@ from nemo_rl_core.registry import ComponentRef
 from nemo_rl_core.schema import DataConfig, DatasetConfig
 from nemo_rl_core.testing.conformance.frame.declared import overlaid
 from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
 
 __all__ = ["BrokenSource", "DatasetContract"]
 
@@ -213,6 +214,11 @@ class DatasetContract(Contract):
             assert isinstance(answer, bool), f"accepts({text!r:.40}) returned {answer!r:.40}, not True or False"
             assert answer or text not in self.accepted, f"it does not accept {text!r}"
             assert not answer or text not in self.refused, f"it accepts {text!r:.40}"
+
+    def test_process_stays_as_it_is(self, dataset: DatasetSource) -> None:
+        """It changes nothing of the process (variables, folder, global random numbers, logging) and prints nothing."""
+        found = changes_made_by(lambda: self._rows(dataset))
+        assert not found, f"after a call {'; '.join(found[:3])}: everything else in the process sees that"
 
     def test_declares_its_options(self, dataset: DatasetSource) -> None:
         """Its options are an attrs class, `config_class`, so that a configuration is checked when it is loaded."""

@@ -127,7 +127,7 @@ class GenerationBackendContract(GenerationBench):
         self.stops(start(), lambda tokens: {"stop_token_ids": (tokens[3],)}, lambda tokens: tokens[3])
 
     def test_end_of_sequence(self, start: Start) -> None:
-        """The model's end-of-sequence token ends the completion and is kept; with `ignore_eos` it does not."""
+        """The model's end-of-sequence token ends the completion and is kept with its logprob, but for `ignore_eos`."""
         eos = self.tiny.tokenizer.eos_token_id
         engine = start()
         common = {"temperature": 1.5, "max_new_tokens": 60}
@@ -136,11 +136,14 @@ class GenerationBackendContract(GenerationBench):
         stopped = 0
         for completion in completions[::2]:
             assert eos not in completion.token_ids[:-1], "it went on after the end-of-sequence token"
-            ended = completion.token_ids[-1] == eos
-            stopped += ended
-            reason = "stop" if ended else "length"
+            at_eos = completion.token_ids[-1] == eos
+            stopped += at_eos
+            reason = "stop" if at_eos else "length"
             assert completion.finish_reason == reason, f"finish_reason is {completion.finish_reason!r}, not {reason!r}"
         assert stopped, "no completion ended with the end-of-sequence token, though it was likely: it is dropped"
+        ended = [i for i, completion in enumerate(completions) if completion.finish_reason == "stop"][:8]
+        pairs = [requests[i] for i in ended], [completions[i] for i in ended]
+        self.same_logprobs(*pairs, self.tiny.model, "with the end-of-sequence token as the last: ")
         for completion in completions[1::2]:
             assert len(completion.token_ids) == 60, "it ended before max_new_tokens in spite of ignore_eos"
 
@@ -165,16 +168,39 @@ class GenerationBackendContract(GenerationBench):
             assert count == request.sampling.max_new_tokens, f"{request.request_id} got {count} tokens"
         self.same_logprobs(requests, completions, self.tiny.model)
 
+    def test_serves_at_the_same_time(self, start: Start) -> None:
+        """Requests are decoded together: short ones do not wait until a long one before them is through."""
+        engine = start()
+        long = make_request("long", PROMPT, seed=1, max_new_tokens=120, ignore_eos=True)
+        short = [make_request(f"s{i}", p, seed=i, max_new_tokens=2, ignore_eos=True) for i, p in numbered_prompts()[:4]]
+
+        async def run() -> int:
+            first = asyncio.ensure_future(engine.generate(long))
+            others = [asyncio.ensure_future(engine.generate(request)) for request in short]
+            await first
+            for _ in range(10):  # an engine that answers a whole batch at once hands its answers over one by one
+                await asyncio.sleep(0)
+            waiting = sum(not call.done() for call in others)
+            await asyncio.gather(*others)
+            return waiting
+
+        waiting = self.run(run(), "a long request and four short ones")
+        assert waiting == 0, (
+            f"{waiting} of 4 short requests still waited when the long one before them was through: one at a time"
+        )
+
     def test_seed(self, start: Start) -> None:
-        """Equal seed, prompt and sampling give equal tokens, alone and whatever else is in flight."""
+        """Equal seed, prompt and sampling give equal tokens, whatever the request's name and what else is in flight."""
         engine = start()
         mine = make_request("mine", PROMPT, seed=11, max_new_tokens=16, ignore_eos=True)
         others = [
             make_request(f"o{i}", p, seed=i, max_new_tokens=5 + i, ignore_eos=True) for i, p in numbered_prompts()
         ]
         (alone,) = self.complete(engine, [mine])
+        (renamed,) = self.complete(engine, [attrs.evolve(mine, request_id="of another name")])
         *_, crowded = self.complete(engine, [*others, mine])
         (elsewhere,) = self.complete(start(seed=5), [mine])
+        assert renamed.token_ids == alone.token_ids, "asked again by another request_id it gave other tokens"
         assert crowded.token_ids == alone.token_ids, "its tokens depend on what else is in flight"
         assert elsewhere.token_ids == alone.token_ids, "another engine with another seed of its own gave other tokens"
 

@@ -36,6 +36,7 @@ from nemo_rl_core.testing.conformance.cases.loss_case import (
     reduced,
 )
 from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
 from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 from nemo_rl_core.training.model.sharding import plan_step
 
@@ -264,6 +265,12 @@ class LossContract(Contract):
         first, second = answer_of(loss, batch, model), answer_of(loss, batch, model)
         assert torch.equal(first.total, second.total), "the second call gave another value"
         assert torch.equal(first.logits_grad, second.logits_grad), "the second call gave another gradient"
+
+    def test_process_stays_as_it_is(self, loss: Loss) -> None:
+        """It changes nothing of the process (variables, folder, global random numbers, logging) and prints nothing."""
+        batch, model = self._case()
+        found = changes_made_by(lambda: answer_of(loss, batch, model))
+        assert not found, f"after a call {'; '.join(found[:3])}: everything else in the process sees that"
 
     def test_pickles(self, loss: Loss) -> None:
         """It can be sent to a worker process and is the same there."""

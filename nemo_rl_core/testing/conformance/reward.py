@@ -28,6 +28,7 @@ from nemo_rl_core.testing.conformance.frame._blocking import longest_block
 from nemo_rl_core.testing.conformance.frame._pool import shared_pool
 from nemo_rl_core.testing.conformance.frame.declared import overlaid
 from nemo_rl_core.testing.conformance.frame.kit import Contract
+from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_by
 
 __all__ = ["RewardContract"]
 
@@ -75,7 +76,7 @@ class RewardContract(Contract):
     bad_rows: ClassVar[Sequence[Mapping[str, Any]]] = ()
     deterministic: ClassVar[bool] = True
     deadline_s: ClassVar[float] = 20.0
-    max_block_s: ClassVar[float] = 2.0
+    max_block_s: ClassVar[float] = 0.05
 
     @classmethod
     def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
@@ -94,6 +95,8 @@ class RewardContract(Contract):
     @classmethod
     def mistake_in(cls, subject: Any) -> str | None:
         """A reward is anything that can be called."""
+        if isinstance(subject, type):
+            return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}(...)"
         return None if callable(subject) else f"it returns {subject!r:.60}, not a function"
 
     @pytest.fixture
@@ -161,6 +164,12 @@ class RewardContract(Contract):
             changed = [name for name, value in before.items() if arguments[name] != value]
             assert not changed, f"it changed {', '.join(changed)}"
 
+    def test_process_stays_as_it_is(self, reward: Callable[..., Any]) -> None:
+        """It changes nothing of the process (variables, folder, global random numbers, logging) and prints nothing."""
+        row, response = self.examples[0]
+        found = changes_made_by(lambda: _raw(reward, row, response))
+        assert not found, f"after a call {'; '.join(found[:3])}: everything else in the process sees that"
+
     def test_pickles(self, reward: Callable[..., Any]) -> None:
         """It can be sent to a worker process and scores the same there."""
         import cloudpickle
@@ -206,9 +215,10 @@ class RewardContract(Contract):
             for row, response in self.examples:
                 await reward(**_arguments(reward, row, response))
 
-        blocked = asyncio.run(longest_block(score()))
+        asyncio.run(score())  # imports
+        blocked = longest_block(score, limit_s=self.max_block_s)
         assert blocked <= self.max_block_s, (
-            f"it blocked the event loop for {blocked:.1f} s: await, or be a plain function"
+            f"it blocked the event loop for {blocked * 1000:.0f} ms: await, or be a plain function"
         )
 
     def test_bad_rows_are_errors(self, reward: Callable[..., Any], _pool: ProcessPool) -> None:

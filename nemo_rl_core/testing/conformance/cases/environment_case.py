@@ -1,4 +1,4 @@
-"""An environment to test, with an episode that is right and one that is wrong."""
+"""An environment and an episode of it, which the contract of environments plays."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class EnvironmentCase:
     """Turns in which an episode ends whatever the policy says; None is those given."""
     deterministic: bool = True
     """False if equal task and seed may give another episode (a judge that samples)."""
+    seeded: bool = False
+    """True if episodes are drawn from the seed: then several seeds must give several episodes."""
+    bad_tasks: Sequence[Task] = ()
+    """Rows that it must refuse, such as one without the expected answer."""
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -43,14 +47,24 @@ class EnvironmentCase:
         return (*self.turns_before, self.response)
 
     @property
+    def wrong_turns(self) -> tuple[str, ...]:
+        """The good episode with a wrong end, for as many turns as an episode may have."""
+        rest = max(1, self.turn_limit - len(self.turns_before))
+        return (*self.turns_before, *[self.wrong_response] * rest)
+
+    @property
     def turn_limit(self) -> int:
         """Turns after which the episode must have ended."""
         return self.max_turns or len(self.turns)
 
-    def make(self, context: EnvironmentContext) -> Environment:
-        """The environment of one episode."""
+    def options(self) -> Any:
+        """The options of one environment, as its `config_class`."""
         config_class = getattr(self.environment, "config_class", dict)
         config = self.config
         if config is None or (isinstance(config, Mapping) and config_class is not dict):
             config = config_class(**(config or {}))
-        return self.environment(config, context)
+        return config
+
+    def make(self, context: EnvironmentContext) -> Environment:
+        """The environment of one episode."""
+        return self.environment(self.options(), context)

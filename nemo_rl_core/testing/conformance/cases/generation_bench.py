@@ -152,11 +152,13 @@ class GenerationBench(SetUpContract):
             tokens = whole.token_ids
             if tokens[3] in tokens[:3] or self.tiny.tokenizer.eos_token_id in tokens[:4]:
                 continue  # the stop would come earlier
-            (cut,) = self.complete(engine, [make_request("r", prompt, **common, **sampling(tokens))])
+            request = make_request("r", prompt, **common, **sampling(tokens))
+            (cut,) = self.complete(engine, [request])
             assert cut.token_ids == tokens[:4], f"it kept {cut.token_ids}; up to and with the stop: {tokens[:4]}"
             assert cut.finish_reason == "stop", f"finish_reason is {cut.finish_reason!r}"
             assert cut.stop_reason == reason(tokens), f"stop_reason is {cut.stop_reason!r}, not {reason(tokens)!r}"
             assert len(cut.logprobs) == 4, f"{len(cut.logprobs)} logprobs for 4 tokens"
+            self.same_logprobs([request], [cut], self.tiny.model, "with the stop as its last token: ")
             return
         pytest.fail("no completion has a fourth token that it had not before: it does not sample")
 

@@ -33,6 +33,7 @@ from attrs import frozen
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.machine.starting import environment
 from nemo_rl_core.testing.conformance.frame.declared import example_of, overlaid, take_declarations
+from nemo_rl_core.testing.conformance.frame.given_subject import maker_of
 from nemo_rl_core.testing.conformance.frame.subject import structured
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def clauses(contract: type[Contract]) -> dict[str, str]:
 
 def run_kit(
     contract: type[Contract],
-    make: Callable[[], Any],
+    subject: object,
     *,
     only: Sequence[str] = (),
     timeout_s: float | None = None,
@@ -228,7 +229,8 @@ def run_kit(
 
     Args:
         contract: Or a sub-class of one, with its class attributes set.
-        make: Makes the subject, anew for each clause.
+        subject: A callable without arguments that makes what is tested, anew for each clause. Or what is tested: a
+            class, made by its `example` or its defaults, an object, or a case such as an `EnvironmentCase`.
         only: Names of clauses; empty runs all.
         timeout_s: Deadline of each clause.
 
@@ -236,12 +238,26 @@ def run_kit(
         The report. Settings and plugins of a surrounding pytest run have no influence on it.
 
     Raises:
-        NemoRLError: A name in `only` is no clause.
+        NemoRLError: A name in `only` is no clause, or there is nothing of the contract's kind in what is given.
     """
+    if not (isinstance(contract, type) and issubclass(contract, Contract)):
+        raise NemoRLError(f"run_kit wants a contract first, such as LossContract. It got {contract!r:.80}.")
     known = clauses(contract)
     unknown = [name for name in only if name not in known]
     if unknown:
         raise NemoRLError(f"{contract.__name__} has no clause {', '.join(unknown)}. It has: {', '.join(known)}.")
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(contract, maker_of(contract, subject, Path(folder)), known, only, timeout_s)
+
+
+def _run(
+    contract: type[Contract],
+    make: Callable[[], Any],
+    known: Mapping[str, str],
+    only: Sequence[str],
+    timeout_s: float | None,
+) -> KitReport:
+    """Run the known clauses, or only some, with a pytest of its own."""
     collector = _Collector(_tested_class(contract, make, timeout_s), only)
     with tempfile.TemporaryDirectory() as folder, _no_other_plugins():
         name = f"test_kit_{uuid.uuid4().hex}"  # pytest keeps modules by name: a second kit must not find the first

@@ -27,7 +27,10 @@ class TestReasoningGymEnvironment(EnvironmentContract):
         row = request.param
         task = {name: row[name] for name in ("question", "answer", "metadata")}
         return EnvironmentCase(
-            environment=ReasoningGymEnvironment, task={"prompt": row["question"], **task}, response=row["response"]
+            environment=ReasoningGymEnvironment,
+            task={"prompt": row["question"], **task},
+            response=row["response"],
+            bad_tasks=({"prompt": "?"}, {"prompt": "?", "question": "?", "answer": "1", "metadata": {}}),
         )
 
 
