@@ -171,9 +171,8 @@ def _class_of(algorithm: str | None, kind: str | None, name: str | None) -> Any:
         kind, name = "algorithms", algorithm
     if kind is None:
         return RunConfig
-    component = get_registry().resolve(kind, name).load()
-    config_class = getattr(component, "config_class", None)
-    if not (isinstance(config_class, type) and attrs.has(config_class)):
+    config_class = get_registry().resolve(kind, name).config_class()
+    if config_class is None or not attrs.has(config_class):
         raise ConfigError(f"The component {name!r} of {kind} declares no configuration class: it takes any options.")
     return config_class
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import attrs
 
-from nemo_rl_core.config.components import Resolver
 from nemo_rl_core.config.layouts import replica_sizes
 from nemo_rl_core.schema import CheckpointConfig, ClusterConfig, PolicyConfig, RunConfig
 from nemo_rl_core.schema.fields import fields_of
@@ -22,13 +21,13 @@ from nemo_rl_core.schema.mistakes import Mistake, mistake
 __all__ = ["check_tree"]
 
 
-def check_tree(config: RunConfig, resolver: Resolver | None = None) -> list[Mistake]:
-    """The mistakes between the fields of a finished configuration; None is the registry of this process."""
+def check_tree(config: RunConfig) -> list[Mistake]:
+    """The mistakes between the fields of a finished configuration."""
     mistakes = [*_length_of_run(config), *_lengths(config)]
     for f in fields_of(type(config)):
         model = getattr(config, f.name)
         if isinstance(model, PolicyConfig):
-            sizes = replica_sizes(model, config.plugins, resolver)
+            sizes = replica_sizes(model)
             mistakes += [*_ranks(f.name, model, config.cluster, sizes), *_filled_by_the_run(f.name, model)]
     mistakes += _roles_of(config.cluster)
     mistakes += _turns(config)

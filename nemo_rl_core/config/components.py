@@ -13,16 +13,16 @@ from nemo_rl_core.config.structure import structure
 from nemo_rl_core.errors import PluginError, PluginNotFound
 from nemo_rl_core.schema import ComponentChoice, PolicyConfig
 from nemo_rl_core.schema.fields import fields_of
-from nemo_rl_core.schema.mistakes import Key, Mistake, suggest
+from nemo_rl_core.schema.mistakes import InvalidConfig, Key, Mistake, locate, suggest
 
-__all__ = ["Reference", "Resolver", "default_resolver", "find", "resolve_choice", "resolve_tree"]
+__all__ = ["Reference", "Resolver", "default_resolver", "find", "finished_options", "resolve_choice", "resolve_tree"]
 
 
 class Reference(Protocol):
     """A component found by name and not yet imported."""
 
-    def load(self) -> Any:
-        """Import it. Raises `PluginBroken` if that fails."""
+    def config_class(self) -> type | None:
+        """The class of its options. Raises `PluginBroken` if it cannot be found out."""
         ...
 
 
@@ -80,6 +80,25 @@ def resolve_choice(
             return choice, pass_.no_default(kind, choice.options, "options", "name")
     options, mistakes = pass_.options(kind, name, choice.options, ("name",), ("options",))
     return ComponentChoice(name=name, options=options), mistakes
+
+
+def finished_options(component: object, options: object) -> Any:
+    """The options that a component is made with, where they have not been part of a configuration that was loaded.
+
+    Args:
+        component: Its `config_class`, an attrs class, says what its options are; without one they stay as they are.
+        options: A mapping, an object of that class, or None for the defaults.
+
+    Raises:
+        InvalidConfig: They do not fit the class; lists every mistake.
+    """
+    config_class = getattr(component, "config_class", None)
+    if isinstance(config_class, type) and isinstance(options, config_class):
+        return options
+    finished, mistakes = _Pass(default_resolver(), {}).finished(config_class, options)
+    if mistakes:
+        raise InvalidConfig(locate([m.under("options") for m in mistakes], {}))
+    return finished
 
 
 def resolve_tree(config: Any, resolver: Resolver, pins: Mapping[str, str]) -> tuple[Any, list[Mistake]]:
@@ -165,20 +184,21 @@ class _Pass:
     ) -> tuple[Any, list[Mistake]]:
         """Structure `options` by the class of the component; mistakes of finding it are mistakes too."""
         try:
-            component = self.find(kind, name).load()
+            config_class = self.find(kind, name).config_class()
         except PluginError as error:
             return options, [self.not_found(kind, name, error, name_at)]
-        config_class = getattr(component, "config_class", None)
-        if not (isinstance(config_class, type) and attrs.has(config_class)):
-            if options is None or isinstance(options, Mapping) or attrs.has(type(options)):
-                return {} if options is None else options, []
-            return options, [Mistake(keys=options_at, problem=f"expected a mapping of settings, found {options!r}")]
+        finished, mistakes = self.finished(config_class, options)
+        return finished, [m.under(*options_at) for m in mistakes]
+
+    def finished(self, config_class: type | None, options: object) -> tuple[object, list[Mistake]]:
+        """What a component with such options is made with: an object of their class, or settings as they are."""
         given = {} if options is None else options
+        if config_class is None or not attrs.has(config_class):
+            if isinstance(given, Mapping) or attrs.has(type(given)):
+                return given, []
+            return options, [Mistake(problem=f"expected a mapping of settings, found {options!r}")]
         structured, mistakes = structure(given, config_class)
-        if mistakes:
-            return options, [m.under(*options_at) for m in mistakes]
-        nested, mistakes = self.tree(structured)
-        return nested, [m.under(*options_at) for m in mistakes]
+        return (options, mistakes) if mistakes else self.tree(structured)
 
     def find(self, kind: str, name: Any) -> Reference:
         return find(self.resolver, kind, name, self.pins)

@@ -67,7 +67,7 @@ def _step(config: RunConfig) -> list[ArithmeticRow]:
 
 def _workers(config: RunConfig) -> list[ArithmeticRow]:
     policy = config.policy
-    sizes = replica_sizes(policy, config.plugins)
+    sizes = replica_sizes(policy)
     replicas = max(policy.num_workers // math.prod(sizes.values()), 1)
     settings = " x ".join(f"policy.{path} {size}" for path, size in sizes.items())
     rollouts = config.num_items_per_step * config.group_size * config.num_passes_per_step

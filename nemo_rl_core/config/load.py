@@ -91,7 +91,7 @@ def finalize(config: RunConfig, *, resolver: Resolver | None = None) -> RunConfi
     resolved, mistakes = resolve_tree(structured, resolver, structured.plugins)
     final, found = filled(resolved)
     mistakes += found
-    mistakes += check_tree(final, resolver)
+    mistakes += check_tree(final)
     if mistakes:
         raise InvalidConfig(locate(mistakes, {}))
     return final
@@ -145,14 +145,13 @@ def _class_of_algorithm(
 ) -> tuple[type[RunConfig], list[Mistake]]:
     keys: tuple[Key, ...] = ("algorithm",)
     try:
-        algorithm = find(resolver, "algorithms", name, pins).load()
+        config_class = find(resolver, "algorithms", name, pins).config_class()
     except PluginError as error:
         meant = None
         if isinstance(name, str) and isinstance(error, PluginNotFound) and "did you mean" not in str(error).lower():
             meant = suggest(name, resolver.names("algorithms"))
         return RunConfig, [Mistake(keys=keys, problem=str(error), suggestion=meant, error=error)]
-    config_class = getattr(algorithm, "config_class", None)
-    if not (isinstance(config_class, type) and issubclass(config_class, RunConfig)):
+    if config_class is None or not issubclass(config_class, RunConfig):
         problem = f"the config_class of {name!r} is {config_class!r}, not a RunConfig"
         return RunConfig, [Mistake(keys=keys, problem=problem, fix="Fix the plugin that provides it.")]
     return config_class, []
@@ -165,7 +164,7 @@ def _checked(config: RunConfig, resolver: Resolver, before: Sequence[Mistake]) -
     wrong = {m.keys for m in (*before, *mistakes) if m.keys}
     wrong |= {(*m.keys[:-1], m.suggestion) for m in before if m.suggestion and m.keys}  # a typo of that key
     final, found = filled(resolved)
-    later = [*found, *([] if unknown_root else check_tree(final, resolver))]
+    later = [*found, *([] if unknown_root else check_tree(final))]
     mistakes += [m for m in later if not any(_touches(m, keys) for keys in wrong)]
     return resolved, mistakes
 

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.registry import ComponentRef, PluginCall, get_registry
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.reward import Reward
     from nemo_rl_core.schema import ComponentChoice
 
-__all__ = ["Resolver", "options_of"]
+__all__ = ["RunComponents"]
 
 
-class Resolver:
+class RunComponents:
     """Looks names up, remembering every component that the run uses (for the manifest).
 
     Args:
@@ -52,7 +53,7 @@ class Resolver:
     def make(self, kind: str, component: Any, options: Any) -> Any:
         """The component that was loaded last, called with its options if it takes any."""
         with PluginCall(kind, self.used[-1], "__init__", "made"):
-            return component(options_of(component, options)) if _takes_options(component) else component()
+            return component(finished_options(component, options)) if _takes_options(component) else component()
 
     def reward(self, choice: ComponentChoice) -> Reward:
         """A reward: a class is made with its options, a function has them as preset arguments."""
@@ -73,11 +74,3 @@ def _takes_options(component: Any) -> bool:
     except ValueError:  # written in C
         return True
     return True
-
-
-def options_of(component: Any, options: Any) -> Any:
-    """`options` as the component's config class has them, if they are a plain mapping."""
-    config_class = getattr(component, "config_class", None)
-    if isinstance(options, Mapping) and config_class not in (None, dict):
-        return config_class(**options)
-    return options

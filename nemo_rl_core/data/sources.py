@@ -11,11 +11,11 @@ from typing import Any
 import attrs
 from attrs import define, frozen
 
-from nemo_rl_core.config.structure import structure
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.errors import DataError, NemoRLError, PluginError
 from nemo_rl_core.registry import PluginCall, comes_from_outside, contained, text_of
 from nemo_rl_core.schema import DatasetConfig
-from nemo_rl_core.schema.mistakes import InvalidConfig, suggest
+from nemo_rl_core.schema.mistakes import suggest
 
 __all__ = ["LoadedRows", "RowStream", "TableRows", "load_rows"]
 
@@ -132,7 +132,7 @@ def _open(source: Any, options: Any, *, name: str) -> LoadedRows:
         source = source.to_dict("records")
     if isinstance(source, type) or hasattr(source, "load"):
         with PluginCall(_KIND, source, "__init__", "made"):
-            component = source(_structured(source, options)) if isinstance(source, type) else source
+            component = source(finished_options(source, options)) if isinstance(source, type) else source
         with PluginCall(_KIND, component, "load"):
             return _wrapped(component.load(), component.load, name)
     if callable(source):
@@ -190,17 +190,6 @@ class _FirstRows:
         if not -self.limit <= index < self.limit:
             raise IndexError(index)
         return self.rows[index % self.limit]
-
-
-def _structured(component: type, options: Any) -> Any:
-    """The component's options as its `config_class`."""
-    config_class = getattr(component, "config_class", dict)
-    if not isinstance(options, Mapping) or not attrs.has(config_class):
-        return options
-    structured, mistakes = structure(dict(options), config_class)
-    if mistakes:
-        raise InvalidConfig([m.under("options") for m in mistakes])
-    return structured
 
 
 # -- from text to a component -------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from attrs import asdict, evolve, field, frozen
 
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.config.layouts import training_backend
-from nemo_rl_core.config.run_components import Resolver
+from nemo_rl_core.config.run_components import RunComponents
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.planning.placement import PlannedEngines
 from nemo_rl_core.planning.rates import Rates
@@ -148,7 +149,7 @@ def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
     policy = config.policy
     context = AlgorithmContext(
         tokenizer=load_tokenizer(policy.tokenizer_name or str(policy.model_name)),
-        resolve=Resolver(config.plugins).build,
+        resolve=RunComponents(config.plugins).build,
         max_sequence_length=policy.max_sequence_length,
     )
     algorithm = get_registry().resolve("algorithms", config.algorithm, plugins=config.plugins).load()(config, context)
@@ -176,7 +177,8 @@ def _estimate(role: PolicyConfig, model: Any, config: RunConfig) -> ModelEstimat
     backend = training_backend(role, config.plugins)
     if backend is None:
         backend = get_registry().resolve("training_backends", None, plugins=config.plugins).load()
-    memory = getattr(backend, "memory", TrainingBackend.memory)(role, model)
+    finished = evolve(role, options=finished_options(backend, role.options))
+    memory = getattr(backend, "memory", TrainingBackend.memory)(finished, model)
     return ModelEstimate(
         num_parameters=sum(p.numel() for p in model.parameters()),
         trained=role.trained,

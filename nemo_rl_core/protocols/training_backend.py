@@ -103,7 +103,8 @@ class TrainingBackend(Protocol):
     ranks of a role get the same calls in the same order. Subclass this protocol to inherit the defaults.
 
     Attributes:
-        config_class: attrs class of `policy.options` for this backend.
+        config_class: attrs class of `policy.options` for this backend. Where a model is split in more ways
+            than by tensor parallelism, it has a method `layout` (see `nemo_rl_core.config.layouts.HasLayout`).
         capabilities: Any of "tensor_parallel", "pipeline_parallel", "context_parallel", "lora", "scalar_head"
             (supports `policy.head: scalar`), "top_logprobs", "over_vocabulary" (supports losses that need it, and
             implements `get_hidden_states` and `get_output_layer`), "exports_on_every_rank" (export_weights yields the
@@ -116,20 +117,11 @@ class TrainingBackend(Protocol):
     capabilities: frozenset[str] = frozenset()
 
     @staticmethod
-    def layout(policy: PolicyConfig) -> Mapping[str, int]:
-        """Return the settings whose product is the number of workers of one replica: path within `policy` to size.
-
-        Called before any worker starts, with structured options. `num_workers` divided by the product is the number of
-        data-parallel replicas.
-        """
-        return {"tensor_parallel_size": policy.tensor_parallel_size}
-
-    @staticmethod
     def check(policy: PolicyConfig) -> Iterator[Mistake]:
         """Yield the settings in `policy` that do not fit the model, by path within `policy`.
 
         Called on the driver before any worker starts. It may read the model's configuration, never its weights. The
-        core itself checks the number of workers against `layout`.
+        core itself checks the number of workers against the layout.
 
         Raises:
             ConfigError: The model's configuration cannot be read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import attrs
 from attrs import define, field, frozen
 
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
@@ -17,6 +19,7 @@ from nemo_rl_core.registry._current import current
 from nemo_rl_core.registry._escapes import comes_from_outside, text_of
 from nemo_rl_core.registry._trace import PluginCall
 from nemo_rl_core.registry._verify import shortcoming
+from nemo_rl_core.registry.discovery._declared import declared_config_class
 from nemo_rl_core.registry.discovery._importing import importing
 from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE
 from nemo_rl_core.registry.discovery._kinds import KINDS
@@ -172,6 +175,26 @@ class ComponentRef:
             raise
         self._status.component, self._status.state = component, "loaded"
         return component
+
+    def config_class(self) -> type | None:
+        """The class of its options, its attribute `config_class`; None if it has none.
+
+        Where the source tells which class that is, only the module of that class is imported, not the component with
+        all that it needs.
+
+        Raises:
+            PluginError: See `load`.
+        """
+        if self._status.component is None and self._payload is None and self.value is not None:
+            self.check()
+            path = declared_config_class(self.value)
+            if path is not None:
+                with contextlib.suppress(Exception), importing(self.description):
+                    found = import_path(path)
+                    if isinstance(found, type) and attrs.has(found):
+                        return found
+        found = getattr(self.load(), "config_class", None)
+        return found if isinstance(found, type) else None
 
     def _shortcoming(self, component: Any) -> str | None:
         try:

@@ -95,6 +95,9 @@ class Reference:
             raise self.value
         return self.value
 
+    def config_class(self) -> type | None:
+        return getattr(self.load(), "config_class", None)
+
 
 class Registry:
     """What configuration asks of the real one; `conflict:` and `broken` behave like such plugins."""

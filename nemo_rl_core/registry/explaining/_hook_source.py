@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+
+from nemo_rl_core.registry.discovery._declared import module_file
 
 __all__ = ["implemented_hooks"]
 
@@ -26,27 +26,13 @@ def implemented_hooks(value: str) -> list[str] | None:
 
     module, _, attribute = value.partition(":")
     with contextlib.suppress(OSError, SyntaxError, ValueError):
-        path = _source_of(module)
+        path = module_file(module)
         if path is not None:
             tree = ast.parse(path.read_bytes())
             body = tree.body if not attribute else _body_of(tree, attribute)
             names = {name for node in body if isinstance(node, _Function) for name in _names(node)}
             return sorted(names & SPECS.keys())
     return None
-
-
-def _source_of(module: str) -> Path | None:
-    """The file of a module. Its packages are looked at too, but not imported."""
-    where: Sequence[str] | None = None
-    name, spec = "", None
-    for part in module.split("."):
-        name = f"{name}.{part}".lstrip(".")
-        finders = (f for f in sys.meta_path if hasattr(f, "find_spec"))
-        spec = next((found for f in finders if (found := f.find_spec(name, where)) is not None), None)
-        if spec is None:
-            return None
-        where = spec.submodule_search_locations
-    return None if spec is None or not (spec.origin or "").endswith(".py") else Path(str(spec.origin))
 
 
 def _body_of(tree: ast.Module, name: str) -> Iterator[ast.stmt]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from nemo_rl_core.config.run_components import Resolver, options_of
+from nemo_rl_core.config.components import finished_options
+from nemo_rl_core.config.run_components import RunComponents
 from nemo_rl_core.data.message_log import ChatFormatter
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import ConfigError
@@ -61,14 +62,14 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
         )
     run_dir = os.path.abspath(run_dir)  # workers may have another working directory
     with ExitStack() as stack:
-        resolver = Resolver(config.plugins)
-        algorithm_class = resolver.load("algorithms", config.algorithm)
+        components = RunComponents(config.plugins)
+        algorithm_class = components.load("algorithms", config.algorithm)
         feed = feed_of(algorithm_class, config) if training else "rollouts"
         recorded = inputs.recorded if training else None
         if recorded is not None and feed != "rollouts":
             raise ConfigError(f"{config.algorithm} is trained on rows, not on rollouts; it cannot be replayed.")
         samples = feed == "rollouts" and recorded is None
-        environment = make_environment(config, inputs, resolver) if samples else None
+        environment = make_environment(config, inputs, components) if samples else None
         parts = RunParts(
             config=config,
             tokenizer=load_tokenizer(
@@ -81,29 +82,29 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
                 feed=feed,
                 train_rows=inputs.train_rows,
                 validation_rows=inputs.validation_rows,
-                registry=resolver,
+                registry=components,
             ),
         )
         if recorded is not None:
             check_recorded(recorded, parts.tokenizer)
             parts.recorded = recorded
-        launcher = _launcher(config, resolver)
+        launcher = _launcher(config, components)
         stack.callback(launcher.shutdown)
         if training and environment is not None:
-            _check_engine(config, launcher, resolver)
+            _check_engine(config, launcher, components)
         if training:
-            add_models(parts, algorithm_class, launcher, resolver, stack, run_dir)
+            add_models(parts, algorithm_class, launcher, components, stack, run_dir)
         if environment is not None:
-            _add_engine(parts, environment, launcher, resolver, stack, run_dir)
+            _add_engine(parts, environment, launcher, components, stack, run_dir)
         get_registry().check()
-        parts.components = resolver.used
+        parts.components = components.used
         parts._stack = stack.pop_all()
         return parts
 
 
-def _check_engine(config: RunConfig, launcher: Launcher, resolver: Resolver) -> None:
+def _check_engine(config: RunConfig, launcher: Launcher, components: RunComponents) -> None:
     """Find out before a model is loaded whether the run's engine can start and be refitted."""
-    engine_class = resolver.resolve("generation_backends", config.generation.backend).load()
+    engine_class = components.resolve("generation_backends", config.generation.backend).load()
     check = getattr(engine_class, "check_installed", None)
     if check is not None and getattr(launcher, "in_process", True):  # else it may have an installation of its own
         check(config.generation)
@@ -114,17 +115,17 @@ def _add_engine(
     parts: RunParts,
     environment: EnvironmentFactory,
     launcher: Launcher,
-    resolver: Resolver,
+    components: RunComponents,
     stack: ExitStack,
     run_dir: str,
 ) -> None:
     config = parts.config
-    engine_class = resolver.load("generation_backends", config.generation.backend)
+    engine_class = components.load("generation_backends", config.generation.backend)
     parts.in_flight_updates = takes_updates_in_flight(config, engine_class)
-    engine = resolver.used[-1]
+    engine = components.used[-1]
     placement = engine_placement(config, engine_class, launcher)
     if parts.policy is not None:
-        parts.weight_sync = resolver.build("weight_syncs", choose_weight_sync(config, placement))
+        parts.weight_sync = components.build("weight_syncs", choose_weight_sync(config, placement))
         parts.share_weights = placement.in_driver and may_share(config, parts.policy, engine_class)
         parts.turns = make_turns(config, parts.models, parts.trained, engine_class, share_weights=parts.share_weights)
         parts.turns.sampling()  # an engine takes what memory there is when it starts
@@ -134,12 +135,12 @@ def _add_engine(
         config=evolve(
             config.generation,
             model_name=config.generation.model_name and located(config.generation.model_name),
-            options=options_of(engine_class, config.generation.options),
+            options=finished_options(engine_class, config.generation.options),
         ),
         placement=placement,
         seed=config.seed,
         run_dir=run_dir,
-        manifest=worker_rows(get_registry().manifest(resolver.used)),
+        manifest=worker_rows(get_registry().manifest(components.used)),
         shares_device=parts.policy is not None and (config.cluster.colocated or not config.cluster.roles),
     )
     stack.callback(parts.generation.shutdown)
@@ -148,10 +149,10 @@ def _add_engine(
     parts.turns.attach(parts.generation, parts.runner)
 
 
-def _launcher(config: RunConfig, resolver: Resolver) -> Launcher:
-    launcher_class = resolver.load("launchers", config.cluster.launcher)
-    with PluginCall("launchers", resolver.used[-1], "__init__", "made"):
-        launcher: Launcher = launcher_class(options_of(launcher_class, config.cluster.options))
+def _launcher(config: RunConfig, components: RunComponents) -> Launcher:
+    launcher_class = components.load("launchers", config.cluster.launcher)
+    with PluginCall("launchers", components.used[-1], "__init__", "made"):
+        launcher: Launcher = launcher_class(finished_options(launcher_class, config.cluster.options))
     with PluginCall("launchers", launcher, "setup"):
         launcher.setup(config.cluster)
     return launcher

@@ -8,7 +8,8 @@ from typing import Any
 
 from attrs import evolve
 
-from nemo_rl_core.config.run_components import Resolver, options_of
+from nemo_rl_core.config.components import finished_options
+from nemo_rl_core.config.run_components import RunComponents
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.workers.resources import check_role_names
 from nemo_rl_core.models import located
@@ -24,7 +25,7 @@ __all__ = ["add_models"]
 
 
 def add_models(
-    parts: RunParts, algorithm_class: Any, launcher: Launcher, resolver: Resolver, stack: ExitStack, run_dir: str
+    parts: RunParts, algorithm_class: Any, launcher: Launcher, components: RunComponents, stack: ExitStack, run_dir: str
 ) -> None:
     """Make the algorithm, and start the workers of every model that it asks for.
 
@@ -34,7 +35,7 @@ def add_models(
     config = parts.config
     context = AlgorithmContext(
         tokenizer=parts.tokenizer,
-        resolve=resolver.build,
+        resolve=components.build,
         max_sequence_length=config.policy.max_sequence_length,
     )
     with PluginCall("algorithms", algorithm_class, "__init__", "made"):
@@ -44,13 +45,13 @@ def add_models(
     check_role_names(config.cluster, [*roles, "generation"])
     backends = {}
     for name, role in roles.items():
-        backend = resolver.load("training_backends", role.config.backend or config.policy.backend)
+        backend = components.load("training_backends", role.config.backend or config.policy.backend)
         _check_head(name, role, backend)
         _check_capabilities(name, role, backend, parts.algorithm.loss)
-        backends[name] = resolver.used[-1]
+        backends[name] = components.used[-1]
     configs = {name: _config_of(role, config, backends[name]) for name, role in roles.items()}
     check_models({name: (backends[name].load(), made) for name, made in configs.items()})
-    rows = worker_rows(get_registry().manifest(resolver.used))
+    rows = worker_rows(get_registry().manifest(components.used))
     for name in roles:
         if name != "policy" and _is_initial_policy(parts, name):
             parts.models[name] = InitialModel(parts.policy)
@@ -108,7 +109,7 @@ def _config_of(role: ModelRole, config: RunConfig, backend: ComponentRef) -> Pol
     return evolve(
         role.config,
         model_name=located(role.config.model_name or str(config.policy.model_name)),
-        options=options_of(backend.load(), role.config.options),
+        options=finished_options(backend.load(), role.config.options),
         trained=role.trained,
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from nemo_rl_core.config.run_components import Resolver, options_of
+from nemo_rl_core.config.components import finished_options
+from nemo_rl_core.config.run_components import RunComponents
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.rollouts.engine import EnvironmentFactory
 from nemo_rl_core.rollouts.scoring.reward_env import reward_environment
@@ -15,7 +16,7 @@ from nemo_rl_core.training.setup.parts import RunInputs
 __all__ = ["make_environment"]
 
 
-def make_environment(config: RunConfig, inputs: RunInputs, resolver: Resolver) -> EnvironmentFactory:
+def make_environment(config: RunConfig, inputs: RunInputs, components: RunComponents) -> EnvironmentFactory:
     """The episode factory: an environment, or a reward function wrapped as one."""
     given = [
         name
@@ -34,19 +35,19 @@ def make_environment(config: RunConfig, inputs: RunInputs, resolver: Resolver) -
             "environments shows what is installed)."
         )
     if inputs.reward is not None:
-        resolver.used.append(resolver.resolve("rewards", inputs.reward))
+        components.used.append(components.resolve("rewards", inputs.reward))
         return reward_environment(inputs.reward)
     if inputs.environment is not None:
-        resolver.used.append(resolver.resolve("environments", inputs.environment))
+        components.used.append(components.resolve("environments", inputs.environment))
         return _factory(inputs.environment, config.environment.options)
     if config.environment.name is not None:
-        component = resolver.load("environments", config.environment.name)
-        return _factory(component, options_of(component, config.environment.options))
-    return reward_environment(resolver.reward(config.reward))
+        component = components.load("environments", config.environment.name)
+        return _factory(component, finished_options(component, config.environment.options))
+    return reward_environment(components.reward(config.reward))
 
 
 def _factory(component: Any, options: Any) -> EnvironmentFactory:
     if not isinstance(component, type):
         factory: EnvironmentFactory = component
         return factory
-    return partial(component, options_of(component, options))
+    return partial(component, finished_options(component, options))

@@ -6,7 +6,7 @@ Legend: B sequences, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,7 @@ from nemo_rl_core.backends import sealed_file
 from nemo_rl_core.backends.base import TorchBackend
 from nemo_rl_core.backends.per_token import PerToken, one_token
 from nemo_rl_core.backends.step_metrics import StepMetrics
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import is_scratch, load_model, load_model_config, write_model
 from nemo_rl_core.models.numerics.vocabulary_head import check_ids
@@ -43,7 +44,7 @@ from nemo_rl_plugins_megatron.outputs import TokenOutputs
 from nemo_rl_plugins_megatron.parallel import Ranks
 from nemo_rl_plugins_megatron.pretrained import open_weights
 from nemo_rl_plugins_megatron.rows import Row
-from nemo_rl_plugins_megatron.sizes import check_sizes, replica_sizes, size_mistakes
+from nemo_rl_plugins_megatron.sizes import check_sizes, size_mistakes
 from nemo_rl_plugins_megatron.weights import WeightMap
 
 if TYPE_CHECKING:
@@ -79,11 +80,6 @@ class MegatronBackend(TorchBackend):
     )
 
     @staticmethod
-    def layout(policy: PolicyConfig) -> Mapping[str, int]:
-        """Tensor, pipeline and context parallelism make up a replica."""
-        return replica_sizes(policy)
-
-    @staticmethod
     def check(policy: PolicyConfig) -> Iterator[Mistake]:
         """A model that these layers do not do, and sizes that do not fit it or the workers."""
         hf_config = load_model_config(str(policy.model_name))
@@ -109,9 +105,7 @@ class MegatronBackend(TorchBackend):
         check_version()
         self._begin(config, context)
         assert config.model_name is not None
-        self.options = (
-            config.options if isinstance(config.options, MegatronConfig) else MegatronConfig(**config.options)
-        )
+        self.options: MegatronConfig = finished_options(type(self), config.options)
         self.hf_config = load_model_config(config.model_name)
         family_of(self.hf_config)
         check_rope(self.hf_config)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from attrs import field, frozen
 
 from nemo_rl_core.schema.validators import ge, optional
+
+if TYPE_CHECKING:
+    from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["MegatronConfig"]
 
@@ -27,3 +33,11 @@ class MegatronConfig:
     """Data-parallel workers share optimizer state and float32 master weights (ZeRO-1) instead of each holding all."""
     recompute_layers: int = field(default=1, validator=ge(1))
     """With `policy.activation_checkpointing`: layers between two activations that are kept."""
+
+    def layout(self, policy: PolicyConfig) -> Mapping[str, int]:
+        """Tensor, pipeline and context parallelism make up a replica."""
+        return {
+            "tensor_parallel_size": policy.tensor_parallel_size,
+            "options.pipeline_parallel_size": self.pipeline_parallel_size,
+            "options.context_parallel_size": self.context_parallel_size,
+        }

@@ -29,7 +29,7 @@ class _Stage:
 
 def model_memory(policy: PolicyConfig, model: Any) -> ModelMemory:
     """See `TrainingBackend.memory`."""
-    options = policy.options if isinstance(policy.options, MegatronConfig) else MegatronConfig(**policy.options)
+    options: MegatronConfig = policy.options
     tp, pp, cp = policy.tensor_parallel_size, options.pipeline_parallel_size, options.context_parallel_size
     expert_tp = options.expert_tensor_parallel_size or tp
     # Context-parallel workers hold the same weights, and share the optimizer as data-parallel ones do.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl_core.config.layouts import replica_sizes
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_megatron.families import heads_of
@@ -14,7 +15,7 @@ from nemo_rl_plugins_megatron.families import heads_of
 if TYPE_CHECKING:
     from nemo_rl_core.schema import PolicyConfig
 
-__all__ = ["check_sizes", "replica_sizes", "size_mistakes"]
+__all__ = ["check_sizes", "size_mistakes"]
 
 _TENSOR, _PIPELINE, _CONTEXT = (
     "tensor_parallel_size",
@@ -22,16 +23,6 @@ _TENSOR, _PIPELINE, _CONTEXT = (
     "options.context_parallel_size",
 )
 _EXPERT, _EXPERT_TENSOR = "options.expert_parallel_size", "options.expert_tensor_parallel_size"
-
-
-def replica_sizes(policy: PolicyConfig) -> dict[str, int]:
-    """The settings, by path within `policy`, that multiply to the workers of one replica."""
-    options = policy.options
-    return {
-        _TENSOR: policy.tensor_parallel_size,
-        _PIPELINE: options.pipeline_parallel_size,
-        _CONTEXT: options.context_parallel_size,
-    }
 
 
 def check_sizes(hf_config: Any, policy: PolicyConfig, *, role: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
@@ -39,8 +40,8 @@ _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def _options_of(config: GenerationConfig) -> VLLMConfig:
-    given = config.options
-    return given if isinstance(given, VLLMConfig) else VLLMConfig(**(given or {}))
+    options: VLLMConfig = finished_options(VLLMEngine, config.options)
+    return options
 
 
 class VLLMEngine(GenerationBackend):

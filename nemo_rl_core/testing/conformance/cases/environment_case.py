@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import frozen
 
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.protocols.environment import Environment, EnvironmentContext
 from nemo_rl_core.records.message import Task
 
@@ -59,11 +60,7 @@ class EnvironmentCase:
 
     def options(self) -> Any:
         """The options of one environment, as its `config_class`."""
-        config_class = getattr(self.environment, "config_class", dict)
-        config = self.config
-        if config is None or (isinstance(config, Mapping) and config_class is not dict):
-            config = config_class(**(config or {}))
-        return config
+        return finished_options(self.environment, self.config)
 
     def make(self, context: EnvironmentContext) -> Environment:
         """The environment of one episode."""

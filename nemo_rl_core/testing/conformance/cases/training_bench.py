@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_rl_core.config.layouts import replica_sizes
 from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.protocols.loss import Loss
@@ -102,7 +103,7 @@ class TrainingBench(SetUpContract):
         workers = (1, 2) if "tensor_parallel" in case.loaded.capabilities else (1,)
         for count in workers:
             policy = self.policy(case.options, num_workers=count, tensor_parallel_size=count)
-            sizes = dict(case.loaded.layout(policy))
+            sizes = replica_sizes(policy)
             assert math.prod(sizes.values()) == count, f"on {count} workers a replica is {sizes}"
             for path in sizes:
                 assert attrgetter(path)(policy) == sizes[path], f"{path} is not {sizes[path]} in the policy"

@@ -9,6 +9,7 @@ import attrs
 import pytest
 from attrs import frozen
 
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,10 +38,7 @@ def configured(subject: Any, options: Mapping[str, Any]) -> Configured:
     """The subject of a fixture as `Configured`: it may be one, or a class that takes the contract's options."""
     if isinstance(subject, Configured):
         return subject
-    config_class = getattr(subject, "config_class", None)
-    if config_class in (None, dict):
-        return Configured(component=subject, options=dict(options))
-    return Configured(component=subject, options=config_class(**options))
+    return Configured(component=subject, options=finished_options(subject, dict(options)))
 
 
 def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Configured:

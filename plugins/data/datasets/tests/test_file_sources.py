@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from nemo_rl_core.errors import DataError
-from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
+from nemo_rl_plugins_datasets.files import CsvOptions, CsvSource, FileOptions, JsonlSource, ParquetSource
 from nemo_rl_plugins_datasets.lines import IndexedLines
 
 ROWS = [{"prompt": f"p{i} é", "answer": i} for i in range(5)]
@@ -23,7 +23,7 @@ def text_of(rows):
 
 
 def rows_of(source, path):
-    return list(source({"path": str(path)}).load())
+    return list(source(source.config_class(path=str(path))).load())
 
 
 # -- JSONL ----------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def test_jsonl_gzipped_globbed_and_in_a_folder(tmp_path):
     (tmp_path / "a.jsonl").write_text(text_of(ROWS[:2]))
     (tmp_path / "note.txt").write_text("not data")
     for path in (tmp_path / "*.jsonl*", tmp_path):
-        rows = JsonlSource({"path": str(path)}).load()
+        rows = JsonlSource(FileOptions(path=str(path))).load()
         assert list(rows) == ROWS
         assert (len(rows), rows[-1], rows[1:3]) == (5, ROWS[4], ROWS[1:3])
         with pytest.raises(IndexError):
@@ -76,7 +76,7 @@ def test_json_list(tmp_path):
 def test_jsonl_holds_offsets_not_rows(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"broken\n{"a": 3}\n')
-    rows = JsonlSource({"path": str(path)}).load()  # the broken line is not parsed before it is asked for
+    rows = JsonlSource(FileOptions(path=str(path))).load()  # the broken line is not parsed before it is asked for
     assert (len(rows), rows[0], rows[2]) == (3, {"a": 1}, {"a": 3})
     with pytest.raises(DataError, match=r"x\.jsonl:2 is not valid JSON.*broken"):
         rows[1]
@@ -113,7 +113,7 @@ def test_empty_file_has_no_rows(tmp_path):
 def test_rows_travel_to_another_process_as_a_path(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(text_of(ROWS))
-    packed = pickle.dumps(JsonlSource({"path": str(path)}).load())
+    packed = pickle.dumps(JsonlSource(FileOptions(path=str(path))).load())
     assert b"answer" not in packed
     assert list(pickle.loads(packed)) == ROWS
     assert IndexedLines(str(path))[4][0] == 5
@@ -140,7 +140,7 @@ def test_csv_and_tsv(tmp_path):
 def test_csv_delimiter(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("a;b\n1;2\n")
-    assert list(CsvSource({"path": str(path), "delimiter": ";"}).load()) == [{"a": "1", "b": "2"}]
+    assert list(CsvSource(CsvOptions(path=str(path), delimiter=";")).load()) == [{"a": "1", "b": "2"}]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_parquet_row_groups_and_parts(tmp_path):
     many = [{"i": i, "messages": [{"role": "user", "content": str(i)}]} for i in range(25)]
     write_parquet(tmp_path / "a.parquet", many[:20], row_group_size=2)
     write_parquet(tmp_path / "b.parquet", many[20:])
-    rows = ParquetSource({"path": str(tmp_path / "*.parquet")}).load()
+    rows = ParquetSource(FileOptions(path=str(tmp_path / "*.parquet"))).load()
     assert list(rows) == many
     assert [rows[i]["i"] for i in (24, 0, 19, 20, 3)] == [24, 0, 19, 20, 3]
 

@@ -13,7 +13,7 @@ from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.errors import DataError
 from nemo_rl_core.schema import DataConfig, DatasetConfig
 from nemo_rl_plugins_datasets.files import CsvSource, JsonlSource, ParquetSource
-from nemo_rl_plugins_datasets.huggingface import HuggingFaceSource
+from nemo_rl_plugins_datasets.huggingface import HuggingFaceOptions, HuggingFaceSource
 
 datasets = pytest.importorskip("datasets")
 
@@ -41,7 +41,7 @@ def files(tmp_path):
 
 
 def load(path, **options):
-    return HuggingFaceSource({"path": str(path), **options}).load()
+    return HuggingFaceSource(HuggingFaceOptions(path=str(path), **options)).load()
 
 
 def test_a_saved_dataset(saved):
@@ -92,8 +92,8 @@ def test_what_it_accepts(saved, files, tmp_path):
 def test_offline_says_what_to_do(tmp_path):
     code = (
         "from nemo_rl_core.errors import DataError\n"
-        "from nemo_rl_plugins_datasets.huggingface import HuggingFaceSource\n"
-        "try: HuggingFaceSource({'path': 'nobody/nothing'}).load()\n"
+        "from nemo_rl_plugins_datasets.huggingface import HuggingFaceOptions, HuggingFaceSource\n"
+        "try: HuggingFaceSource(HuggingFaceOptions(path='nobody/nothing')).load()\n"
         "except DataError as e: print(e)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

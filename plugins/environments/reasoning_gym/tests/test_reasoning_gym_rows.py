@@ -83,9 +83,9 @@ def test_rows_do_not_depend_on_the_hash_seed_of_the_process(monkeypatch):
     assert set(tasks) < HASH_DEPENDENT
     code = (
         "import json\n"
-        "from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymSource\n"
+        "from nemo_rl_plugins_env_reasoning_gym.dataset import ReasoningGymData, ReasoningGymSource\n"
         f"for task in {tasks}:\n"
-        "    print(json.dumps(ReasoningGymSource({'task': task, 'size': 6, 'seed': 5}).load()[:]))\n"
+        "    print(json.dumps(ReasoningGymSource(ReasoningGymData(task=task, size=6, seed=5)).load()[:]))\n"
     )
     env = {**os.environ, "PYTHONHASHSEED": "0"}
     made = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
@@ -168,9 +168,9 @@ def test_every_task_is_handed_over_by_name():
 def test_the_class_of_one_task():
     source = pickle.loads(pickle.dumps(named.gcd))
     assert source is named.gcd
-    assert source({"size": 2}).load()[0]["metadata"]["source_dataset"] == "gcd"
+    assert source(ReasoningGymData(size=2)).load()[0]["metadata"]["source_dataset"] == "gcd"
     with pytest.raises(ConfigError, match="is one task"):
-        source({"task": "lcm"})
+        source(ReasoningGymData(task="lcm"))
     with pytest.raises(AttributeError, match="no_such_task"):
         named.no_such_task
 

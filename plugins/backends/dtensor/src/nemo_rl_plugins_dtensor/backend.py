@@ -20,6 +20,7 @@ from nemo_rl_core.backends.base import TorchBackend
 from nemo_rl_core.backends.per_token import PerToken, one_token
 from nemo_rl_core.backends.schedule import make_scheduler
 from nemo_rl_core.backends.step_metrics import StepMetrics
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.models import load_model, load_model_config, write_model
@@ -94,7 +95,7 @@ class DTensorBackend(TorchBackend):
         """
         self._begin(config, context)
         assert config.model_name is not None
-        self.options = config.options if isinstance(config.options, DTensorConfig) else DTensorConfig(**config.options)
+        self.options: DTensorConfig = finished_options(type(self), config.options)
         self.ranks = join(config, context, self.device)
         bfloat16 = config.precision == "bfloat16"
         keeps_masters = bfloat16 and self.options.master_weights and config.trained

@@ -24,7 +24,7 @@ _WHOLE, _SPLIT = 5 / 17, 12 / 17
 
 def model_memory(policy: PolicyConfig, model: Any) -> ModelMemory:
     """See `TrainingBackend.memory`."""
-    options = policy.options if isinstance(policy.options, DTensorConfig) else DTensorConfig(**policy.options)
+    options: DTensorConfig = policy.options
     tp = policy.tensor_parallel_size
     dp = max(1, policy.num_workers // tp)
     sizes = _sizes(model, tp)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.backends.host_memory import HostMemory
+from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.infra.weights.fingerprint import CachedSums
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
@@ -64,8 +65,7 @@ class TorchEngine(GenerationBackend):
         """
         from nemo_rl_core.models import load_model
 
-        given = config.options
-        options = given if isinstance(given, TorchEngineConfig) else TorchEngineConfig(**(given or {}))
+        options: TorchEngineConfig = finished_options(type(self), config.options)
         if config.model_name is None:
             raise ConfigError("generation.model_name is not set; it is filled from policy.model_name.")
         self._options = options

@@ -45,8 +45,8 @@ class _FileSource:
     config_class: ClassVar[type] = FileOptions
     suffixes: ClassVar[tuple[str, ...]]
 
-    def __init__(self, config: FileOptions | Mapping[str, Any]) -> None:
-        self.config: Any = self.config_class(**config) if isinstance(config, Mapping) else config
+    def __init__(self, config: FileOptions) -> None:
+        self.config: Any = config
 
     @classmethod
     def accepts(cls, source: str) -> bool:

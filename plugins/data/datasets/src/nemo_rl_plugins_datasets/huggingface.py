@@ -46,8 +46,8 @@ class HuggingFaceSource:
     config_class: ClassVar[type] = HuggingFaceOptions
     example: ClassVar[Example] = staticmethod(huggingface_folder)
 
-    def __init__(self, config: HuggingFaceOptions | Mapping[str, Any]) -> None:
-        self.config = HuggingFaceOptions(**config) if isinstance(config, Mapping) else config
+    def __init__(self, config: HuggingFaceOptions) -> None:
+        self.config = config
 
     @classmethod
     def accepts(cls, source: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from attrs import field, frozen, validators
 
-from nemo_rl_core.config.run_components import Resolver
+from nemo_rl_core.config.run_components import RunComponents
 from nemo_rl_core.errors import ConfigError, RewardError
 from nemo_rl_core.protocols.environment import DrivingEnvironment, EnvironmentContext, EnvironmentStep
 from nemo_rl_core.protocols.policy import PolicySession
@@ -158,7 +158,7 @@ class _Chosen:
 @functools.lru_cache(maxsize=8)
 def _scorer(chosen: _Chosen) -> RewardEnvironmentFactory:
     """A reward is made once per run."""
-    return reward_environment(Resolver().reward(chosen.choice))
+    return reward_environment(RunComponents().reward(chosen.choice))
 
 
 def agent_environment(

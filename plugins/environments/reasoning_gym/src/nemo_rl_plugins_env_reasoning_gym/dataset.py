@@ -60,8 +60,7 @@ class ReasoningGymSource:
     task_name: ClassVar[str | None] = None
     """Set in the classes of single tasks."""
 
-    def __init__(self, config: ReasoningGymData | Mapping[str, Any] | None = None) -> None:
-        config = config if isinstance(config, ReasoningGymData) else ReasoningGymData(**(config or {}))
+    def __init__(self, config: ReasoningGymData) -> None:
         if self.task_name is not None:
             if config.tasks or config.task not in (None, self.task_name):
                 raise ConfigError(
