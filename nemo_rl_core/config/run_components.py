@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_rl_core.config.components import finished_options
-from nemo_rl_core.registry import ComponentRef, PluginCall, get_registry
+from nemo_rl_core.registry import ComponentRef, PluginCall, Resolves, get_registry
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.reward import Reward
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RunComponents"]
 
+T = TypeVar("T")
 
-class RunComponents:
+
+class RunComponents(Resolves):
     """Looks names up, remembering every component that the run uses (for the manifest).
 
     Args:
@@ -32,40 +34,48 @@ class RunComponents:
         """Names of a kind; with `resolve` and `chosen`, what the data module asks of a registry."""
         return get_registry().names(kind)
 
-    def resolve(self, kind: str, name: Any) -> ComponentRef:
-        """A candidate, not yet counted as used."""
-        return get_registry().resolve(kind, name, plugins=self.plugins)
+    def _resolve(self, kind: str, choice: object, plugins: Mapping[str, str] | None) -> ComponentRef:
+        return get_registry().resolve(kind, choice, plugins={**self.plugins, **(plugins or {})})
 
     def chosen(self, ref: ComponentRef) -> None:
-        """The candidate that the data is read with."""
+        """Count a candidate as used, such as the one that the data is read with."""
         self.used.append(ref)
 
-    def load(self, kind: str, name: Any) -> Any:
-        """The component itself; None takes the default of its kind."""
-        ref = self.resolve(kind, name)
+    def use(self, ref: ComponentRef[T]) -> T:
+        """The component of a reference, counted as used."""
         self.used.append(ref)
         return ref.load()
 
-    def build(self, kind: str, choice: ComponentChoice) -> Any:
-        """The component called with its options (the default of its config class if there are none)."""
-        return self.make(kind, self.load(kind, choice.name), choice.options)
+    def make(self, ref: ComponentRef[type[T]], options: object) -> T:
+        """The component called with its options (the default of its config class if there are none), if it takes any.
 
-    def make(self, kind: str, component: Any, options: Any) -> Any:
-        """The component that was loaded last, called with its options if it takes any."""
-        with PluginCall(kind, self.used[-1], "__init__", "made"):
+        Raises:
+            InvalidConfig: The options do not fit.
+        """
+        return self._call(self.use(ref), options)
+
+    def build(self, kind: str, choice: ComponentChoice) -> Any:
+        """What a choice of the configuration names, made with its options; see `AlgorithmContext.resolve`."""
+        return self.make(self.resolve(kind, choice.name), choice.options)
+
+    def _call(self, component: Callable[..., T], options: object) -> T:
+        ref = self.used[-1]
+        with PluginCall(ref.kind, ref, "__init__", "made"):
             return component(finished_options(component, options)) if _takes_options(component) else component()
 
     def reward(self, choice: ComponentChoice) -> Reward:
         """A reward: a class is made with its options, a function has them as preset arguments."""
-        component: Any = self.load("rewards", choice.name)
+        ref = self.resolve("rewards", choice.name)
+        component = ref.load()
         if isinstance(component, type):
-            made: Reward = self.make("rewards", component, choice.options)
+            made: Reward = self.make(ref, choice.options)
             return made
+        self.chosen(ref)
         found: Reward = partial(component, **choice.options) if choice.options else component
         return found
 
 
-def _takes_options(component: Any) -> bool:
+def _takes_options(component: Callable[..., object]) -> bool:
     """False for a class without options, which need not write a constructor."""
     try:
         inspect.signature(component).bind(None)

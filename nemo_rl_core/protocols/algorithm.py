@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from nemo_rl_core.records.shared_value import SharedValue
     from nemo_rl_core.schema import PolicyConfig
 
-__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
+__all__ = [
+    "Algorithm",
+    "AlgorithmContext",
+    "BaseAlgorithm",
+    "ChoosesFeed",
+    "KeepsState",
+    "Model",
+    "ModelRole",
+    "Update",
+    "feed_of",
+]
 
 
 @frozen(kw_only=True)
@@ -120,6 +130,10 @@ class Algorithm(Protocol):
     feed: ClassVar[Literal["rollouts", "examples"]]
     loss: Loss
 
+    if TYPE_CHECKING:
+
+        def __init__(self, config: Any, context: AlgorithmContext) -> None: ...
+
     @property
     def models(self) -> Mapping[str, ModelRole]:
         """Models needed in addition to the policy, by role ("reference", "critic", "teacher", ...)."""
@@ -164,6 +178,28 @@ class Algorithm(Protocol):
 
     def updates(self, batch: BatchedDataDict) -> Sequence[Update]:
         """Return every optimizer step of this batch, of any model, in order; by default the policy on `minibatches`."""
+        ...
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """An algorithm with state that lasts from step to step, see `Algorithm`."""
+
+    def state_dict(self) -> Any:
+        """Return the state; it is saved with each checkpoint."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take the state of a checkpoint."""
+        ...
+
+
+@runtime_checkable
+class ChoosesFeed(Protocol):
+    """An algorithm that trains on rollouts in some steps and on rows in others, see `Algorithm`."""
+
+    def samples(self, step: int) -> bool:
+        """Return whether a step trains on rollouts. `step` counts the steps done."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 __all__ = ["Logger"]
 
@@ -13,6 +13,10 @@ class Logger(Protocol):
     """Receives the metrics of a run. A component of group `nemo_rl.loggers`, created with its config."""
 
     config_class: ClassVar[type]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, config: Any) -> None: ...
 
     def start(self, run_name: str, run_dir: str, config: Mapping[str, Any]) -> None:
         """Begin; called once, before the first step."""

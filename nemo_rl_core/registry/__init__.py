@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         origin_of,
         provider_of,
     )
+    from nemo_rl_core.registry._typed import Resolves
     from nemo_rl_core.registry._verification import (
         NodeDifference,
         check_nodes,
@@ -72,6 +73,7 @@ __all__ = [
     "PluginCall",
     "Provider",
     "Registry",
+    "Resolves",
     "RunHooks",
     "Trace",
     "active_table",
@@ -118,6 +120,7 @@ _HOMES = {
     "PluginCall": "._trace",
     "Provider": "._provider",
     "Registry": "._registry",
+    "Resolves": "._typed",
     "RunHooks": "._hooks",
     "Trace": "._trace",
     "NodeDifference": "._verification",

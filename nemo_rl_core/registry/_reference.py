@@ -9,10 +9,11 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 import attrs
 from attrs import define, field, frozen
+from typing_extensions import TypeVar
 
 from nemo_rl_core.errors import NemoRLError, PluginBroken, PluginError, PluginIncompatible
 from nemo_rl_core.registry._current import current
@@ -26,6 +27,9 @@ from nemo_rl_core.registry.discovery._kinds import KINDS
 from nemo_rl_core.registry.discovery._source import source_file, source_hash
 
 __all__ = ["ComponentRef", "LoadStatus", "Origin", "State", "import_path", "is_importable"]
+
+T_co = TypeVar("T_co", default=Any, covariant=True)
+"""What loading gives, such as `type[Loss]`."""
 
 _MAIN = ("__main__", "__mp_main__")
 
@@ -55,7 +59,7 @@ class LoadStatus:
 
 
 @frozen(kw_only=True)
-class ComponentRef:
+class ComponentRef(Generic[T_co]):
     """One component of one kind.
 
     A reference pickles small: by import path where the component has an importable home, else (objects of
@@ -155,7 +159,7 @@ class ComponentRef:
             raise self._status.fail(PluginIncompatible(f"The {self.description} does not fit: {problem}"))
         self._status.state = "compatible"
 
-    def load(self) -> Any:
+    def load(self) -> T_co:
         """The component itself: a class or a function. Imported and verified once per process.
 
         Raises:
@@ -163,7 +167,8 @@ class ComponentRef:
             PluginIncompatible: Written for another core, or this process has another version of it.
         """
         if self._status.state == "loaded":
-            return self._status.component
+            loaded: T_co = self._status.component
+            return loaded
         self.check()
         try:
             component = self._obtain()
@@ -174,7 +179,7 @@ class ComponentRef:
             self._status.fail(error)
             raise
         self._status.component, self._status.state = component, "loaded"
-        return component
+        return self.load()
 
     def config_class(self) -> type | None:
         """The class of its options, its attribute `config_class`; None if it has none.

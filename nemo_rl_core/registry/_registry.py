@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl_core.errors import PluginBroken, PluginConflict, PluginError, PluginNotFound
 from nemo_rl_core.registry import _manifest, _messages, _verification
 from nemo_rl_core.registry._reference import ComponentRef, LoadStatus, Origin, is_importable
+from nemo_rl_core.registry._typed import Choice, Plugins, Resolves
 from nemo_rl_core.registry.discovery._compatibility import incompatibility
 from nemo_rl_core.registry.discovery._distributions import Distribution, normalize
 from nemo_rl_core.registry.discovery._index import CORE, DENY_VARIABLE, STRICT_VARIABLE, Entry, Index, Selection
@@ -27,7 +28,7 @@ __all__ = ["Registry", "get_registry"]
 logger = logging.getLogger("nemo_rl_core.registry")
 
 
-class Registry:
+class Registry(Resolves):
     """Finds components of every kind; imports one only when it is loaded.
 
     Args:
@@ -151,22 +152,7 @@ class Registry:
 
     # -- resolving ----------------------------------------------------------------------------
 
-    def resolve(self, kind: str, choice: Any = None, *, plugins: Mapping[str, str] | None = None) -> ComponentRef:
-        """The component that `choice` names. Its metadata is checked; nothing is imported.
-
-        Args:
-            kind: Plural name of the kind, as in `KINDS`.
-            choice: `name`, `dist:name`, `module:attr`, a class, function or object, or a reference;
-                None is the default of the kind.
-            plugins: Bare name to full name where two distributions provide one (the `plugins` section
-                of a configuration); takes precedence over the choices of `prefer`.
-
-        Raises:
-            PluginNotFound: Nothing of that name; says what is installed and what to install.
-            PluginConflict: More than one; names them.
-            PluginBroken: The entry point cannot be read, or strict mode found a broken plugin.
-            PluginIncompatible: It does not fit this core.
-        """
+    def _resolve(self, kind: str, choice: Choice, plugins: Plugins) -> ComponentRef[Any]:
         which = self._kind(kind)
         self._require_sound()
         if choice is None:

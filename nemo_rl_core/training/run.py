@@ -11,6 +11,7 @@ from nemo_rl_core.schema import RunConfig
 from nemo_rl_core.training.reporting.tracing import traced
 
 if TYPE_CHECKING:
+    from nemo_rl_core.protocols.logger import Logger
     from nemo_rl_core.registry import ComponentRef
     from nemo_rl_core.training.setup.parts import RunInputs
 
@@ -72,14 +73,13 @@ def _last_step(max_steps: int | None, data_steps: int | None) -> int | None:
     return min(bounds, default=None)
 
 
-def _loggers(config: RunConfig, used: list[ComponentRef]) -> list[tuple[str, Any]]:
-    from nemo_rl_core.registry import PluginCall, get_registry
+def _loggers(config: RunConfig, used: list[ComponentRef]) -> list[tuple[str, Logger]]:
+    from nemo_rl_core.config.run_components import RunComponents
 
+    components = RunComponents(config.plugins)
     made = []
     for choice in config.logging.loggers:
-        ref = get_registry().resolve("loggers", choice.name, plugins=config.plugins)
-        used.append(ref)
-        logger_class = ref.load()
-        with PluginCall("loggers", ref, "__init__", "made"):
-            made.append((ref.name, logger_class(choice.options)))
+        ref = components.resolve("loggers", choice.name)
+        made.append((ref.name, components.make(ref, choice.options)))
+    used += components.used
     return made

@@ -135,8 +135,8 @@ class SimulatedRun:
             config=config,
             tokenizer=None,  # type: ignore[arg-type]
             data=data,  # type: ignore[arg-type]
-            algorithm=SimulatedAlgorithm(cluster, rng),
-            models={"policy": SimulatedPolicy(cluster, clock, rng, generation)},
+            algorithm=SimulatedAlgorithm(cluster, rng),  # type: ignore[arg-type]
+            models={"policy": SimulatedPolicy(cluster, clock, rng, generation)},  # type: ignore[dict-item]
             generation=generation,  # type: ignore[arg-type]
             weight_sync=SimulatedSync(cluster, clock, rng),
             runner=runner,  # type: ignore[arg-type]

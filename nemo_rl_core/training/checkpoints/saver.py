@@ -15,6 +15,7 @@ import torch
 from nemo_rl_core.config import to_dict
 from nemo_rl_core.errors import CheckpointError, DeadlineExceeded
 from nemo_rl_core.machine.threads import in_thread
+from nemo_rl_core.protocols.algorithm import Algorithm, KeepsState
 from nemo_rl_core.registry import report_changes
 from nemo_rl_core.training.checkpoints.export import export_model
 from nemo_rl_core.training.checkpoints.store import Checkpoint, CheckpointStore
@@ -164,8 +165,9 @@ class RunSaver:
         self.invariants.load_state_dict(loop["invariants"])
         torch.set_rng_state(loop["torch_rng"])
         random.setstate(loop["python_rng"])
-        if loop.get("algorithm") is not None:
-            self.parts.algorithm.load_state_dict(loop["algorithm"])
+        algorithm = self.parts.algorithm
+        if loop.get("algorithm") is not None and isinstance(algorithm, KeepsState):
+            algorithm.load_state_dict(loop["algorithm"])
         run.history = loop["history"]
         run.step = checkpoint.step
         run.weight_version = int(state["weight_version"])
@@ -196,10 +198,9 @@ def _read_loop_state(checkpoint: Checkpoint) -> Mapping[str, Any]:
         raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}.") from error
 
 
-def _state_of(algorithm: Any) -> Any:
+def _state_of(algorithm: Algorithm) -> Any:
     """What the algorithm keeps from step to step, copied; None if it keeps nothing."""
-    state_dict = getattr(algorithm, "state_dict", None)
-    return copy.deepcopy(state_dict()) if state_dict is not None else None
+    return copy.deepcopy(algorithm.state_dict()) if isinstance(algorithm, KeepsState) else None
 
 
 def _within(timeout_s: float, save: Callable[[], Checkpoint | None]) -> Checkpoint | None:

@@ -63,7 +63,7 @@ def assemble(config: RunConfig, inputs: RunInputs, *, run_dir: str, training: bo
     run_dir = os.path.abspath(run_dir)  # workers may have another working directory
     with ExitStack() as stack:
         components = RunComponents(config.plugins)
-        algorithm_class = components.load("algorithms", config.algorithm)
+        algorithm_class = components.use(components.resolve("algorithms", config.algorithm))
         feed = feed_of(algorithm_class, config) if training else "rollouts"
         recorded = inputs.recorded if training else None
         if recorded is not None and feed != "rollouts":
@@ -120,12 +120,13 @@ def _add_engine(
     run_dir: str,
 ) -> None:
     config = parts.config
-    engine_class = components.load("generation_backends", config.generation.backend)
+    engine = components.resolve("generation_backends", config.generation.backend)
+    engine_class = components.use(engine)
     parts.in_flight_updates = takes_updates_in_flight(config, engine_class)
-    engine = components.used[-1]
     placement = engine_placement(config, engine_class, launcher)
-    if parts.policy is not None:
-        parts.weight_sync = components.build("weight_syncs", choose_weight_sync(config, placement))
+    if parts.models:
+        choice = choose_weight_sync(config, placement)
+        parts.weight_sync = components.make(components.resolve("weight_syncs", choice.name), choice.options)
         parts.share_weights = placement.in_driver and may_share(config, parts.policy, engine_class)
         parts.turns = make_turns(config, parts.models, parts.trained, engine_class, share_weights=parts.share_weights)
         parts.turns.sampling()  # an engine takes what memory there is when it starts
@@ -141,7 +142,7 @@ def _add_engine(
         seed=config.seed,
         run_dir=run_dir,
         manifest=worker_rows(get_registry().manifest(components.used)),
-        shares_device=parts.policy is not None and (config.cluster.colocated or not config.cluster.roles),
+        shares_device=bool(parts.models) and (config.cluster.colocated or not config.cluster.roles),
     )
     stack.callback(parts.generation.shutdown)
     parts.runner = _runner(config, parts.generation, environment, parts.tokenizer, stack)
@@ -150,9 +151,7 @@ def _add_engine(
 
 
 def _launcher(config: RunConfig, components: RunComponents) -> Launcher:
-    launcher_class = components.load("launchers", config.cluster.launcher)
-    with PluginCall("launchers", components.used[-1], "__init__", "made"):
-        launcher: Launcher = launcher_class(finished_options(launcher_class, config.cluster.options))
+    launcher = components.make(components.resolve("launchers", config.cluster.launcher), config.cluster.options)
     with PluginCall("launchers", launcher, "setup"):
         launcher.setup(config.cluster)
     return launcher

@@ -12,6 +12,7 @@ from nemo_rl_core.infra.engines.host import EngineHost, HostConfig
 from nemo_rl_core.infra.engines.workers import EngineWorkers
 from nemo_rl_core.protocols.generation_backend import GenerationBackend
 from nemo_rl_core.protocols.launcher import Launcher, WorkerGroup, WorkerSpec
+from nemo_rl_core.protocols.weight_sync import WeightSync
 from nemo_rl_core.registry import ComponentRef, get_registry
 from nemo_rl_core.schema import ComponentChoice
 
@@ -49,7 +50,9 @@ class EnginePlacement:
         return self.num_workers == 0
 
 
-def engine_placement(config: RunConfig, engine_class: Any, launcher: Launcher) -> EnginePlacement:
+def engine_placement(
+    config: RunConfig, engine_class: type[GenerationBackend], launcher: Launcher | type[Launcher]
+) -> EnginePlacement:
     """Where the engines of a run live, from `generation.num_workers`, `cluster` and the launcher.
 
     Raises:
@@ -109,7 +112,7 @@ def choose_weight_sync(config: RunConfig, placement: EnginePlacement) -> Compone
     )
 
 
-def _placements(sync_class: Any) -> frozenset[str]:
+def _placements(sync_class: type[WeightSync]) -> frozenset[str]:
     return frozenset(getattr(sync_class, "placements", {"driver"}))
 
 
@@ -126,7 +129,7 @@ def _fitting(needed: str, plugins: Mapping[str, str]) -> list[str]:
     return sorted(found)
 
 
-def _start_timeout_s(engine_class: Any, config: GenerationConfig) -> float | None:
+def _start_timeout_s(engine_class: type[GenerationBackend], config: GenerationConfig) -> float | None:
     """The engine's own deadline, and the time to report that it has passed."""
     asked = getattr(engine_class, "start_timeout_s", None)
     return None if asked is None else float(asked(config)) + _REPORT_S
@@ -201,7 +204,7 @@ def start_engine(
     )
 
 
-def may_share(config: RunConfig, policy: Policy, engine: Any) -> bool:
+def may_share(config: RunConfig, policy: Policy, engine: type[GenerationBackend]) -> bool:
     """Whether the engine may sample from the trainer's own tensors."""
     backend = policy.group.local
     return (
@@ -213,7 +216,7 @@ def may_share(config: RunConfig, policy: Policy, engine: Any) -> bool:
     )
 
 
-def takes_updates_in_flight(config: RunConfig, engine: Any) -> bool:
+def takes_updates_in_flight(config: RunConfig, engine: type[GenerationBackend]) -> bool:
     """Whether new weights are loaded under the requests in flight: as configured, or if the engine can.
 
     Raises:

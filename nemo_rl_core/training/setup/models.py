@@ -13,8 +13,10 @@ from nemo_rl_core.config.run_components import RunComponents
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.infra.workers.resources import check_role_names
 from nemo_rl_core.models import located
-from nemo_rl_core.protocols.algorithm import AlgorithmContext, ModelRole, feed_of
+from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, feed_of
 from nemo_rl_core.protocols.launcher import Launcher, WorkerSpec
+from nemo_rl_core.protocols.loss import Loss
+from nemo_rl_core.protocols.training_backend import TrainingBackend
 from nemo_rl_core.registry import ComponentRef, PluginCall, get_registry, worker_rows
 from nemo_rl_core.schema import PolicyConfig, RunConfig
 from nemo_rl_core.training.model.policy import InitialModel, Policy
@@ -25,7 +27,12 @@ __all__ = ["add_models"]
 
 
 def add_models(
-    parts: RunParts, algorithm_class: Any, launcher: Launcher, components: RunComponents, stack: ExitStack, run_dir: str
+    parts: RunParts,
+    algorithm_class: type[Algorithm],
+    launcher: Launcher,
+    components: RunComponents,
+    stack: ExitStack,
+    run_dir: str,
 ) -> None:
     """Make the algorithm, and start the workers of every model that it asks for.
 
@@ -45,10 +52,10 @@ def add_models(
     check_role_names(config.cluster, [*roles, "generation"])
     backends = {}
     for name, role in roles.items():
-        backend = components.load("training_backends", role.config.backend or config.policy.backend)
+        backends[name] = components.resolve("training_backends", role.config.backend or config.policy.backend)
+        backend = components.use(backends[name])
         _check_head(name, role, backend)
         _check_capabilities(name, role, backend, parts.algorithm.loss)
-        backends[name] = components.used[-1]
     configs = {name: _config_of(role, config, backends[name]) for name, role in roles.items()}
     check_models({name: (backends[name].load(), made) for name, made in configs.items()})
     rows = worker_rows(get_registry().manifest(components.used))
@@ -67,19 +74,19 @@ def _is_initial_policy(parts: RunParts, name: str) -> bool:
     return not role.trained and role.config == parts.config.policy and parts.policy.has_initial_weights
 
 
-def _roles(algorithm: Any) -> Mapping[str, ModelRole]:
+def _roles(algorithm: Algorithm) -> Mapping[str, ModelRole]:
     """The models beside the policy.
 
     Raises:
         ConfigError: One of them has the policy's name.
     """
-    roles: Mapping[str, ModelRole] = algorithm.models
+    roles = algorithm.models
     if "policy" in roles:
         raise ConfigError(f"{type(algorithm).__name__}.models has a role 'policy', which every run has; rename it.")
     return roles
 
 
-def _check_head(name: str, role: ModelRole, backend: Any) -> None:
+def _check_head(name: str, role: ModelRole, backend: type[TrainingBackend]) -> None:
     """A scalar head needs a backend that has one."""
     if role.config.head == "scalar" and "scalar_head" not in backend.capabilities:
         raise ConfigError(
@@ -89,7 +96,7 @@ def _check_head(name: str, role: ModelRole, backend: Any) -> None:
         )
 
 
-def _check_capabilities(name: str, role: ModelRole, backend: Any, loss: Any) -> None:
+def _check_capabilities(name: str, role: ModelRole, backend: type[TrainingBackend], loss: Loss) -> None:
     """What an algorithm or its loss asks of a backend, asked before a model is loaded.
 
     Raises:
@@ -142,7 +149,7 @@ def _model(
     return Policy(group, token_budget=budget, temperature=config.generation.temperature, can_offload=can_offload)
 
 
-def _check_staleness(config: RunConfig, algorithm: Any) -> None:
+def _check_staleness(config: RunConfig, algorithm: Algorithm) -> None:
     """Rollouts from older weights need an algorithm that says it corrects for them.
 
     Raises:

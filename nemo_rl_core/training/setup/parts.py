@@ -9,6 +9,7 @@ from attrs import define, evolve, field
 
 from nemo_rl_core.data.module import DataModule
 from nemo_rl_core.machine.clock import Clock, SystemClock
+from nemo_rl_core.protocols.algorithm import Algorithm
 from nemo_rl_core.protocols.generation_backend import GenerationBackend, SamplingParams
 from nemo_rl_core.protocols.weight_sync import WeightSync
 from nemo_rl_core.registry import ComponentRef
@@ -17,7 +18,7 @@ from nemo_rl_core.rollouts.recorded import RecordedRollouts
 from nemo_rl_core.rollouts.runner import RolloutRunner
 from nemo_rl_core.schema import RunConfig
 from nemo_rl_core.training.model.device_turns import DeviceTurns
-from nemo_rl_core.training.model.policy import Policy
+from nemo_rl_core.training.model.policy import InitialModel, Policy
 
 if TYPE_CHECKING:
     from nemo_rl_core.models.tokenizer import Tokenizer
@@ -47,8 +48,8 @@ class RunParts:
     config: RunConfig
     tokenizer: Tokenizer
     data: DataModule
-    algorithm: Any = None
-    models: dict[str, Any] = field(factory=dict)
+    _algorithm: Algorithm | None = None
+    models: dict[str, Policy | InitialModel] = field(factory=dict)
     """The policy, and the algorithm's other models, by role: each a `Policy`, or the `InitialModel` of one."""
     generation: GenerationBackend | None = None
     weight_sync: WeightSync | None = None
@@ -64,15 +65,31 @@ class RunParts:
     _stack: ExitStack = field(factory=ExitStack, repr=False)
 
     @property
-    def policy(self) -> Any:
-        """The model that is trained; None in an evaluation."""
-        return self.models.get("policy")
+    def algorithm(self) -> Algorithm:
+        """What the run trains with; an evaluation has none."""
+        assert self._algorithm is not None, "an evaluation has no algorithm"
+        return self._algorithm
+
+    @algorithm.setter
+    def algorithm(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+
+    @property
+    def policy(self) -> Policy:
+        """The model that is sampled from; an evaluation has none."""
+        policy = self.models["policy"]
+        assert not isinstance(policy, InitialModel)
+        return policy
 
     @property
     def trained(self) -> dict[str, Policy]:
         """The models that take optimizer steps, which a checkpoint holds."""
-        roles = {} if self.algorithm is None else self.algorithm.models
-        return {name: model for name, model in self.models.items() if name not in roles or roles[name].trained}
+        roles = {} if self._algorithm is None else self._algorithm.models
+        return {
+            name: model
+            for name, model in self.models.items()
+            if not isinstance(model, InitialModel) and (name not in roles or roles[name].trained)
+        }
 
     def check_alive(self) -> None:
         """Notice a worker of a model that has died while it had nothing to do.

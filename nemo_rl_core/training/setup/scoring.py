@@ -41,7 +41,7 @@ def make_environment(config: RunConfig, inputs: RunInputs, components: RunCompon
         components.used.append(components.resolve("environments", inputs.environment))
         return _factory(inputs.environment, config.environment.options)
     if config.environment.name is not None:
-        component = components.load("environments", config.environment.name)
+        component = components.use(components.resolve("environments", config.environment.name))
         return _factory(component, finished_options(component, config.environment.options))
     return reward_environment(components.reward(config.reward))
 

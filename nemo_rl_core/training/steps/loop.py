@@ -10,6 +10,7 @@ from nemo_rl_core.config import to_dict
 from nemo_rl_core.data.feed import ExampleFeed
 from nemo_rl_core.errors import ConfigError, RunInterrupted, extend_message
 from nemo_rl_core.machine.interrupts import InterruptGuard
+from nemo_rl_core.protocols.algorithm import ChoosesFeed
 from nemo_rl_core.records.run_state import RunResult, RunState, Sample
 from nemo_rl_core.registry import PluginCall, RunHooks, contained, get_registry
 from nemo_rl_core.rollouts.feed import RolloutFeed
@@ -195,7 +196,7 @@ class RunLoop:
         """Whether this step trains on rollouts; an algorithm may take the rows of the data in some."""
         algorithm = self.parts.algorithm
         with PluginCall("algorithms", algorithm, "samples"):
-            return not hasattr(algorithm, "samples") or bool(algorithm.samples(self.run_state.step))
+            return not isinstance(algorithm, ChoosesFeed) or bool(algorithm.samples(self.run_state.step))
 
     def _update(self, batch: BatchedDataDict) -> dict[str, float]:
         """Every optimizer step of the batch; a metric is the mean over the steps that report it."""
@@ -204,13 +205,13 @@ class RunLoop:
         with PluginCall("algorithms", algorithm, "updates"):
             updates = list(algorithm.updates(batch))
         _check_trained(updates, self.parts)
-        first_of_policy = True
+        first_of_policy, trained = True, self.parts.trained
         self.saver.leave_boundary()
         with self.timers("train"):
             for update in updates:
                 whole = len(update.indices) == len(batch) and list(update.indices) == list(range(len(batch)))
                 part = batch if whole else batch.select(list(update.indices))
-                metrics = self.parts.models[update.model].train_step(part, update.loss)
+                metrics = trained[update.model].train_step(part, update.loss)
                 is_policy = update.model == "policy"
                 if is_policy and first_of_policy:
                     first_of_policy = False
@@ -280,7 +281,7 @@ class RunLoop:
     def _validate(self) -> dict[str, float]:
         run, parts, config = self.run_state, self.parts, self.config.validation
         if parts.runner is None:
-            metrics = validate_loss(parts.models, parts.algorithm, parts.data, config)
+            metrics = validate_loss(parts.policy, parts.models, parts.algorithm, parts.data, config)
         else:
             self._refit()
             changes: dict[str, Any] = {"temperature": config.temperature}

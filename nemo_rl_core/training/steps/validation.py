@@ -13,7 +13,7 @@ from nemo_rl_core.rollouts.scores import Scoring, score_groups
 if TYPE_CHECKING:
     from nemo_rl_core.data.module import DataModule
     from nemo_rl_core.data.order import TaskItem
-    from nemo_rl_core.protocols.algorithm import Algorithm
+    from nemo_rl_core.protocols.algorithm import Algorithm, Model
     from nemo_rl_core.protocols.generation_backend import SamplingParams
     from nemo_rl_core.records.rollout import RolloutGroup
     from nemo_rl_core.rollouts.runner import RolloutRunner
@@ -104,7 +104,7 @@ def validate_rollouts(
 
 
 def validate_loss(
-    models: Mapping[str, Policy], algorithm: Algorithm, data: DataModule, config: ValidationConfig
+    policy: Policy, models: Mapping[str, Model], algorithm: Algorithm, data: DataModule, config: ValidationConfig
 ) -> dict[str, float]:
     """The loss over the validation rows, weighted as in training."""
     items = data.validation(config.max_samples)
@@ -113,5 +113,5 @@ def validate_loss(
     batch = algorithm.build_batch([item.task for item in items])
     algorithm.fill_batch(batch, models)
     algorithm.finish_batch(batch)
-    metrics = models["policy"].train_step(batch, algorithm.loss, update=False)
+    metrics = policy.train_step(batch, algorithm.loss, update=False)
     return {f"validation/{name}": value for name, value in metrics.items()}
