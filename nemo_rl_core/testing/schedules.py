@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from attrs import define, evolve, field, frozen
 
@@ -288,6 +287,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _memory() -> Any:
+def _memory() -> str | None:
     """A folder in memory where there is one."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
 
@@ -73,7 +73,7 @@ class ScriptedGeneration:
         self.num_active = 0
         self.max_active = 0
         self.num_cancelled = 0
-        self.weights: dict[str, Any] = {}
+        self.weights: dict[str, Tensor] = {}
 
     @staticmethod
     def logprob(token_id: int, position: int) -> float:
@@ -113,7 +113,7 @@ class ScriptedGeneration:
             self.num_active -= 1
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
-        """Keep the tensors and stamp later completions with `version`."""
+        """Keep the tensors, each [...] of its own shape, and stamp later completions with `version`."""
         self.weights = dict(tensors)
         self.version = version
 

@@ -79,12 +79,12 @@ class EnvironmentContract(EnvironmentTraces):
         return EnvironmentCase(**{"environment": ref.load(), **example, "config": config})
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
+    def declared_by(cls, subject: object) -> object:
         """The environment of the case."""
-        return subject.environment
+        return subject.environment if isinstance(subject, EnvironmentCase) else subject
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
+    def mistake_in(cls, subject: object) -> str | None:
         """The fixture gives a case, not an environment."""
         if isinstance(subject, EnvironmentCase):
             return None

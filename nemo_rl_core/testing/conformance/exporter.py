@@ -66,7 +66,7 @@ class ExporterContract(Contract):
         return folder / "exported"
 
     def read_weights(self, location: str) -> Mapping[str, Tensor] | None:
-        """The weights of an export by the names of the source; None if they cannot be read so. Default: None."""
+        """The weights [...] of an export by the names of the source; None if they cannot be read so. Default: None."""
         return None
 
     @pytest.fixture

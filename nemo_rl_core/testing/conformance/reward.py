@@ -79,7 +79,7 @@ class RewardContract(Contract):
     max_block_s: ClassVar[float] = 0.05
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
         """The function itself, with the options as preset arguments; a class is made with its options."""
         component = ref.load()
         if isinstance(component, type):
@@ -88,12 +88,12 @@ class RewardContract(Contract):
         return functools.partial(component, **preset) if preset else component
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
+    def declared_by(cls, subject: object) -> object:
         """The function, whose attribute it is, without the arguments that are preset."""
         return subject.func if isinstance(subject, functools.partial) else subject
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
+    def mistake_in(cls, subject: object) -> str | None:
         """A reward is anything that can be called."""
         if isinstance(subject, type):
             return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}(...)"
@@ -277,7 +277,7 @@ def _arguments(reward: Callable[..., Any], row: Mapping[str, Any], response: str
     return reward_environment(reward).arguments(known, own)
 
 
-def _raw(reward: Callable[..., Any], row: Mapping[str, Any], response: str) -> Any:
+def _raw(reward: Callable[..., Any], row: Mapping[str, Any], response: str) -> object:
     return _finish(reward(**_arguments(reward, row, response)))
 
 
@@ -286,12 +286,12 @@ def _named(reward: Callable[..., Any], row: Mapping[str, Any], response: str) ->
     return dict(found) if isinstance(found, Mapping) else {"reward": found}
 
 
-def _finish(result: Any) -> Any:
+def _finish(result: object) -> object:
     """The result, awaited if it must be."""
     if not inspect.isawaitable(result):
         return result
 
-    async def wait() -> Any:
+    async def wait() -> object:
         return await result
 
     return asyncio.run(wait())

@@ -8,8 +8,8 @@ that did not happen was not noticed. Trainer and engine are small objects of thi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, cast
 
 import attrs
 import pytest
@@ -19,11 +19,15 @@ from torch import Tensor
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError, InvariantViolation
 from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.infra.workers.local import InProcessGroup
+from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport, WeightSync
 from nemo_rl_core.testing.conformance.frame.kit import Contract
 from nemo_rl_core.testing.conformance.frame.subject import Expecting
 
 __all__ = ["SyncedEngine", "SyncedTrainer", "WeightSyncContract"]
+
+_Result = TypeVar("_Result")
 
 
 class SyncedTrainer:
@@ -41,12 +45,12 @@ class SyncedTrainer:
         self.before_item: Callable[[str], None] = lambda name: None
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The live tensors."""
+        """Yield the name of each live tensor and the tensor, [...] of its own shape."""
         for name, tensor in self.weights.items():
             self.before_item(name)
             yield name, tensor
 
-    def apply(self, function: Callable[..., Any], /, *args: Any) -> Any:
+    def apply(self, function: Callable[..., _Result], /, *args: object) -> _Result:
         """As a training backend has it."""
         return function(self, *args)
 
@@ -78,8 +82,8 @@ class SyncedEngine:
         self.version = -1
         self.num_bytes_copied = 0
 
-    def update_weights(self, version: int, tensors: Any, *, share: bool = False) -> None:
-        """Alias the tensors with `share`, else copy them."""
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
+        """Alias the tensors, each [...] of its own shape, with `share`; else copy them."""
         self.before_load()
         if self.fault == "refuses":
             raise GenerationError("no weight of that name")
@@ -116,7 +120,7 @@ class _Elsewhere:
     def __init__(self, trainer: SyncedTrainer) -> None:
         self._trainer = trainer
 
-    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
         """`[worker.method(*args, **kwargs)]`."""
         return [getattr(self._trainer, method)(*args, **kwargs)]
 
@@ -127,8 +131,8 @@ class _Elsewhere:
         (only,) = arguments
         return [getattr(self._trainer, method)(*only)]
 
-    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
-        """What the worker's generator yields, copied as by the way here."""
+    def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the worker's generator yields: names, and copies of its tensors [...], as if sent here."""
         for name, tensor in getattr(self._trainer, method)(*args):
             yield name, tensor.clone()
 
@@ -152,7 +156,7 @@ class WeightSyncContract(Contract):
         """The weight sync under test."""
         pytest.fail(f"{type(self).__name__} must define a fixture `weight_sync` that returns the sync to test.")
 
-    def make_trainer(self) -> tuple[SyncedTrainer, Any]:
+    def make_trainer(self) -> tuple[SyncedTrainer, WorkerGroup]:
         """The trainer, and the worker group that stands for it."""
         trainer = SyncedTrainer()
         return trainer, InProcessGroup(trainer)
@@ -223,7 +227,8 @@ class WeightSyncContract(Contract):
         asked: list[bool] = []
         update = engine.update_weights
 
-        def watch(version: int, tensors: Any, *, share: bool = False) -> None:
+        def watch(version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
+            """Note `share` and pass on the tensors, each [...] of its own shape."""
             asked.append(share)
             update(version, tensors, share=share)
 
@@ -259,7 +264,7 @@ class WeightSyncContract(Contract):
         (trainer, group), engine = self.make_trainer(), self.make_engine()
         released = threading.Event()
 
-        def hang(*_: Any) -> None:
+        def hang(*_: object) -> None:
             released.wait(60.0)
 
         if side == "trainer":
@@ -299,17 +304,18 @@ class WeightSyncContract(Contract):
     def sync(
         self,
         weight_sync: WeightSync,
-        group: Any,
-        engine: Any,
+        group: WorkerGroup | _Elsewhere,
+        engine: SyncedEngine,
         *,
         version: int = 1,
         share: bool = False,
         timeout_s: float = 30.0,
     ) -> SyncReport:
         """One refit."""
-        return weight_sync.sync(group, engine, version=version, share=share, timeout_s=timeout_s)
+        workers, backend = cast("WorkerGroup", group), cast("GenerationBackend", engine)  # as far as a sync uses them
+        return weight_sync.sync(workers, backend, version=version, share=share, timeout_s=timeout_s)
 
-    def error_within(self, work: Callable[[], Any]) -> BaseException | None:
+    def error_within(self, work: Callable[[], object]) -> BaseException | None:
         """What `work` raises, run in a thread; None if it is not through after `wait_s`."""
         raised: list[BaseException] = []
 
@@ -328,6 +334,7 @@ class WeightSyncContract(Contract):
 
 
 def _same_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "") -> None:
+    """Fail unless two sets of weights, tensors [...] by name, are the same bit for bit."""
     assert found.keys() == expected.keys(), f"{what}other tensors: {sorted(found.keys() ^ expected.keys())}"
     for name, tensor in expected.items():
         same = found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)

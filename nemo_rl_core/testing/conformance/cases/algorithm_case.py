@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import field, frozen
 from torch import Tensor
 
 from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
+from nemo_rl_core.protocols.algorithm import Algorithm
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
 from nemo_rl_core.records.shared_value import SharedValue
+
+if TYPE_CHECKING:
+    from nemo_rl_core.rollouts.context import EnvironmentFactory
 
 __all__ = ["ADDITIONS", "AlgorithmCase", "StandIn", "digits", "handmade_groups", "is_sampled"]
 
@@ -33,7 +37,7 @@ async def digits(response: str) -> float:
 class AlgorithmCase:
     """An algorithm and a run of it that takes seconds."""
 
-    component: Any
+    component: type[Algorithm]
     """The class."""
     config: Mapping[str, Any] = field(factory=dict)
     """Fields of its configuration that make a step small, or choose what is tested; merged over the kit's own."""
@@ -41,7 +45,7 @@ class AlgorithmCase:
     """Training data; for an algorithm fed with examples also what its batches are built from."""
     reward: Callable[..., Any] = digits
     """Scores a response, for an algorithm fed with rollouts."""
-    environment: Any = None
+    environment: EnvironmentFactory | type | None = None
     """In place of the reward."""
     target: Callable[[Mapping[str, Any]], str] | None = lambda row: str(row["response"])
     """Text that a row trains, for an algorithm fed with examples that makes one sequence of each row; None leaves
@@ -83,7 +87,7 @@ class StandIn:
         """Of the kit's vocabulary, the same numbers each time."""
         return OutputLayer(weight=torch.linspace(-1, 1, 104 * 4).view(104, 4))
 
-    def keep(self, value: Any) -> SharedValue:
+    def keep(self, value: object) -> SharedValue:
         """The value itself."""
         return SharedValue(value)
 

@@ -30,7 +30,7 @@ class EnvironmentCase:
     """What it says in the turns before, if the episode has several."""
     wrong_response: str = "I do not know."
     """Said in place of `response`, it earns less."""
-    config: Any = None
+    config: object = None
     """Options: an object, or a mapping for its `config_class`; None takes the defaults."""
     max_turns: int | None = None
     """Turns in which an episode ends whatever the policy says; None is those given."""
@@ -57,7 +57,7 @@ class EnvironmentCase:
         """Turns after which the episode must have ended."""
         return self.max_turns or len(self.turns)
 
-    def options(self) -> Any:
+    def options(self) -> object:
         """The options of one environment, as its `config_class`."""
         config_class = getattr(self.environment, "config_class", dict)
         config = self.config

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import define, field
 
@@ -27,6 +27,7 @@ __all__ = [
     "value_of",
 ]
 
+_Value = TypeVar("_Value")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -115,7 +116,7 @@ async def close(made: Environment, when: str) -> None:
         raise AssertionError(f"closing it {when} raised {type(error).__name__}: {error}") from error
 
 
-async def value_of(result: Awaitable[Any] | Any) -> Any:
+async def value_of(result: Awaitable[_Value] | _Value) -> _Value:
     """The value, awaited if it must be."""
     return await result if inspect.isawaitable(result) else result
 

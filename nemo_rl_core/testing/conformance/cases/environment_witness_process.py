@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import cloudpickle
@@ -42,6 +42,7 @@ from nemo_rl_core.testing.conformance.frame.process_traces import (
 
 __all__ = ["testify"]
 
+_Result = TypeVar("_Result")
 _DAYS_AHEAD_S = 1_234_567.0
 _GRACE_S = 2.0
 
@@ -50,8 +51,8 @@ class _InlineContext(EpisodeContext):
     """Runs functions of the pool here: where an episode is only replayed no further process is started."""
 
     async def run_in_pool(
-        self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
-    ) -> Any:
+        self, function: Callable[..., _Result], *args: object, timeout_s: float | None = None, **kwargs: object
+    ) -> _Result:
         """Call the function."""
         return function(*args, **kwargs)
 

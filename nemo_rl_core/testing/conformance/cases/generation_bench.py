@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -24,11 +24,15 @@ from nemo_rl_core.testing.conformance.cases.reference import (
     tiny_model,
 )
 from nemo_rl_core.testing.conformance.frame.set_up import SetUpContract
-from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
+from nemo_rl_core.testing.conformance.frame.subject import Configured, Expecting, configured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "PROMPT",
     "PROMPTS",
+    "EngineUnderTest",
     "GenerationBench",
     "Start",
     "all_different",
@@ -44,6 +48,8 @@ PROMPTS = ((20,), PROMPT, tuple(range(30, 50)), PROMPT, (20, 31, 42, 53, 64, 75)
 _Result = TypeVar("_Result")
 Start = Callable[..., GenerationBackend]
 """Type of the fixture `start`."""
+EngineUnderTest = type[GenerationBackend] | Configured[GenerationBackend]
+"""Type of the fixture `engine`."""
 
 
 class GenerationBench(SetUpContract):
@@ -72,7 +78,7 @@ class GenerationBench(SetUpContract):
         pytest.fail(f"{type(self).__name__} must define a fixture `engine` that returns the class to test.")
 
     @pytest.fixture
-    def start(self, engine: Any) -> Iterator[Start]:
+    def start(self, engine: EngineUnderTest) -> Iterator[Start]:
         """`start(max_sequence_length=...)` is an engine that was set up; it is shut down after the clause."""
         case = configured(engine, self.config_options)
         running: list[GenerationBackend] = []
@@ -120,7 +126,7 @@ class GenerationBench(SetUpContract):
         return self.run(all_of_them(), f"{len(requests)} requests at a time")
 
     def update(self, engine: GenerationBackend, version: int, weights: Mapping[str, Tensor]) -> None:
-        """A refit with copies of these weights."""
+        """Refit the engine with copies of these weights, which may have any shapes [...]."""
         engine.update_weights(version, iter(weights.items()), share=False)
 
     async def updated_in_flight(self, engine: GenerationBackend, version: int) -> Completion:
@@ -164,13 +170,17 @@ class GenerationBench(SetUpContract):
 
     # -- comparing -----------------------------------------------------------------------------
 
-    def predictions(self, model: Any, request: GenerationRequest, completion: Completion) -> Tensor:
+    def predictions(self, model: PreTrainedModel, request: GenerationRequest, completion: Completion) -> Tensor:
         """[T, V] logits that predict the tokens of a completion."""
         ids = [*request.prompt_ids, *completion.token_ids]
         return forward_logits(model, ids)[len(request.prompt_ids) - 1 : -1]
 
     def same_logprobs(
-        self, requests: Sequence[GenerationRequest], completions: Sequence[Completion], model: Any, when: str = ""
+        self,
+        requests: Sequence[GenerationRequest],
+        completions: Sequence[Completion],
+        model: PreTrainedModel,
+        when: str = "",
     ) -> None:
         """Each completion's logprobs are those of the distribution that it must have been drawn from."""
         for request, completion in zip(requests, completions, strict=True):
@@ -208,7 +218,7 @@ def all_different(completions: Sequence[Completion], of_what: str) -> None:
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> float:
-    """How far counts are from what is expected, in standard deviations (Wilson and Hilferty 1931).
+    """How far `counts` [V] are from `expected` [V], in standard deviations (Wilson and Hilferty 1931).
 
     Outcomes of which fewer than 5 are expected are taken together.
     """
@@ -222,7 +232,7 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 
 
 def in_one_buffer(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as a weight sync hands them over: all in the same bytes, overwritten when the next one is asked for."""
+    """Yield tensors [...] as a weight sync hands them over: all in the same bytes, which the next one overwrites."""
     buffer = torch.empty(max(tensor.nbytes for tensor in weights.values()), dtype=torch.uint8)
     for name, tensor in weights.items():
         lent = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.protocols.loss import Loss, LossSums, Metric, ModelOutputs
+from nemo_rl_core.protocols.loss import LossSums, Metric, ModelOutputs, VocabularyLoss
 from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = [
     "Answer",
+    "CalledLoss",
     "FreeModel",
     "answer_of",
     "answer_on",
@@ -39,6 +40,19 @@ TOLERANCE = 1e-9
 _ADVANTAGES = (1.0, -1.2, -0.7, 0.9, -1.1, 1.3)
 
 
+class CalledLoss(Protocol):
+    """A loss as a backend calls it: itself, or divided by the core."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `ModelOutputs` that it reads."""
+        ...
+
+    def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
+        """Its sums over one micro-batch."""
+        ...
+
+
 @frozen(eq=False)
 class FreeModel:
     """What stands for the policy: free logits and values, so that gradients are per token."""
@@ -49,11 +63,11 @@ class FreeModel:
     """[N] float64."""
 
     def select(self, positions: Tensor) -> FreeModel:
-        """The same numbers at these tokens, as new leaves."""
+        """The same numbers at the tokens of `positions` [K], as new leaves."""
         return FreeModel(self.logits[positions], self.values[positions])
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """Copies that gather gradients."""
+        """Copies of the logits [N, V] and the values [N] that gather gradients."""
         return self.logits.detach().clone().requires_grad_(), self.values.detach().clone().requires_grad_()
 
 
@@ -62,8 +76,11 @@ class Answer:
     """A loss sum and its gradient by token."""
 
     total: Tensor
+    """[] float64."""
     logits_grad: Tensor
+    """[N, V] float64."""
     values_grad: Tensor
+    """[N] float64."""
     sums: LossSums
 
 
@@ -118,7 +135,8 @@ def logprobs_of(batch: BatchedDataDict, logits: Tensor) -> Tensor:
     return chosen.masked_fill(batch.position_ids == 0, 0.0)
 
 
-def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> ModelOutputs:
+def _outputs_for(loss: CalledLoss, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> ModelOutputs:
+    """The outputs that the loss needs, of logits [N, V] and values [N]."""
     outputs = ModelOutputs()
     wanted = set(loss.needs)
     log_p = torch.log_softmax(logits, -1)
@@ -134,7 +152,8 @@ def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tens
         outputs.top_logprobs = found.view(batch["top_ids"].shape)
     if "over_vocabulary" in wanted:
         at = batch["loss_mask"]
-        found = loss.over_vocabulary(log_p[at], {name: batch[name][at] for name in loss.vocabulary_fields})
+        whole = cast("VocabularyLoss", loss)
+        found = whole.over_vocabulary(log_p[at], {name: batch[name][at] for name in whole.vocabulary_fields})
         outputs.over_vocabulary = found.new_zeros(batch.num_tokens, *found.shape[1:]).masked_scatter(
             at.view(-1, *(1,) * (found.ndim - 1)), found
         )
@@ -143,13 +162,12 @@ def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tens
     return outputs
 
 
-def call_loss(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> LossSums:
-    """The sums, by outputs made of these logits and values."""
-    sums: LossSums = loss(_outputs_for(loss, batch, logits, values), batch)
-    return sums
+def call_loss(loss: CalledLoss, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> LossSums:
+    """The sums of the loss on outputs made of logits [N, V] and values [N]."""
+    return loss(_outputs_for(loss, batch, logits, values), batch)
 
 
-def answer_of(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Answer:
+def answer_of(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel) -> Answer:
     """The sum and its gradients."""
     logits, values = model.leaves()
     sums = call_loss(loss, batch, logits, values)
@@ -159,13 +177,13 @@ def answer_of(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Answer:
     return Answer(sums.total.detach().to(torch.float64), grads[0], grads[1], sums)
 
 
-def answer_on(loss: Any, batch: BatchedDataDict, model: FreeModel, indices: Sequence[int]) -> Answer:
+def answer_on(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel, indices: Sequence[int]) -> Answer:
     """The answer for some sequences alone."""
     return answer_of(loss, batch.select(list(indices)), model.select(positions_of(batch, indices)))
 
 
 def positions_of(batch: BatchedDataDict, indices: Sequence[int]) -> Tensor:
-    """Positions of these sequences' tokens in the batch, in the order of `select`."""
+    """[K] int64 positions of these sequences' tokens in the batch, in the order of `select`."""
     marked = BatchedDataDict(batch.lengths, {"at": torch.arange(batch.num_tokens)})
     found: Tensor = marked.select(list(indices))["at"]
     return found
@@ -189,19 +207,19 @@ class _Watched(BatchedDataDict):
         return super().__getitem__(name)
 
 
-def fields_read(loss: Any, batch: BatchedDataDict, model: FreeModel) -> frozenset[str]:
+def fields_read(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel) -> frozenset[str]:
     """Names of the fields of the batch that the loss reads."""
     watched = _Watched(batch)
     answer_of(loss, watched, model)
     return frozenset(watched.read)
 
 
-def logprob_gradient(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Tensor:
+def logprob_gradient(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel) -> Tensor:
     """[N] gradient by the logprobs themselves, the other outputs held."""
     outputs = _outputs_for(loss, batch, model.logits, model.values)
     assert outputs.logprobs is not None
     outputs.logprobs = outputs.logprobs.detach().clone().requires_grad_()
-    sums: LossSums = loss(outputs, batch)
+    sums = loss(outputs, batch)
     (grad,) = torch.autograd.grad(sums.total, outputs.logprobs, materialize_grads=True)
     return grad
 
@@ -220,11 +238,12 @@ def poisoned(batch: BatchedDataDict, poison: float) -> BatchedDataDict:
 
 
 def padded(batch: BatchedDataDict, model: FreeModel) -> tuple[BatchedDataDict, FreeModel, Tensor]:
-    """Every sequence lengthened to one width by untrained tokens; and where the old tokens are now."""
+    """Every sequence lengthened to one width by untrained tokens; and where the old tokens are now, [N] int64."""
     width = batch.max_length + 2
     keep = torch.cat([torch.arange(int(n)) + i * width for i, n in enumerate(batch.lengths)])
 
     def spread(value: Tensor) -> Tensor:
+        """[N, ...] values of the old tokens at their new places; 1 at the others."""
         wide = torch.ones(len(batch) * width, *value.shape[1:]).to(value.dtype)
         wide[keep] = value
         return wide
@@ -240,7 +259,9 @@ def padded(batch: BatchedDataDict, model: FreeModel) -> tuple[BatchedDataDict, F
 # -- comparing -------------------------------------------------------------------------------------
 
 
-def check_same_when_cut(loss: Loss, batch: BatchedDataDict, model: FreeModel, cuts: Sequence[Sequence[int]]) -> None:
+def check_same_when_cut(
+    loss: CalledLoss, batch: BatchedDataDict, model: FreeModel, cuts: Sequence[Sequence[int]]
+) -> None:
     """The answers for parts of the batch add up to that for the whole."""
     whole = answer_of(loss, batch, model)
     total, grad = torch.zeros((), dtype=torch.float64), torch.zeros_like(model.logits)
@@ -256,7 +277,7 @@ def check_same_when_cut(loss: Loss, batch: BatchedDataDict, model: FreeModel, cu
 
 
 def check_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    """Fail with the largest difference, unless it is rounding."""
+    """Fail if two tensors of one shape [...] differ by more than rounding; the message has the largest difference."""
     scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-12)
     finite = bool(torch.isfinite(found).all())
     worst = float((found - expected).abs().max()) if expected.numel() else 0.0

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import pytest
@@ -29,11 +29,15 @@ from nemo_rl_core.testing.conformance.cases.reference import (
     tiny_model,
 )
 from nemo_rl_core.testing.conformance.frame.set_up import SetUpContract
-from nemo_rl_core.testing.conformance.frame.subject import configured
+from nemo_rl_core.testing.conformance.frame.subject import Configured, configured
 from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
+
+if TYPE_CHECKING:
+    from nemo_rl_core.training.model.policy import Policy
 
 __all__ = [
     "OPTIMIZER",
+    "BackendUnderTest",
     "Start",
     "TrainingBench",
     "TwoSteps",
@@ -48,6 +52,8 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, eps=1e-4)
 """The large `eps` keeps tiny gradients, of which rounding decides the sign, from being blown up to full steps."""
 Start = Callable[..., TrainingBackend]
 """Type of the fixture `start`."""
+BackendUnderTest = type[TrainingBackend] | Configured[TrainingBackend]
+"""Type of the fixture `backend`."""
 
 
 class TrainingBench(SetUpContract):
@@ -74,12 +80,12 @@ class TrainingBench(SetUpContract):
         pytest.fail(f"{type(self).__name__} must define a fixture `backend` that returns the class to test.")
 
     @pytest.fixture
-    def start(self, backend: Any) -> Iterator[Start]:
+    def start(self, backend: BackendUnderTest) -> Iterator[Start]:
         """`start(**policy)` is a backend that was set up; it is shut down after the clause."""
         case = configured(backend, self.config_options)
         running: list[TrainingBackend] = []
 
-        def make(*, seed: int = 0, **policy: Any) -> TrainingBackend:
+        def make(*, seed: int = 0, **policy: object) -> TrainingBackend:
             made: TrainingBackend = case.loaded()
             running.append(made)
             made.setup(self.policy(case.options, **policy), WorkerContext(device=self.device, seed=seed, num_threads=1))
@@ -89,14 +95,14 @@ class TrainingBench(SetUpContract):
         for made in running:
             made.shutdown()
 
-    def capable(self, backend: Any, start: Start, capability: str, **policy: Any) -> TrainingBackend:
+    def capable(self, backend: BackendUnderTest, start: Start, capability: str, **policy: object) -> TrainingBackend:
         """A backend with the capability that was set up; skips the clause for one without."""
         if capability not in configured(backend, self.config_options).loaded.capabilities:
             pytest.skip(f"it lacks the capability {capability!r}")
         made: TrainingBackend = start(**policy)
         return made
 
-    def says_its_layout(self, backend: Any) -> None:
+    def says_its_layout(self, backend: BackendUnderTest) -> None:
         """The class, of the policy that the kit trains and, with "tensor_parallel", of one on two workers."""
         case = configured(backend, self.config_options)
         workers = (1, 2) if "tensor_parallel" in case.loaded.capabilities else (1,)
@@ -116,15 +122,14 @@ class TrainingBench(SetUpContract):
 
     # -- running -------------------------------------------------------------------------------
 
-    def policy(self, options: Any, **policy: Any) -> PolicyConfig:
+    def policy(self, options: object, **policy: Any) -> PolicyConfig:
         """The policy's configuration on the tiny model, without clipping unless it is asked for."""
         defaults = {"model_name": self.tiny.folder, "optimizer": OPTIMIZER, "max_grad_norm": None}
         return PolicyConfig(options=options, **{**defaults, **policy})
 
     def batch(self, seed: int = 0) -> BatchedDataDict:
         """Random sequences of the model's tokens."""
-        found: BatchedDataDict = ragged_batch(vocab_size=self.tiny.vocab_size, seed=seed)
-        return found
+        return ragged_batch(vocab_size=self.tiny.vocab_size, seed=seed)
 
     def reference(self, max_grad_norm: float | None = None) -> ReferenceTrainer:
         """The plain loop that starts where the backends start."""
@@ -188,7 +193,7 @@ class TrainingBench(SetUpContract):
     # -- comparing -----------------------------------------------------------------------------
 
     def same(self, found: Tensor | float, expected: Tensor | float, what: str, factor: float = 1.0) -> None:
-        """Two numbers or tensors are equal within the tolerance."""
+        """Two numbers, or two tensors of one shape [...], are equal within the tolerance."""
         ours, theirs = torch.as_tensor(found).detach().float(), torch.as_tensor(expected).detach().float()
         assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, not {list(theirs.shape)}"
         worst = float((ours - theirs).abs().max()) if ours.numel() else 0.0
@@ -201,7 +206,7 @@ class TrainingBench(SetUpContract):
     def same_weights(
         self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], when: str, factor: float = 1.0
     ) -> None:
-        """Two sets of weights are equal within the tolerance."""
+        """Two sets of weights, tensors [...] by name, are equal within the tolerance."""
         assert found.keys() == expected.keys(), f"other weights {when}: {sorted(found.keys() ^ expected.keys())[:4]}"
         for name, value in expected.items():
             self.same(found[name], value, f"{name} {when}", factor)
@@ -216,10 +221,11 @@ class TwoSteps:
 
     metrics: Mapping[str, float]
     logprobs: Tensor
+    """[N] float32."""
     weights: Mapping[str, Tensor]
 
 
-def two_steps(policy: Any, batch: BatchedDataDict) -> TwoSteps:
+def two_steps(policy: Policy, batch: BatchedDataDict) -> TwoSteps:
     """Two steps on one batch through the core's view of the workers."""
     for _ in range(2):
         metrics = policy.train_step(batch, WeightedLoss())
@@ -228,12 +234,12 @@ def two_steps(policy: Any, batch: BatchedDataDict) -> TwoSteps:
 
 
 def weights_of(backend: TrainingBackend) -> dict[str, Tensor]:
-    """Copies of the exported weights."""
+    """Copies of the exported weights by name, each [...] of its own shape, on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in backend.export_weights()}
 
 
 def equal_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of weights are the same bit for bit."""
+    """Whether two sets of weights, tensors [...] by name, are the same bit for bit."""
     return found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 

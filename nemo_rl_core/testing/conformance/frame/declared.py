@@ -45,7 +45,7 @@ def declarable(contract: type) -> dict[str, Any]:
     }
 
 
-def take_declarations(test: Any, component: Any) -> str | None:
+def take_declarations(test: object, component: object) -> str | None:
     """Apply the component's declarations to `test`, an object of a contract.
 
     Attributes that the class of the test defines take precedence: its author set them for this very test.
@@ -72,7 +72,7 @@ def take_declarations(test: Any, component: Any) -> str | None:
     return None
 
 
-def example_of(component: Any, folder: Path) -> Mapping[str, Any]:
+def example_of(component: object, folder: Path) -> Mapping[str, Any]:
     """What the component says it can be checked with: a mapping, or a function of an empty folder that returns one.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.testing.conformance.frame.declared import example_of
@@ -18,7 +18,7 @@ __all__ = ["maker_of"]
 _DATA = (type(None), str, bytes, bool, int, float, complex, Mapping, list, tuple, set, frozenset)
 
 
-def maker_of(contract: type[Contract], given: object, folder: Path) -> Callable[[], Any]:
+def maker_of(contract: type[Contract], given: object, folder: Path) -> Callable[[], object]:
     """A function without arguments that makes the subject, for each clause anew where that is possible.
 
     Args:
@@ -45,7 +45,7 @@ def maker_of(contract: type[Contract], given: object, folder: Path) -> Callable[
     )
 
 
-def _maker_of_class(contract: type[Contract], component: type, folder: Path) -> Callable[[], Any]:
+def _maker_of_class(contract: type[Contract], component: type, folder: Path) -> Callable[[], object]:
     """A class that is the subject itself, that is made without arguments, or that is made by its `example`."""
     from nemo_rl_core.registry import get_registry
 
@@ -58,7 +58,7 @@ def _maker_of_class(contract: type[Contract], component: type, folder: Path) -> 
     return lambda: contract.from_component(ref, {}, example)
 
 
-def _needs_nothing(function: Callable[..., Any]) -> bool:
+def _needs_nothing(function: Callable[..., object]) -> bool:
     """Whether it can be called without arguments."""
     try:
         inspect.signature(function).bind()

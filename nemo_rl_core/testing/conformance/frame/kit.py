@@ -95,7 +95,7 @@ class Contract:
     timeout_s: ClassVar[float] = CLAUSE_TIMEOUT_S
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
         """What the fixture would return for an installed component with these options.
 
         The component is called with its structured options. Contracts whose subject is something else
@@ -109,7 +109,7 @@ class Contract:
         return ref.load()(structured(cls.kind, ref, overlaid(example, options)))
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
+    def mistake_in(cls, subject: object) -> str | None:
         """What is wrong with the value of the fixture itself, in words; None if it can be tested.
 
         A class is a mistake where the subject is the component made with its options (see `from_component`).
@@ -121,7 +121,7 @@ class Contract:
         return None
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
+    def declared_by(cls, subject: object) -> object:
         """Return the object whose attribute `conformance` applies: the subject, or the component in its case."""
         return subject
 
@@ -252,7 +252,7 @@ def run_kit(
 
 def _run(
     contract: type[Contract],
-    make: Callable[[], Any],
+    make: Callable[[], object],
     known: Mapping[str, str],
     only: Sequence[str],
     timeout_s: float | None,
@@ -304,11 +304,11 @@ def check_component(
         )
 
 
-def _tested_class(contract: type[Contract], make: Callable[[], Any], timeout_s: float | None) -> type[Contract]:
-    def subject(self: Any) -> Any:
+def _tested_class(contract: type[Contract], make: Callable[[], object], timeout_s: float | None) -> type[Contract]:
+    def subject(self: object) -> object:
         return make()
 
-    members: dict[str, Any] = {contract.subject: pytest.fixture(name=contract.subject)(subject)}
+    members: dict[str, object] = {contract.subject: pytest.fixture(name=contract.subject)(subject)}
     if timeout_s is not None:
         members["timeout_s"] = timeout_s
     return type(f"Test{contract.__name__}", (contract,), members)
@@ -361,7 +361,7 @@ class _Collector:
             self._trouble = str(report.longrepr)
 
     @pytest.hookimpl
-    def pytest_collectstart(self, collector: Any) -> None:
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
         if isinstance(collector, pytest.Module):
             setattr(collector.obj, self._tested.__name__, self._tested)
 

@@ -9,7 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsAdd
+
+    from nemo_rl_core.protocols.launcher import WorkerContext
 
 __all__ = ["LaunchedWorker"]
 
@@ -17,14 +22,14 @@ __all__ = ["LaunchedWorker"]
 class LaunchedWorker:
     """Answers, raises, dies and hangs on demand."""
 
-    def setup(self, config: Any, context: Any) -> None:
+    def setup(self, config: object, context: WorkerContext) -> None:
         """Keep the context; refuse on rank 1 if the configuration is "refuse"."""
         self.config = config
         self.context = context
         if config == "refuse" and context.rank == 1:
             raise LookupError("no such thing as this configuration")
 
-    def get_context(self) -> Any:
+    def get_context(self) -> WorkerContext:
         """The context that `setup` got."""
         return self.context
 
@@ -36,7 +41,7 @@ class LaunchedWorker:
         """An environment variable."""
         return os.environ.get(name)
 
-    def combine(self, first: Any, *, plus: Any = 0) -> Any:
+    def combine(self, first: SupportsAdd[Any, object], *, plus: object = 0) -> tuple[int, object]:
         """(rank, first + plus)."""
         return self.context.rank, first + plus
 
@@ -64,7 +69,7 @@ class LaunchedWorker:
         """As `leave`, a moment after this was answered."""
         threading.Timer(0.2, self.leave, (rank, status)).start()
 
-    def only_first(self, value: Any) -> Any:
+    def only_first(self, value: object) -> object:
         """`value`; on ranks but the first what cannot be sent."""
         return value if self.context.rank == 0 else (_ for _ in ())
 

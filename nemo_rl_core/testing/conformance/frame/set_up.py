@@ -25,11 +25,13 @@ class SetUpContract(Contract):
     config_options: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
+    def from_component(
+        cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]
+    ) -> Configured[object]:
         """The component with these options, not made yet."""
         return from_reference(cls.kind, ref, overlaid(example, options))
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
+    def declared_by(cls, subject: object) -> object:
         """The class under test."""
         return subject.loaded if isinstance(subject, Configured) else subject

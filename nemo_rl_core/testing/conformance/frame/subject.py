@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import attrs
 import pytest
@@ -16,24 +17,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Configured", "Expecting", "configured", "from_reference", "structured"]
 
+Component = TypeVar("Component")
+
 
 @frozen(kw_only=True)
-class Configured:
+class Configured(Generic[Component]):
     """A component that is not made yet, and its options."""
 
-    component: Any
+    component: type[Component] | ComponentRef
     """The class, or a `ComponentRef` of it; what a launcher in another process can make."""
-    options: Any = None
+    options: object = None
     """An instance of its `config_class`."""
 
     @property
-    def loaded(self) -> Any:
+    def loaded(self) -> type[Component]:
         """The class itself."""
         load = None if isinstance(self.component, type) else getattr(self.component, "load", None)
-        return load() if callable(load) else self.component
+        return load() if callable(load) else cast("type[Component]", self.component)
 
 
-def configured(subject: Any, options: Mapping[str, Any]) -> Configured:
+def configured(subject: type[Component] | Configured[Component], options: Mapping[str, Any]) -> Configured[Component]:
     """The subject of a fixture as `Configured`: it may be one, or a class that takes the contract's options."""
     if isinstance(subject, Configured):
         return subject
@@ -43,7 +46,7 @@ def configured(subject: Any, options: Mapping[str, Any]) -> Configured:
     return Configured(component=subject, options=config_class(**options))
 
 
-def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Configured:
+def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Configured[object]:
     """An installed component with options structured by its `config_class`.
 
     Raises:
@@ -52,7 +55,7 @@ def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> 
     return Configured(component=ref, options=structured(kind, ref, options))
 
 
-def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
+def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> object:
     """Options by the component's `config_class`.
 
     Raises:
@@ -85,7 +88,9 @@ class Expecting:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if error is None:
             pytest.fail(f"{self._what} was not refused")
         if isinstance(error, self._error):
