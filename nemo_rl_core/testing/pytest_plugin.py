@@ -98,7 +98,7 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
 
 
 def _mistake(tested: type, contract: type) -> str | None:
-    """What keeps the clauses of `tested` from being run, in words; None if nothing does."""
+    """Say in words what keeps the clauses of `tested` from running; None if nothing does."""
     subject: str | None = getattr(tested, "subject", None)
     if subject is None:
         return "it is a subclass of Contract itself. Subclass the contract of a kind, such as LossContract."
@@ -122,5 +122,5 @@ def _mistake(tested: type, contract: type) -> str | None:
 
 
 def is_fixture(value: object) -> bool:
-    """Whether `@pytest.fixture` made it; before pytest 8.4 that is a marked function, since then an object."""
+    """Return whether `@pytest.fixture` made `value`: a marked function before pytest 8.4, an object since then."""
     return hasattr(value, "_pytestfixturefunction") or type(value).__name__ == "FixtureFunctionDefinition"

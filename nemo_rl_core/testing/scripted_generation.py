@@ -77,14 +77,14 @@ class ScriptedGeneration:
 
     @staticmethod
     def logprob(token_id: int, position: int) -> float:
-        """The made-up logprob of a token at a position of its completion; finite and negative."""
+        """Return the made-up logprob in nats of a token at a position of its completion, finite and negative."""
         return -(1.0 + (token_id * 31 + position * 7) % 97) / 97.0
 
     def setup(self, config: GenerationConfig, context: WorkerContext) -> None:
-        """Nothing to build."""
+        """Do nothing: there is no engine to build."""
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """What the script says, cut at `max_new_tokens` and after the first stop token or stop string.
+        """Return what the script says, cut at `max_new_tokens` and after the first stop token or stop string.
 
         Raises:
             GenerationError: The prompt is empty, or the script says so.
@@ -126,21 +126,21 @@ class ScriptedGeneration:
         self._paused = False
 
     def fingerprint(self) -> str:
-        """Names the version: there are no weights to digest."""
+        """Return a text that names the version, as there are no weights to digest."""
         return f"scripted-{self.version}"
 
     def metrics(self) -> Mapping[str, float]:
-        """Requests served so far."""
+        """Return the number of requests received so far."""
         return {"requests": float(len(self.requests))}
 
     def sleep(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: the script holds no memory of a device."""
 
     def wake(self) -> None:
-        """Nothing to undo."""
+        """Do nothing, as `sleep` did nothing."""
 
     def shutdown(self) -> None:
-        """Nothing is running."""
+        """Do nothing: no thread or process is running."""
 
     def _complete(self, request: GenerationRequest, reply: ScriptedReply, version: int) -> Completion:
         token_ids = self._tokens(reply)

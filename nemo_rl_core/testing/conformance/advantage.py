@@ -268,7 +268,7 @@ class AdvantageContract(Contract):
         return self._with_rewards(batch, torch.tensor(_REWARDS))
 
     def _with_rewards(self, batch: BatchedDataDict, rewards: Tensor) -> BatchedDataDict:
-        """The batch with these total rewards [B], in one named reward."""
+        """Return the batch with these total rewards [B], also as its only named reward."""
         changed = batch.select(range(len(batch)))
         changed.set_sequences("rewards", rewards.to(torch.float32))
         changed.set_sequences("reward/score", rewards.to(torch.float32).clone())
@@ -276,7 +276,7 @@ class AdvantageContract(Contract):
 
 
 def _by_sequence(advantage: AdvantageEstimator, batch: BatchedDataDict) -> list[Tensor]:
-    """The advantages [K] of the K trained tokens of each sequence."""
+    """Return the advantages [K] of the K trained tokens of each sequence."""
     found = advantage(batch)
     assert isinstance(found, Tensor) and found.shape == (batch.num_tokens,), "it does not return [N] numbers"
     parts = torch.split(found.detach(), batch.lengths.tolist())

@@ -61,7 +61,7 @@ class AlgorithmContract(Contract):
 
     @classmethod
     def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> AlgorithmCase:
-        """The algorithm with these fields of its configuration; its `example` has keywords of `AlgorithmCase`."""
+        """Return the case of an algorithm with these options; its `example` has keywords of `AlgorithmCase`."""
         config = overlaid(example.get("config") or {}, options)
         case = AlgorithmCase(**{"component": ref.load(), **example, "config": config})
         cls().config(case)  # wrong or missing fields are one error
@@ -69,7 +69,7 @@ class AlgorithmContract(Contract):
 
     @classmethod
     def declared_by(cls, subject: object) -> object:
-        """The class of the algorithm."""
+        """Return the class of the algorithm."""
         return getattr(subject, "component", subject)
 
     @pytest.fixture
@@ -296,7 +296,7 @@ class AlgorithmContract(Contract):
     # -- making and running --------------------------------------------------------------------
 
     def settings(self, case: AlgorithmCase, **changes: object) -> dict[str, Any]:
-        """The configuration as plain data: the kit's, the case's over it, `changes` over both."""
+        """Return the configuration as plain data: the kit's settings, overlaid by the case's and then by `changes`."""
         fields = {field.name for field in attrs.fields(case.component.config_class)}
         small = {name: value for name, value in _SMALL.items() if name in fields}
         settings: dict[str, Any] = {
@@ -314,11 +314,11 @@ class AlgorithmContract(Contract):
         return settings
 
     def config(self, case: AlgorithmCase, **changes: object) -> RunConfig:
-        """The finalized configuration."""
+        """Return the finalized configuration."""
         return finalize(load_config(self.settings(case, **changes)))
 
     def make(self, case: AlgorithmCase) -> Algorithm:
-        """The algorithm, with the components that its configuration names."""
+        """Make the algorithm, with the components that its configuration names."""
         from nemo_rl_core.registry import get_registry
 
         def resolve(kind: str, choice: ComponentChoice) -> object:
@@ -329,11 +329,11 @@ class AlgorithmContract(Contract):
         return make(self.config(case), context)
 
     def items(self, case: AlgorithmCase, made: Algorithm) -> Sequence[Any]:
-        """Groups made by hand, or rows of the case."""
+        """Return what a batch is built from: groups made by hand, or rows of the case."""
         return handmade_groups() if _fed(made) == "rollouts" else list(case.rows)[:8]
 
     def finished(self, case: AlgorithmCase) -> tuple[Algorithm, BatchedDataDict, Mapping[str, float]]:
-        """An algorithm, a batch as it is when it is trained, and the metrics of `finish_batch`."""
+        """Return an algorithm, a batch that is ready for training, and the metrics of `finish_batch`."""
         made = self.make(case)
         batch = made.build_batch(self.items(case, made))
         made.fill_batch(batch, {"policy": StandIn(0.0), **{name: StandIn(0.1) for name in made.models}})
@@ -345,7 +345,7 @@ class AlgorithmContract(Contract):
             pytest.skip("it is fed with examples")
 
     def run(self, case: AlgorithmCase, run_dir: Path, **changes: object) -> RunResult:
-        """A run with the default backends."""
+        """Train with the default backends and return the result of the run."""
         from nemo_rl_core.training.trainer import Trainer
 
         trainer = Trainer(self.settings(case, run_dir=str(run_dir), **changes))
@@ -365,7 +365,7 @@ def _model_bytes(run: RunResult) -> bytes:
 
 
 def _weights(run: RunResult) -> dict[str, Tensor]:
-    """Weights of the model that a run wrote, by name, each [...] of its own shape."""
+    """Read the weights of the model that a run wrote, by name, each [...] of its own shape."""
     from safetensors.torch import load_file
 
     assert run.model_path is not None, f"the run is {run.status} and wrote no model"

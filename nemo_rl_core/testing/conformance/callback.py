@@ -48,13 +48,13 @@ class CallbackContract(Contract):
 
     @classmethod
     def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
-        """A class is made with the options as arguments; an object is itself."""
+        """Return the object, or an object of the class, made with the options as arguments."""
         component = ref.load()
         return component(**overlaid(example, options)) if isinstance(component, type) else component
 
     @classmethod
     def mistake_in(cls, subject: object) -> str | None:
-        """A callback is an object."""
+        """Refuse a class: a callback is an object."""
         if isinstance(subject, type):
             return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}()"
         return super().mistake_in(subject)
@@ -170,13 +170,13 @@ class CallbackContract(Contract):
 
 
 def _methods(callback: object) -> list[tuple[str, Callable[..., object]]]:
-    """Its methods whose names look like hooks."""
+    """Return the methods of a callback whose names look like hooks, by name."""
     names = [name for name in dir(callback) if name.startswith("on_")]
     return [(name, getattr(callback, name)) for name in names if callable(getattr(callback, name))]
 
 
 def _run(run: RunState, metrics: Mapping[str, float]) -> Iterator[Event]:
-    """Every event of a run of two steps, in order."""
+    """Yield every event of a run of two steps, in order."""
     yield "on_run_start", {"run": run}
     for step in (1, 2):
         groups = [RolloutGroup(group_id=step, task_id="a", rollouts=[_rollout(0), _rollout(1)])]
@@ -214,7 +214,7 @@ def _empty() -> Rollout:
 
 
 def _frozen(value: object) -> dict[str, Any]:
-    """A copy of what a callback may not change, by field."""
+    """Copy what a callback may not change, by field."""
     if isinstance(value, RunState):
         skipped = ("stop_requested", "checkpoint_requested", "config")
         return {f.name: copy.deepcopy(getattr(value, f.name)) for f in attrs.fields(RunState) if f.name not in skipped}

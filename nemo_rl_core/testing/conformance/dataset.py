@@ -46,7 +46,7 @@ class _StatefulRows(Protocol):
 
 @attrs.frozen(kw_only=True)
 class BrokenSource:
-    """A source that cannot be read, and what its error must name."""
+    """A source that cannot be read, and the texts that its error must contain."""
 
     source: _Loadable
     """As the fixture gives: has `load`."""
@@ -73,7 +73,7 @@ class DatasetContract(Contract):
 
     @classmethod
     def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
-        """The source made with its options; a function gets them as arguments when it is asked to load."""
+        """Return the source made with its options; a function gets them as arguments when it loads."""
         component = ref.load()
         if isinstance(component, type):
             return super().from_component(ref, options, example)
@@ -81,12 +81,12 @@ class DatasetContract(Contract):
 
     @classmethod
     def declared_by(cls, subject: object) -> object:
-        """The source, or the function that is one."""
+        """Return the source, or the function that serves as one."""
         return subject.function if isinstance(subject, _FunctionSource) else subject
 
     @classmethod
     def mistake_in(cls, subject: object) -> str | None:
-        """A source is an object with `load`, not rows."""
+        """Refuse a class, and rows in place of a source, which has a method `load`."""
         if isinstance(subject, type):
             return f"it returns the class {subject.__name__}: return a source, such as {subject.__name__}(...)"
         if not callable(getattr(subject, "load", None)):
@@ -94,7 +94,7 @@ class DatasetContract(Contract):
         return None
 
     def broken(self, folder: Path) -> Mapping[str, BrokenSource]:
-        """Sources of yours that cannot be read, by what is wrong, such as a file cut short. Default: none.
+        """Return broken sources by what is wrong with them, such as a truncated file. Default: none.
 
         Args:
             folder: Empty; write the files here.
@@ -261,11 +261,11 @@ class DatasetContract(Contract):
     # -- reading -------------------------------------------------------------------------------
 
     def _rows(self, dataset: DatasetSource) -> list[object]:
-        """The first rows, newly loaded."""
+        """Load the source anew and return its first rows."""
         return list(_read(dataset.load(), self.max_rows))
 
     def _module(self, dataset: DatasetSource, size: int, *, shuffle: bool) -> DataModule:
-        """The data of a run on the first `size` rows, each row's text as its prompt."""
+        """Return the data of a run on the first `size` rows, each row's text as its prompt."""
         source = _AsPrompts(dataset)
         whole = size < self.max_rows or isinstance(source.load(), _StatefulStream)  # a limit would hide its state
         config = DataConfig(train=DatasetConfig(source=source, limit=None if whole else size), shuffle=shuffle)
@@ -280,7 +280,7 @@ class _FunctionSource:
     options: dict[str, Any]
 
     def load(self) -> LoadedRows:
-        """What the function returns."""
+        """Return the rows that the function returns."""
         return self.function(**self.options)
 
 
@@ -291,7 +291,7 @@ class _AsPrompts:
     source: DatasetSource
 
     def load(self) -> LoadedRows:
-        """The same kind of rows: by index, or a stream with or without a state."""
+        """Load rows of the same kind: by index, or a stream with or without a state."""
         rows = self.source.load()
         if _is_table(rows):
             return _Table(rows)
@@ -340,7 +340,7 @@ def _has_state(rows: object) -> TypeGuard[_StatefulRows]:
 
 
 def _read(rows: LoadedRows, limit: int | None) -> Iterator[object]:
-    """The rows, as a run reads them."""
+    """Yield the rows as a run reads them, at most `limit` of them."""
     if _is_table(rows):
         size = len(rows)
         return (rows[i] for i in range(size if limit is None else min(size, limit)))

@@ -76,7 +76,7 @@ class LauncherContract(SetUpContract):
 
     @pytest.fixture
     def pair(self, launcher: LauncherUnderTest, request: pytest.FixtureRequest) -> WorkerGroup:
-        """Two healthy workers, which the clauses of this class share that leave them so."""
+        """Two healthy workers, shared by those clauses of the class that leave them healthy."""
         place: pytest.Class = request.node.getparent(pytest.Class)
         if _PAIR not in place.stash:
             made = self.make(launcher)
@@ -86,7 +86,7 @@ class LauncherContract(SetUpContract):
         return group
 
     def make(self, launcher: LauncherUnderTest) -> Launcher:
-        """A launcher that was set up with the kit's cluster."""
+        """Make a launcher and set it up with the cluster of the kit."""
         case = configured(launcher, self.config_options)
         create: Callable[..., Launcher] = case.loaded
         made = create(case.options)
@@ -283,7 +283,7 @@ class LauncherContract(SetUpContract):
     # -- looking -------------------------------------------------------------------------------
 
     def error_of(self, work: Callable[[], object], what: str) -> Exception:
-        """What `work` raises."""
+        """Return the exception that `work` raises."""
         try:
             found = work()
         except Exception as error:  # looked at by the clause
@@ -291,20 +291,20 @@ class LauncherContract(SetUpContract):
         pytest.fail(f"{what} was not noticed: it returned {found!r}")
 
     def checked(self, group: WorkerGroup) -> None:
-        """Ask until it is told, as a run does."""
+        """Call `check_alive` again and again, as a run does, until it raises or `notice_s` is over."""
         deadline = time.monotonic() + self.notice_s
         while time.monotonic() < deadline:
             group.check_alive()
             time.sleep(0.1)
 
     def names(self, error: Exception, rank: int) -> None:
-        """The error says that it was this rank."""
+        """Fail unless the error blames this rank."""
         named = re.search(r"\brank(?:s|\(s\))?\W*(\d+)", str(error), re.IGNORECASE)
         assert named, f"the message names no rank: {error}"
         assert int(named[1]) == rank, f"the message blames rank {named[1]}, not rank {rank}: {error}"
 
     def are_gone(self, pids: list[int]) -> None:
-        """None of the processes runs any more."""
+        """Fail unless all of the processes end within 10 seconds."""
         if not self.same_machine:
             return
         deadline = time.monotonic() + 10.0

@@ -65,7 +65,7 @@ class LoggerContract(Contract):
     subject: ClassVar[str] = "logger"
 
     def read_back(self, logger: Logger, run_dir: Path) -> Mapping[int, Mapping[str, float]] | None:
-        """What was logged, by step, read from where it went; None if it cannot be read. Default: None."""
+        """Return the logged metrics by step, read back from the store; None if that is impossible. Default: None."""
         return None
 
     # -- clauses -------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ ODD_RESPONSES = (
 
 @frozen(kw_only=True)
 class _Scored:
-    """What one response got: rewards by name, or the error."""
+    """The score of one response: rewards by name, or the error."""
 
     rewards: Mapping[str, float]
     error: str = ""
@@ -80,7 +80,7 @@ class RewardContract(Contract):
 
     @classmethod
     def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
-        """The function itself, with the options as preset arguments; a class is made with its options."""
+        """Return the function with the options as preset arguments; a class is made with its options."""
         component = ref.load()
         if isinstance(component, type):
             return super().from_component(ref, options, example)
@@ -89,12 +89,12 @@ class RewardContract(Contract):
 
     @classmethod
     def declared_by(cls, subject: object) -> object:
-        """The function, whose attribute it is, without the arguments that are preset."""
+        """Return the function without its preset arguments, as the attribute belongs to the function."""
         return subject.func if isinstance(subject, functools.partial) else subject
 
     @classmethod
     def mistake_in(cls, subject: object) -> str | None:
-        """A reward is anything that can be called."""
+        """Refuse a class, and what cannot be called."""
         if isinstance(subject, type):
             return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}(...)"
         return None if callable(subject) else f"it returns {subject!r:.60}, not a function"
@@ -287,7 +287,7 @@ def _named(reward: Callable[..., Any], row: Mapping[str, Any], response: str) ->
 
 
 def _finish(result: object) -> object:
-    """The result, awaited if it must be."""
+    """Return the result, awaited if necessary."""
     if not inspect.isawaitable(result):
         return result
 

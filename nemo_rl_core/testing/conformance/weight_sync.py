@@ -31,7 +31,7 @@ _Result = TypeVar("_Result")
 
 
 class SyncedTrainer:
-    """What a sync reads from: a worker that exports three tensors.
+    """The worker that a sync reads from; it exports three tensors.
 
     Attributes:
         weights: The live tensors by name.
@@ -51,7 +51,7 @@ class SyncedTrainer:
             yield name, tensor
 
     def apply(self, function: Callable[..., _Result], /, *args: object) -> _Result:
-        """As a training backend has it."""
+        """Return `function(self, *args)`, as a training backend does."""
         return function(self, *args)
 
     def train(self) -> None:
@@ -60,11 +60,11 @@ class SyncedTrainer:
             tensor.mul_(0.9).add_(0.1)
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 class SyncedEngine:
-    """What a sync writes to: an engine that keeps weights and answers with a number made of them.
+    """The engine that a sync writes to; it keeps weights and answers with a number computed from them.
 
     Attributes:
         dtype: Of its weights, as an engine of another precision has it.
@@ -100,15 +100,15 @@ class SyncedEngine:
         self.version = version
 
     def fingerprint(self) -> str:
-        """Of the weights it would sample from."""
+        """Return the fingerprint of the weights that it would sample from."""
         return fingerprint(self.weights.items())
 
     def answer(self) -> float:
-        """A number that depends on every weight."""
+        """Return a number that depends on every weight."""
         return float(sum(tensor.double().sum() for tensor in self.weights.values()))
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 class _Elsewhere:
@@ -121,23 +121,23 @@ class _Elsewhere:
         self._trainer = trainer
 
     def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
-        """`[worker.method(*args, **kwargs)]`."""
+        """Return `[worker.method(*args, **kwargs)]`."""
         return [getattr(self._trainer, method)(*args, **kwargs)]
 
     def call_each(
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
     ) -> list[Any]:
-        """`[worker.method(*arguments[0])]`."""
+        """Return `[worker.method(*arguments[0])]`."""
         (only,) = arguments
         return [getattr(self._trainer, method)(*only)]
 
     def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the worker's generator yields: names, and copies of its tensors [...], as if sent here."""
+        """Yield what the worker's generator yields: names, and copies of its tensors [...]."""
         for name, tensor in getattr(self._trainer, method)(*args):
             yield name, tensor.clone()
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 class WeightSyncContract(Contract):
@@ -157,12 +157,12 @@ class WeightSyncContract(Contract):
         pytest.fail(f"{type(self).__name__} must define a fixture `weight_sync` that returns the sync to test.")
 
     def make_trainer(self) -> tuple[SyncedTrainer, WorkerGroup]:
-        """The trainer, and the worker group that stands for it."""
+        """Make the trainer and the worker group that it belongs to."""
         trainer = SyncedTrainer()
         return trainer, InProcessGroup(trainer)
 
     def make_engine(self, dtype: torch.dtype = torch.float32) -> SyncedEngine:
-        """The engine."""
+        """Make the engine, with weights of this precision."""
         return SyncedEngine(dtype)
 
     # -- clauses -------------------------------------------------------------------------------
@@ -311,12 +311,12 @@ class WeightSyncContract(Contract):
         share: bool = False,
         timeout_s: float = 30.0,
     ) -> SyncReport:
-        """One refit."""
+        """Run one refit and return its report."""
         workers, backend = cast("WorkerGroup", group), cast("GenerationBackend", engine)  # as far as a sync uses them
         return weight_sync.sync(workers, backend, version=version, share=share, timeout_s=timeout_s)
 
     def error_within(self, work: Callable[[], object]) -> BaseException | None:
-        """What `work` raises, run in a thread; None if it is not through after `wait_s`."""
+        """Run `work` in a thread and return what it raises; None if it has not ended after `wait_s`."""
         raised: list[BaseException] = []
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""An environment and an episode of it, which the contract of environments plays."""
+"""The case that the contract of environments plays: an environment and one episode of it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class EnvironmentCase:
         return self.max_turns or len(self.turns)
 
     def options(self) -> object:
-        """The options of one environment, as its `config_class`."""
+        """Return the options of one environment, as an object of its `config_class`."""
         config_class = getattr(self.environment, "config_class", dict)
         config = self.config
         if config is None or (isinstance(config, Mapping) and config_class is not dict):
@@ -66,5 +66,5 @@ class EnvironmentCase:
         return config
 
     def make(self, context: EnvironmentContext) -> Environment:
-        """The environment of one episode."""
+        """Make the environment of one episode."""
         return self.environment(self.options(), context)

@@ -1,4 +1,4 @@
-"""Bench for a generation backend's contract: engines that are set up, requests, and comparisons."""
+"""Test bench for the contract of a generation backend: engines, requests and comparisons."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EngineUnderTest = type[GenerationBackend] | Configured[GenerationBackend]
 
 
 class GenerationBench(SetUpContract):
-    """Sets engines up, asks them and compares; base of the contract of a generation backend.
+    """Base of the contract of a generation backend: sets up engines, sends requests and compares answers.
 
     Attributes:
         config_options: Options of the component, if the defaults do not suit the kit.
@@ -101,7 +101,7 @@ class GenerationBench(SetUpContract):
 
     @property
     def tiny(self) -> TinyModel:
-        """The checkpoint the engine runs."""
+        """The checkpoint that the engine runs."""
         return tiny_model(self.model_shape)
 
     # -- asking --------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class GenerationBench(SetUpContract):
         return asyncio.run(within())
 
     def complete(self, engine: GenerationBackend, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """All completions of `requests`, asked for at once."""
+        """Send all requests at once and return their completions."""
 
         async def all_of_them() -> list[Completion]:
             return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
@@ -126,11 +126,11 @@ class GenerationBench(SetUpContract):
         return self.run(all_of_them(), f"{len(requests)} requests at a time")
 
     def update(self, engine: GenerationBackend, version: int, weights: Mapping[str, Tensor]) -> None:
-        """Refit the engine with copies of these weights, which may have any shapes [...]."""
+        """Refit the engine with copies of these weights, each [...] of its own shape."""
         engine.update_weights(version, iter(weights.items()), share=False)
 
     async def updated_in_flight(self, engine: GenerationBackend, version: int) -> Completion:
-        """A long completion during which the weights are updated."""
+        """Return a long completion during which the weights are updated."""
         first = make_request("first", PROMPT, seed=version, max_new_tokens=1, ignore_eos=True)
         long = make_request("long", PROMPT, seed=version, max_new_tokens=900, ignore_eos=True)
         call: Awaitable[Completion] = asyncio.ensure_future(engine.generate(long))
@@ -139,7 +139,7 @@ class GenerationBench(SetUpContract):
         return await call
 
     def refuses(self, engine: GenerationBackend, prompt: tuple[int, ...]) -> None:
-        """A prompt is refused with a GenerationError, and the next request is served."""
+        """Fail unless a prompt is refused with a GenerationError and the next request is served."""
         fine = make_request("fine", (20, 31), seed=0, max_new_tokens=2, ignore_eos=True)
         with Expecting(GenerationError, f"a prompt of {len(prompt)} tokens"):
             self.complete(engine, [make_request("bad", prompt, max_new_tokens=4)])
@@ -151,7 +151,7 @@ class GenerationBench(SetUpContract):
         sampling: Callable[[list[int]], dict[str, Any]],
         reason: Callable[[list[int]], str | int],
     ) -> None:
-        """A completion that is cut where `sampling`, made of an uncut one, says."""
+        """Fail unless a completion stops where `sampling`, computed from its uncut tokens, says."""
         common = {"seed": 3, "temperature": 1.3, "ignore_eos": True, "max_new_tokens": 20}
         for prompt in PROMPTS[:3]:
             (whole,) = self.complete(engine, [make_request("r", prompt, **common)])
@@ -182,7 +182,7 @@ class GenerationBench(SetUpContract):
         model: PreTrainedModel,
         when: str = "",
     ) -> None:
-        """Each completion's logprobs are those of the distribution that it must have been drawn from."""
+        """Fail unless the logprobs of each completion are those of the distribution that it must be drawn from."""
         for request, completion in zip(requests, completions, strict=True):
             s, tokens = request.sampling, completion.token_ids
             assert len(completion.logprobs) == len(tokens), f"{when}not one logprob for each token"
@@ -202,23 +202,23 @@ class GenerationBench(SetUpContract):
 
 
 def make_request(name: str, prompt: Sequence[int], **sampling: Any) -> GenerationRequest:
-    """A request with these sampling parameters."""
+    """Make a request with these sampling parameters."""
     return GenerationRequest(request_id=name, prompt_ids=prompt, sampling=SamplingParams(**sampling))
 
 
 def numbered_prompts() -> list[tuple[int, tuple[int, ...]]]:
-    """Index and token ids of each of `PROMPTS`."""
+    """Return the index and the token ids of each of `PROMPTS`."""
     return list(enumerate(PROMPTS))
 
 
 def all_different(completions: Sequence[Completion], of_what: str) -> None:
-    """No two completions have the same tokens."""
+    """Fail if two completions have the same tokens."""
     different = len({tuple(c.token_ids) for c in completions})
     assert different == len(completions), f"{len(completions)} {of_what} gave only {different} different completions"
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> float:
-    """How far `counts` [V] are from `expected` [V], in standard deviations (Wilson and Hilferty 1931).
+    """Return how far `counts` [V] are from `expected` [V], in standard deviations (Wilson and Hilferty 1931).
 
     Outcomes of which fewer than 5 are expected are taken together.
     """

@@ -80,15 +80,15 @@ class TinyModel:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """The size V of the vocabulary."""
         return int(self.model.config.vocab_size)
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the parameters by name, each [...] of its own shape; a tied one comes once."""
+        """Copy the parameters by name, each [...] of its own shape; a tied one comes once."""
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
     def copy(self, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
-        """A copy of the model, with other weights [...] by name if they are given."""
+        """Copy the model, with other weights [...] by name if they are given."""
         import copy
 
         made = copy.deepcopy(self.model)
@@ -99,7 +99,7 @@ class TinyModel:
         return made
 
     def changed_weights(self, seed: int = 1) -> dict[str, Tensor]:
-        """Other weights of the same shapes [...]: half the old ones and half new noise."""
+        """Make other weights of the same shapes [...]: half the old ones and half new noise."""
         generator = torch.Generator().manual_seed(seed)
         return {
             name: 0.5 * value + 0.2 * torch.randn(value.shape, generator=generator)
@@ -108,7 +108,7 @@ class TinyModel:
 
 
 def tiny_model(shape: Mapping[str, Any] = TINY_SHAPE) -> TinyModel:
-    """The checkpoint of this shape, made once in a process from a fixed seed."""
+    """Return the checkpoint of this shape, made once per process from a fixed seed."""
     return _made(json.dumps(dict(shape), sort_keys=True))
 
 
@@ -165,7 +165,7 @@ def sampling_distribution(logits: Tensor, *, temperature: float, top_p: float = 
 
 
 class LargestTensor(TorchDispatchMode):
-    """While it is entered, remembers the largest floating-point tensor that an operator made.
+    """A context that records the largest floating-point tensor that an operator makes.
 
     Attributes:
         numel: Its number of elements.
@@ -198,7 +198,7 @@ class LargestTensor(TorchDispatchMode):
 def ragged_batch(
     lengths: Sequence[int] = (5, 12, 9, 16, 3, 7), *, vocab_size: int = 104, seed: int = 0
 ) -> BatchedDataDict:
-    """Random tokens; about two thirds of them are trained, never a first one, with random advantages."""
+    """Make a batch of random tokens with random advantages; about two thirds are trained, never a first token."""
     from nemo_rl_core.records.batch import BatchedDataDict
 
     rng = torch.Generator().manual_seed(seed)
@@ -248,7 +248,7 @@ class Likelihood:
         self.needs: frozenset[str] = frozenset({output})
 
     def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """[C, 1]."""
+        """[C, 1] logprob of each of C tokens, from the logprobs [C, V] of the whole vocabulary."""
         return logprobs.gather(1, fields["input_ids"][:, None])
 
     def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
@@ -273,7 +273,7 @@ class ValuesToOne:
 
 @frozen(kw_only=True)
 class ReferenceStep:
-    """What one step of the plain loop came to."""
+    """The result of one step of the plain loop."""
 
     loss: float
     grad_norm: float
@@ -281,7 +281,7 @@ class ReferenceStep:
 
 
 class ReferenceTrainer:
-    """Plain PyTorch: one sequence at a time, one backward pass, `clip_grad_norm_`, AdamW.
+    """A plain PyTorch loop: one sequence at a time, one backward pass, `clip_grad_norm_`, AdamW.
 
     Args:
         model: A model of its own; it is trained in place.
@@ -312,7 +312,7 @@ class ReferenceTrainer:
     def step(
         self, batch: BatchedDataDict, *, temperature: float = 1.0, learning_rate: float | None = None
     ) -> ReferenceStep:
-        """One optimizer step on the whole batch."""
+        """Take one optimizer step on the whole batch."""
         for group in self.optimizer.param_groups if learning_rate is not None else ():
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
@@ -325,6 +325,6 @@ class ReferenceTrainer:
         return ReferenceStep(loss=float(total.detach()), grad_norm=float(norm))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each parameter, [...] of its own shape."""
+        """Yield the name and the value of each parameter, [...] of its own shape."""
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()

@@ -31,7 +31,7 @@ _OF_THE_KIT = frozenset({"declared_by", "from_component", "kind", "mistake_in", 
 
 
 def declarable(contract: type) -> dict[str, Any]:
-    """Names that `conformance` may have for this contract, with their defaults."""
+    """Return the names that `conformance` may set for this contract, with their defaults."""
     found: dict[str, Any] = {}
     for base in reversed(contract.__mro__[:-1]):
         found.update(vars(base))
@@ -73,7 +73,7 @@ def take_declarations(test: object, component: object) -> str | None:
 
 
 def example_of(component: object, folder: Path) -> Mapping[str, Any]:
-    """What the component says it can be checked with: a mapping, or a function of an empty folder that returns one.
+    """Return the `example` of a component: a mapping, or the result of a function that takes an empty folder.
 
     Raises:
         NemoRLError: It is neither.

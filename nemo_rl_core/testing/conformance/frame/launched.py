@@ -30,23 +30,23 @@ class LaunchedWorker:
             raise LookupError("no such thing as this configuration")
 
     def get_context(self) -> WorkerContext:
-        """The context that `setup` got."""
+        """Return the context that `setup` got."""
         return self.context
 
     def pid(self) -> int:
-        """Process id."""
+        """Return the process id."""
         return os.getpid()
 
     def variable(self, name: str) -> str | None:
-        """An environment variable."""
+        """Return an environment variable."""
         return os.environ.get(name)
 
     def combine(self, first: SupportsAdd[Any, object], *, plus: object = 0) -> tuple[int, object]:
-        """(rank, first + plus)."""
+        """Return the rank and the sum of `first` and `plus`, such as of two numbers, texts or tensors."""
         return self.context.rank, first + plus
 
     def count(self, number: int) -> Iterator[tuple[int, int]]:
-        """(rank, 0), (rank, 1), ..."""
+        """Yield (rank, 0), (rank, 1), and so on."""
         for i in range(number):
             yield self.context.rank, i
 
@@ -66,11 +66,11 @@ class LaunchedWorker:
             os._exit(status)
 
     def leave_soon(self, rank: int, status: int) -> None:
-        """As `leave`, a moment after this was answered."""
+        """End the process as `leave` does, a moment after this call has returned."""
         threading.Timer(0.2, self.leave, (rank, status)).start()
 
     def only_first(self, value: object) -> object:
-        """`value`; on ranks but the first what cannot be sent."""
+        """Return `value` on the first rank, and something that cannot be pickled on the others."""
         return value if self.context.rank == 0 else (_ for _ in ())
 
     def hang(self, rank: int, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Subject of a contract of the heavy kinds: a component that the kit sets up, with its options."""
+"""Subjects of contracts whose components the kit sets up itself: a class and its options."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Configured(Generic[Component]):
 
     @property
     def loaded(self) -> type[Component]:
-        """The class itself."""
+        """The class, imported if `component` is a reference."""
         load = None if isinstance(self.component, type) else getattr(self.component, "load", None)
         return load() if callable(load) else cast("type[Component]", self.component)
 
 
 def configured(subject: type[Component] | Configured[Component], options: Mapping[str, Any]) -> Configured[Component]:
-    """The subject of a fixture as `Configured`: it may be one, or a class that takes the contract's options."""
+    """Return the subject of a fixture as `Configured`; a plain class gets the options of the contract."""
     if isinstance(subject, Configured):
         return subject
     config_class = getattr(subject, "config_class", None)
@@ -47,7 +47,7 @@ def configured(subject: type[Component] | Configured[Component], options: Mappin
 
 
 def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Configured[object]:
-    """An installed component with options structured by its `config_class`.
+    """Return an installed component with options structured by its `config_class`.
 
     Raises:
         ConfigError: See `structured`.
@@ -56,7 +56,7 @@ def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> 
 
 
 def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> object:
-    """Options by the component's `config_class`.
+    """Return the options as an object of the component's `config_class`.
 
     Raises:
         ConfigError: They do not fit, or some are missing; the message lists every mistake.
@@ -80,7 +80,7 @@ def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> obje
 
 
 class Expecting:
-    """As `pytest.raises`, with words for what was not refused."""
+    """A context manager like `pytest.raises` whose failure says in words what was not refused."""
 
     def __init__(self, error: type[Exception], what: str) -> None:
         self._error, self._what = error, what
