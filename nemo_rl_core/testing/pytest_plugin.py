@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -87,7 +87,7 @@ def process_pool() -> Iterator[ProcessPool]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
     """Refuse a subclass of a contract that pytest would pass over, or whose clauses could not run."""
     kit = sys.modules.get(f"{_KITS}.frame.kit")  # nobody can have subclassed a contract that is not imported
     if kit is None or not (isinstance(obj, type) and issubclass(obj, kit.Contract) and collector.classnamefilter(name)):
@@ -98,7 +98,7 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
 
 
 def _mistake(tested: type, contract: type) -> str | None:
-    """What keeps the clauses of `tested` from being run, in words; None if nothing does."""
+    """Say in words what keeps the clauses of `tested` from running; None if nothing does."""
     subject: str | None = getattr(tested, "subject", None)
     if subject is None:
         return "it is a subclass of Contract itself. Subclass the contract of a kind, such as LossContract."
@@ -121,6 +121,6 @@ def _mistake(tested: type, contract: type) -> str | None:
     return None
 
 
-def is_fixture(value: Any) -> bool:
-    """Whether `@pytest.fixture` made it; before pytest 8.4 that is a marked function, since then an object."""
+def is_fixture(value: object) -> bool:
+    """Return whether `@pytest.fixture` made `value`: a marked function before pytest 8.4, an object since then."""
     return hasattr(value, "_pytestfixturefunction") or type(value).__name__ == "FixtureFunctionDefinition"

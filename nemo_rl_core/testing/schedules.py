@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from attrs import define, evolve, field, frozen
 
@@ -31,7 +30,7 @@ _EXPECTED = ("simulated: ", "passed its deadline")
 
 
 def draw_cluster(seed: int) -> SimulatedCluster:
-    """A small cluster with faults."""
+    """Draw a small cluster with faults."""
     rng = random.Random(seed)
     staleness = rng.choice((0, 1, 1, 2, 4))
     faulty = rng.random() < 0.75
@@ -86,7 +85,7 @@ def draw_cluster(seed: int) -> SimulatedCluster:
 
 @frozen(kw_only=True)
 class ScheduleReport:
-    """What one schedule did."""
+    """The result of one schedule."""
 
     seed: int
     violations: list[str]
@@ -171,7 +170,7 @@ def _live(run: SimulatedRun, observer: _Observer) -> str:
 
 @define(kw_only=True)
 class _Observer:
-    """Sees from outside what the run does; believes the engines, not the run."""
+    """Watches a run from outside and relies on the engines, not on what the run reports."""
 
     critical = True
 
@@ -267,7 +266,7 @@ class _Observer:
 
 
 def _with_less_under_way(cluster: SimulatedCluster, rng: random.Random) -> SimulatedCluster:
-    """As a user may edit the configuration before a run is resumed."""
+    """Reduce the work in flight, as a user may by editing the configuration before a run is resumed."""
     rollouts = evolve(cluster.rollouts, staleness=rng.randint(0, cluster.rollouts.staleness))
     return evolve(cluster, num_prompts=rng.randint(1, cluster.num_prompts), rollouts=rollouts)
 
@@ -278,7 +277,7 @@ def _without_refit_faults(cluster: SimulatedCluster) -> SimulatedCluster:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of faults that are meant to happen."""
+    """Suppress the warnings about faults that are meant to happen."""
     logger = logging.getLogger("nemo_rl_core")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -288,6 +287,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _memory() -> Any:
-    """A folder in memory where there is one."""
+def _memory() -> str | None:
+    """Return a folder in memory, or None if the system has none."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None

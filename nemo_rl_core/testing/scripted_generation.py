@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
 
@@ -73,18 +73,18 @@ class ScriptedGeneration:
         self.num_active = 0
         self.max_active = 0
         self.num_cancelled = 0
-        self.weights: dict[str, Any] = {}
+        self.weights: dict[str, Tensor] = {}
 
     @staticmethod
     def logprob(token_id: int, position: int) -> float:
-        """The made-up logprob of a token at a position of its completion; finite and negative."""
+        """Return the made-up logprob in nats of a token at a position of its completion, finite and negative."""
         return -(1.0 + (token_id * 31 + position * 7) % 97) / 97.0
 
     def setup(self, config: GenerationConfig, context: WorkerContext) -> None:
-        """Nothing to build."""
+        """Do nothing: there is no engine to build."""
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """What the script says, cut at `max_new_tokens` and after the first stop token or stop string.
+        """Return what the script says, cut at `max_new_tokens` and after the first stop token or stop string.
 
         Raises:
             GenerationError: The prompt is empty, or the script says so.
@@ -113,7 +113,7 @@ class ScriptedGeneration:
             self.num_active -= 1
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
-        """Keep the tensors and stamp later completions with `version`."""
+        """Keep the tensors, each [...] of its own shape, and stamp later completions with `version`."""
         self.weights = dict(tensors)
         self.version = version
 
@@ -126,21 +126,21 @@ class ScriptedGeneration:
         self._paused = False
 
     def fingerprint(self) -> str:
-        """Names the version: there are no weights to digest."""
+        """Return a text that names the version, as there are no weights to digest."""
         return f"scripted-{self.version}"
 
     def metrics(self) -> Mapping[str, float]:
-        """Requests served so far."""
+        """Return the number of requests received so far."""
         return {"requests": float(len(self.requests))}
 
     def sleep(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: the script holds no memory of a device."""
 
     def wake(self) -> None:
-        """Nothing to undo."""
+        """Do nothing, as `sleep` did nothing."""
 
     def shutdown(self) -> None:
-        """Nothing is running."""
+        """Do nothing: no thread or process is running."""
 
     def _complete(self, request: GenerationRequest, reply: ScriptedReply, version: int) -> Completion:
         token_ids = self._tokens(reply)

@@ -11,7 +11,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -268,15 +268,15 @@ class AdvantageContract(Contract):
         return self._with_rewards(batch, torch.tensor(_REWARDS))
 
     def _with_rewards(self, batch: BatchedDataDict, rewards: Tensor) -> BatchedDataDict:
-        """The batch with these total rewards, in one named reward."""
+        """Return the batch with these total rewards [B], also as its only named reward."""
         changed = batch.select(range(len(batch)))
         changed.set_sequences("rewards", rewards.to(torch.float32))
         changed.set_sequences("reward/score", rewards.to(torch.float32).clone())
         return changed
 
 
-def _by_sequence(advantage: Any, batch: BatchedDataDict) -> list[Tensor]:
-    """The advantages of each sequence's trained tokens."""
+def _by_sequence(advantage: AdvantageEstimator, batch: BatchedDataDict) -> list[Tensor]:
+    """Return the advantages [K] of the K trained tokens of each sequence."""
     found = advantage(batch)
     assert isinstance(found, Tensor) and found.shape == (batch.num_tokens,), "it does not return [N] numbers"
     parts = torch.split(found.detach(), batch.lengths.tolist())
@@ -288,6 +288,7 @@ def _first(values: Tensor) -> float:
 
 
 def _same(found: Sequence[Tensor], expected: Sequence[Tensor], when: str) -> None:
+    """Fail unless the advantages of each sequence, [K] for K trained tokens, are equal within the tolerance."""
     scale = max([float(e.abs().max()) for e in expected if e.numel()] + [1e-6])
     for i, (f, e) in enumerate(zip(found, expected, strict=True)):
         close = (

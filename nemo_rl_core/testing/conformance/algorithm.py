@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +22,7 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, Update, feed_of
 from nemo_rl_core.records.batch import BatchedDataDict
-from nemo_rl_core.schema import RunConfig
+from nemo_rl_core.schema import ComponentChoice, RunConfig
 from nemo_rl_core.testing.conformance.cases.algorithm_case import AlgorithmCase, StandIn, handmade_groups, is_sampled
 from nemo_rl_core.testing.conformance.frame.declared import overlaid
 from nemo_rl_core.testing.conformance.frame.kit import Contract
@@ -60,16 +60,16 @@ class AlgorithmContract(Contract):
     tolerance: ClassVar[float] = 1e-3
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """The algorithm with these fields of its configuration; its `example` has keywords of `AlgorithmCase`."""
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> AlgorithmCase:
+        """Return the case of an algorithm with these options; its `example` has keywords of `AlgorithmCase`."""
         config = overlaid(example.get("config") or {}, options)
         case = AlgorithmCase(**{"component": ref.load(), **example, "config": config})
         cls().config(case)  # wrong or missing fields are one error
         return case
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The class of the algorithm."""
+    def declared_by(cls, subject: object) -> object:
+        """Return the class of the algorithm."""
         return getattr(subject, "component", subject)
 
     @pytest.fixture
@@ -78,7 +78,7 @@ class AlgorithmContract(Contract):
         pytest.fail(f"{type(self).__name__} must define a fixture `algorithm` that returns the class to test.")
 
     @pytest.fixture
-    def case(self, algorithm: Any) -> Iterator[AlgorithmCase]:
+    def case(self, algorithm: type[Algorithm] | AlgorithmCase) -> Iterator[AlgorithmCase]:
         """The algorithm and its run, in one thread: more only get in each other's way in a model this small."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -295,8 +295,8 @@ class AlgorithmContract(Contract):
 
     # -- making and running --------------------------------------------------------------------
 
-    def settings(self, case: AlgorithmCase, **changes: Any) -> dict[str, Any]:
-        """The configuration as plain data: the kit's, the case's over it, `changes` over both."""
+    def settings(self, case: AlgorithmCase, **changes: object) -> dict[str, Any]:
+        """Return the configuration as plain data: the kit's settings, overlaid by the case's and then by `changes`."""
         fields = {field.name for field in attrs.fields(case.component.config_class)}
         small = {name: value for name, value in _SMALL.items() if name in fields}
         settings: dict[str, Any] = {
@@ -313,39 +313,39 @@ class AlgorithmContract(Contract):
             settings = overlaid(settings, layer)
         return settings
 
-    def config(self, case: AlgorithmCase, **changes: Any) -> Any:
-        """The finalized configuration."""
+    def config(self, case: AlgorithmCase, **changes: object) -> RunConfig:
+        """Return the finalized configuration."""
         return finalize(load_config(self.settings(case, **changes)))
 
     def make(self, case: AlgorithmCase) -> Algorithm:
-        """The algorithm, with the components that its configuration names."""
+        """Make the algorithm, with the components that its configuration names."""
         from nemo_rl_core.registry import get_registry
 
-        def resolve(kind: str, choice: Any) -> Any:
+        def resolve(kind: str, choice: ComponentChoice) -> object:
             return get_registry().resolve(kind, choice.name).load()(choice.options)
 
         context = AlgorithmContext(tokenizer=load_tokenizer(self.model_name), resolve=resolve, max_sequence_length=64)
-        made: Algorithm = case.component(self.config(case), context)
-        return made
+        make: Callable[..., Algorithm] = case.component
+        return make(self.config(case), context)
 
     def items(self, case: AlgorithmCase, made: Algorithm) -> Sequence[Any]:
-        """Groups made by hand, or rows of the case."""
+        """Return what a batch is built from: groups made by hand, or rows of the case."""
         return handmade_groups() if _fed(made) == "rollouts" else list(case.rows)[:8]
 
     def finished(self, case: AlgorithmCase) -> tuple[Algorithm, BatchedDataDict, Mapping[str, float]]:
-        """An algorithm, a batch as it is when it is trained, and the metrics of `finish_batch`."""
+        """Return an algorithm, a batch that is ready for training, and the metrics of `finish_batch`."""
         made = self.make(case)
         batch = made.build_batch(self.items(case, made))
         made.fill_batch(batch, {"policy": StandIn(0.0), **{name: StandIn(0.1) for name in made.models}})
         return made, batch, made.finish_batch(batch)
 
-    def only_rollouts(self, made: Any) -> None:
+    def only_rollouts(self, made: Algorithm) -> None:
         """Skip the clause for an algorithm that is fed with examples."""
         if _fed(made) != "rollouts":
             pytest.skip("it is fed with examples")
 
-    def run(self, case: AlgorithmCase, run_dir: Path, **changes: Any) -> RunResult:
-        """A run with the default backends."""
+    def run(self, case: AlgorithmCase, run_dir: Path, **changes: object) -> RunResult:
+        """Train with the default backends and return the result of the run."""
         from nemo_rl_core.training.trainer import Trainer
 
         trainer = Trainer(self.settings(case, run_dir=str(run_dir), **changes))
@@ -355,7 +355,7 @@ class AlgorithmContract(Contract):
         return trainer.fit(list(case.rows), **scored)
 
 
-def _fed(made: Any) -> str:
+def _fed(made: Algorithm) -> str:
     return feed_of(made, getattr(made, "config", None))
 
 
@@ -365,6 +365,7 @@ def _model_bytes(run: RunResult) -> bytes:
 
 
 def _weights(run: RunResult) -> dict[str, Tensor]:
+    """Read the weights of the model that a run wrote, by name, each [...] of its own shape."""
     from safetensors.torch import load_file
 
     assert run.model_path is not None, f"the run is {run.status} and wrote no model"

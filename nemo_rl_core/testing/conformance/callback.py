@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,32 +47,32 @@ class CallbackContract(Contract):
     metrics: ClassVar[Mapping[str, float]] = {}
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """A class is made with the options as arguments; an object is itself."""
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
+        """Return the object, or an object of the class, made with the options as arguments."""
         component = ref.load()
         return component(**overlaid(example, options)) if isinstance(component, type) else component
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
-        """A callback is an object."""
+    def mistake_in(cls, subject: object) -> str | None:
+        """Refuse a class: a callback is an object."""
         if isinstance(subject, type):
             return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}()"
         return super().mistake_in(subject)
 
     # -- clauses: what it listens to -------------------------------------------------------------
 
-    def test_listens_to_something(self, callback: Any) -> None:
+    def test_listens_to_something(self, callback: object) -> None:
         """It implements one hook of a run at least."""
         assert any(hasattr(callback, name) for name in HOOKS), (
             f"it has none of the hooks {', '.join(HOOKS)}, so it is never called"
         )
 
-    def test_hooks_exist(self, callback: Any) -> None:
+    def test_hooks_exist(self, callback: object) -> None:
         """Every method whose name begins with `on_` is a hook."""
         unknown = [name for name, _ in _methods(callback) if name not in HOOKS]
         assert not unknown, f"{', '.join(unknown)} is no hook; the hooks are {', '.join(HOOKS)}"
 
-    def test_arguments_are_known(self, callback: Any) -> None:
+    def test_arguments_are_known(self, callback: object) -> None:
         """Each hook asks only for arguments that it is given."""
         for name, method in _methods(callback):
             for parameter in inspect.signature(method).parameters.values():
@@ -83,7 +83,7 @@ class CallbackContract(Contract):
                 known = HOOKS.get(name, (parameter.name,))
                 assert free or parameter.name in known, f"{name} asks for {parameter.name!r}; it is given {known}"
 
-    def test_registers(self, callback: Any) -> None:
+    def test_registers(self, callback: object) -> None:
         """A run takes it as a listener: its hooks are plain functions, neither async nor wrappers."""
         for name, method in _methods(callback):
             assert not inspect.iscoroutinefunction(method), f"{name} is async; hooks are called, not awaited"
@@ -92,18 +92,18 @@ class CallbackContract(Contract):
         except PluginError as error:
             raise AssertionError(str(error)) from error
 
-    def test_says_whether_it_is_critical(self, callback: Any) -> None:
+    def test_says_whether_it_is_critical(self, callback: object) -> None:
         """`critical`, if it has it, is True or False: whether its exceptions end the run."""
         found = getattr(callback, "critical", False)
         assert isinstance(found, bool), f"critical is {found!r}"
 
     # -- clauses: through a run --------------------------------------------------------------------
 
-    def test_whole_run(self, callback: Any, tmp_path: Path) -> None:
+    def test_whole_run(self, callback: object, tmp_path: Path) -> None:
         """It takes every event of a run without raising: steps, validation, checkpoints, the end."""
         self._play(callback, _run(self._state(tmp_path), self._step_metrics()))
 
-    def test_failed_rollouts(self, callback: Any, tmp_path: Path) -> None:
+    def test_failed_rollouts(self, callback: object, tmp_path: Path) -> None:
         """It takes rollouts that failed, have no reward, or sampled nothing."""
         run = self._state(tmp_path)
         groups = [
@@ -112,12 +112,12 @@ class CallbackContract(Contract):
         ]
         self._play(callback, [("on_run_start", {"run": run}), ("on_rollouts", {"run": run, "groups": groups})])
 
-    def test_run_without_a_step(self, callback: Any, tmp_path: Path) -> None:
+    def test_run_without_a_step(self, callback: object, tmp_path: Path) -> None:
         """It takes a run that is interrupted before its first step."""
         run = self._state(tmp_path)
         self._play(callback, [("on_run_start", {"run": run}), ("on_run_end", {"run": run, "status": "interrupted"})])
 
-    def test_failed_run(self, callback: Any, tmp_path: Path) -> None:
+    def test_failed_run(self, callback: object, tmp_path: Path) -> None:
         """It takes a run that fails, in its set-up or in a step."""
         run = self._state(tmp_path)
         error = {"run": run, "error": RuntimeError("out of memory")}
@@ -126,11 +126,11 @@ class CallbackContract(Contract):
         start: list[Event] = [("on_run_start", {"run": run}), ("on_step_start", {"run": run})]
         self._play(callback, [*start, ("on_error", error), ("on_run_end", end)])
 
-    def test_metrics_may_be_missing(self, callback: Any, tmp_path: Path) -> None:
+    def test_metrics_may_be_missing(self, callback: object, tmp_path: Path) -> None:
         """It does not count on a metric that another algorithm or step does not have."""
         self._play(callback, _run(self._state(tmp_path), {}))
 
-    def test_second_run(self, callback: Any, tmp_path: Path) -> None:
+    def test_second_run(self, callback: object, tmp_path: Path) -> None:
         """The same object can listen to a second run."""
         for number in (1, 2):
             try:
@@ -138,7 +138,7 @@ class CallbackContract(Contract):
             except AssertionError as error:
                 raise AssertionError(f"in run {number}: {error}") from error
 
-    def test_leaves_the_run_alone(self, callback: Any, tmp_path: Path) -> None:
+    def test_leaves_the_run_alone(self, callback: object, tmp_path: Path) -> None:
         """It changes nothing of the run but `stop_requested` and `checkpoint_requested`, and no metric."""
         run = self._state(tmp_path)
         for hook, arguments in _run(run, self._step_metrics()):
@@ -157,7 +157,7 @@ class CallbackContract(Contract):
     def _step_metrics(self) -> dict[str, float]:
         return {**METRICS, **self.metrics}
 
-    def _play(self, callback: Any, events: Any) -> None:
+    def _play(self, callback: object, events: Iterable[Event]) -> None:
         """Call the hooks as a run does; the first exception of the callback fails the clause."""
         hooks = RunHooks([callback], installed=False)
         for hook, arguments in events:
@@ -169,14 +169,14 @@ class CallbackContract(Contract):
                 raise AssertionError(f"{hook} raised {type(failure.error).__name__}: {failure.error}")
 
 
-def _methods(callback: Any) -> list[tuple[str, Any]]:
-    """Its methods whose names look like hooks."""
+def _methods(callback: object) -> list[tuple[str, Callable[..., object]]]:
+    """Return the methods of a callback whose names look like hooks, by name."""
     names = [name for name in dir(callback) if name.startswith("on_")]
     return [(name, getattr(callback, name)) for name in names if callable(getattr(callback, name))]
 
 
 def _run(run: RunState, metrics: Mapping[str, float]) -> Iterator[Event]:
-    """Every event of a run of two steps, in order."""
+    """Yield every event of a run of two steps, in order."""
     yield "on_run_start", {"run": run}
     for step in (1, 2):
         groups = [RolloutGroup(group_id=step, task_id="a", rollouts=[_rollout(0), _rollout(1)])]
@@ -213,8 +213,8 @@ def _empty() -> Rollout:
     return Rollout(rollout_id="a/1", task_id="a", index=1, seed=1, segments=[[turn]])
 
 
-def _frozen(value: Any) -> dict[str, Any]:
-    """A copy of what a callback may not change, by field."""
+def _frozen(value: object) -> dict[str, Any]:
+    """Copy what a callback may not change, by field."""
     if isinstance(value, RunState):
         skipped = ("stop_requested", "checkpoint_requested", "config")
         return {f.name: copy.deepcopy(getattr(value, f.name)) for f in attrs.fields(RunState) if f.name not in skipped}

@@ -10,16 +10,16 @@ import itertools
 import json
 import pickle
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, Protocol, TypeGuard
 
 import attrs
 import pytest
 
-from nemo_rl_core.data.module import DataModule
+from nemo_rl_core.data.module import DataModule, TaskItem
 from nemo_rl_core.errors import DataError
-from nemo_rl_core.protocols.dataset import DatasetSource
+from nemo_rl_core.protocols.dataset import DatasetSource, Rows
 from nemo_rl_core.registry import ComponentRef
 from nemo_rl_core.schema import DataConfig, DatasetConfig
 from nemo_rl_core.testing.conformance.frame.declared import overlaid
@@ -28,12 +28,27 @@ from nemo_rl_core.testing.conformance.frame.process_traces import changes_made_b
 
 __all__ = ["BrokenSource", "DatasetContract"]
 
+LoadedRows = Rows | Iterable[object]
+"""Rows addressable by index, or a stream of them."""
+
+
+class _Loadable(Protocol):
+    def load(self) -> LoadedRows: ...
+
+
+class _StatefulRows(Protocol):
+    def __iter__(self) -> Iterator[object]: ...
+
+    def state_dict(self) -> object: ...
+
+    def load_state_dict(self, state: Any, /) -> object: ...
+
 
 @attrs.frozen(kw_only=True)
 class BrokenSource:
-    """A source that cannot be read, and what its error must name."""
+    """A source that cannot be read, and the texts that its error must contain."""
 
-    source: Any
+    source: _Loadable
     """As the fixture gives: has `load`."""
     names: Sequence[str]
     """Texts that the error holds: the file, and the line where there are lines."""
@@ -57,21 +72,21 @@ class DatasetContract(Contract):
     refused: ClassVar[Sequence[str]] = ("", "neither a file\nnor a name", "\0")
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """The source made with its options; a function gets them as arguments when it is asked to load."""
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
+        """Return the source made with its options; a function gets them as arguments when it loads."""
         component = ref.load()
         if isinstance(component, type):
             return super().from_component(ref, options, example)
         return _FunctionSource(component, overlaid(example, options))
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The source, or the function that is one."""
+    def declared_by(cls, subject: object) -> object:
+        """Return the source, or the function that serves as one."""
         return subject.function if isinstance(subject, _FunctionSource) else subject
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
-        """A source is an object with `load`, not rows."""
+    def mistake_in(cls, subject: object) -> str | None:
+        """Refuse a class, and rows in place of a source, which has a method `load`."""
         if isinstance(subject, type):
             return f"it returns the class {subject.__name__}: return a source, such as {subject.__name__}(...)"
         if not callable(getattr(subject, "load", None)):
@@ -79,7 +94,7 @@ class DatasetContract(Contract):
         return None
 
     def broken(self, folder: Path) -> Mapping[str, BrokenSource]:
-        """Sources of yours that cannot be read, by what is wrong, such as a file cut short. Default: none.
+        """Return broken sources by what is wrong with them, such as a truncated file. Default: none.
 
         Args:
             folder: Empty; write the files here.
@@ -196,7 +211,7 @@ class DatasetContract(Contract):
             pytest.skip("it has no `accepts`")
         reached: list[str] = []
 
-        def refuse(*arguments: Any, **_: Any) -> Any:
+        def refuse(*arguments: object, **_: object) -> NoReturn:
             reached.append(repr(arguments[-1] if arguments else "")[:60])
             raise OSError("no network in this clause")
 
@@ -245,12 +260,12 @@ class DatasetContract(Contract):
 
     # -- reading -------------------------------------------------------------------------------
 
-    def _rows(self, dataset: DatasetSource) -> list[Any]:
-        """The first rows, newly loaded."""
+    def _rows(self, dataset: DatasetSource) -> list[object]:
+        """Load the source anew and return its first rows."""
         return list(_read(dataset.load(), self.max_rows))
 
     def _module(self, dataset: DatasetSource, size: int, *, shuffle: bool) -> DataModule:
-        """The data of a run on the first `size` rows, each row's text as its prompt."""
+        """Return the data of a run on the first `size` rows, each row's text as its prompt."""
         source = _AsPrompts(dataset)
         whole = size < self.max_rows or isinstance(source.load(), _StatefulStream)  # a limit would hide its state
         config = DataConfig(train=DatasetConfig(source=source, limit=None if whole else size), shuffle=shuffle)
@@ -261,11 +276,11 @@ class DatasetContract(Contract):
 class _FunctionSource:
     """A function that returns rows, as a source."""
 
-    function: Any
+    function: Callable[..., LoadedRows]
     options: dict[str, Any]
 
-    def load(self) -> Any:
-        """What the function returns."""
+    def load(self) -> LoadedRows:
+        """Return the rows that the function returns."""
         return self.function(**self.options)
 
 
@@ -273,19 +288,19 @@ class _FunctionSource:
 class _AsPrompts:
     """A source whose rows have one column `prompt`, the text of the original row."""
 
-    source: Any
+    source: DatasetSource
 
-    def load(self) -> Any:
-        """The same kind of rows: by index, or a stream with or without a state."""
+    def load(self) -> LoadedRows:
+        """Load rows of the same kind: by index, or a stream with or without a state."""
         rows = self.source.load()
         if _is_table(rows):
             return _Table(rows)
-        return _StatefulStream(rows) if hasattr(rows, "load_state_dict") else _Stream(rows)
+        return _StatefulStream(rows) if _has_state(rows) else _Stream(rows)
 
 
 @attrs.frozen
 class _Table:
-    rows: Any
+    rows: Rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -296,7 +311,7 @@ class _Table:
 
 @attrs.frozen
 class _Stream:
-    rows: Any
+    rows: Iterable[object]
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         return ({"prompt": _as_text(row)} for row in self.rows)
@@ -307,32 +322,38 @@ class _Stream:
 
 
 class _StatefulStream(_Stream):
-    def state_dict(self) -> Any:
+    rows: _StatefulRows
+
+    def state_dict(self) -> object:
         return self.rows.state_dict()
 
-    def load_state_dict(self, state: Any) -> None:
+    def load_state_dict(self, state: object) -> None:
         self.rows.load_state_dict(state)
 
 
-def _is_table(rows: Any) -> bool:
+def _is_table(rows: object) -> TypeGuard[Rows]:
     return hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
 
 
-def _read(rows: Any, limit: int | None) -> Iterator[Any]:
-    """The rows, as a run reads them."""
+def _has_state(rows: object) -> TypeGuard[_StatefulRows]:
+    return hasattr(rows, "load_state_dict")
+
+
+def _read(rows: LoadedRows, limit: int | None) -> Iterator[object]:
+    """Yield the rows as a run reads them, at most `limit` of them."""
     if _is_table(rows):
         size = len(rows)
         return (rows[i] for i in range(size if limit is None else min(size, limit)))
     return itertools.islice(iter(rows), limit)
 
 
-def _as_text(row: Any) -> str:
+def _as_text(row: object) -> str:
     return json.dumps(row, sort_keys=True, default=repr)
 
 
-def _text(item: Any) -> str:
+def _text(item: TaskItem) -> str:
     return str(item.task["prompt"])
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _equal(first: object, second: object) -> bool:
     return _as_text(first) == _as_text(second)

@@ -58,7 +58,7 @@ class EnvironmentContract(EnvironmentTraces):
     def from_component(
         cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]
     ) -> EnvironmentCase:
-        """The case that the component gives as its `example`: keywords of `EnvironmentCase`.
+        """Return the case that the component describes in its `example`, which has keywords of `EnvironmentCase`.
 
         Raises:
             NemoRLError: It gives none, so there is nothing to play; or it has no steps.
@@ -79,13 +79,13 @@ class EnvironmentContract(EnvironmentTraces):
         return EnvironmentCase(**{"environment": ref.load(), **example, "config": config})
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The environment of the case."""
-        return subject.environment
+    def declared_by(cls, subject: object) -> object:
+        """Return the environment of the case."""
+        return subject.environment if isinstance(subject, EnvironmentCase) else subject
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
-        """The fixture gives a case, not an environment."""
+    def mistake_in(cls, subject: object) -> str | None:
+        """Refuse an environment: the fixture must return an `EnvironmentCase`."""
         if isinstance(subject, EnvironmentCase):
             return None
         found = getattr(subject, "__name__", type(subject).__name__)

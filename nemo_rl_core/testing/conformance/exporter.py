@@ -62,11 +62,11 @@ class ExporterContract(Contract):
     subject: ClassVar[str] = "exporter"
 
     def target(self, folder: Path) -> str | Path:
-        """Where to export to. Default: `folder / "exported"`, which does not exist."""
+        """Return where to export to. Default: `folder / "exported"`, which does not exist."""
         return folder / "exported"
 
     def read_weights(self, location: str) -> Mapping[str, Tensor] | None:
-        """The weights of an export by the names of the source; None if they cannot be read so. Default: None."""
+        """Return the weights [...] of an export by their original names; None if they cannot be read. Default: None."""
         return None
 
     @pytest.fixture

@@ -23,6 +23,7 @@ from nemo_rl_core.records.completion import Completion
 from nemo_rl_core.testing.conformance.cases.generation_bench import (
     PROMPT,
     PROMPTS,
+    EngineUnderTest,
     GenerationBench,
     Start,
     all_different,
@@ -53,7 +54,7 @@ class GenerationBackendContract(GenerationBench):
 
     # -- what it says of itself ----------------------------------------------------------------
 
-    def test_declares_itself(self, engine: Any) -> None:
+    def test_declares_itself(self, engine: EngineUnderTest) -> None:
         """It names an attrs class of its options, and only capabilities that exist."""
         component = configured(engine, self.config_options).loaded
         assert attrs.has(component.config_class), f"config_class is {component.config_class!r}, not an attrs class"

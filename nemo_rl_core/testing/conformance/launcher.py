@@ -22,11 +22,13 @@ from nemo_rl_core.protocols.launcher import Launcher, WorkerGroup, WorkerSpec
 from nemo_rl_core.schema import ClusterConfig
 from nemo_rl_core.testing.conformance.frame.launched import LaunchedWorker
 from nemo_rl_core.testing.conformance.frame.set_up import SetUpContract
-from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
+from nemo_rl_core.testing.conformance.frame.subject import Configured, Expecting, configured
 
 __all__ = ["LauncherContract"]
 
 Launch = Callable[..., WorkerGroup]
+LauncherUnderTest = type[Launcher] | Configured[Launcher]
+"""Type of the fixture `launcher`."""
 _PAIR = pytest.StashKey[WorkerGroup]()
 _HEALTHY = WorkerSpec(
     role="critic",
@@ -66,16 +68,16 @@ class LauncherContract(SetUpContract):
         pytest.fail(f"{type(self).__name__} must define a fixture `launcher` that returns the class to test.")
 
     @pytest.fixture
-    def ready(self, launcher: Any) -> Iterator[Launcher]:
+    def ready(self, launcher: LauncherUnderTest) -> Iterator[Launcher]:
         """A launcher that was set up."""
         made = self.make(launcher)
         yield made
         made.shutdown()
 
     @pytest.fixture
-    def pair(self, launcher: Any, request: pytest.FixtureRequest) -> WorkerGroup:
-        """Two healthy workers, which the clauses of this class share that leave them so."""
-        place: Any = request.node.getparent(pytest.Class)
+    def pair(self, launcher: LauncherUnderTest, request: pytest.FixtureRequest) -> WorkerGroup:
+        """Two healthy workers, shared by those clauses of the class that leave them healthy."""
+        place: pytest.Class = request.node.getparent(pytest.Class)
         if _PAIR not in place.stash:
             made = self.make(launcher)
             place.addfinalizer(made.shutdown)
@@ -83,16 +85,17 @@ class LauncherContract(SetUpContract):
         group: WorkerGroup = place.stash[_PAIR]
         return group
 
-    def make(self, launcher: Any) -> Launcher:
-        """A launcher that was set up with the kit's cluster."""
+    def make(self, launcher: LauncherUnderTest) -> Launcher:
+        """Make a launcher and set it up with the cluster of the kit."""
         case = configured(launcher, self.config_options)
-        made: Launcher = case.loaded(case.options)
+        create: Callable[..., Launcher] = case.loaded
+        made = create(case.options)
         made.setup(ClusterConfig(launcher=case.component, options=case.options, **self.cluster))
         return made
 
     # -- calls ---------------------------------------------------------------------------------
 
-    def test_declares_its_config(self, launcher: Any) -> None:
+    def test_declares_its_config(self, launcher: LauncherUnderTest) -> None:
         """It names an attrs class of its options."""
         found = getattr(configured(launcher, self.config_options).loaded, "config_class", None)
         assert isinstance(found, type) and attrs.has(found), f"config_class is {found!r}, not an attrs class"
@@ -189,7 +192,7 @@ class LauncherContract(SetUpContract):
     def test_by_value(self, ready: Launcher) -> None:
         """A worker class that was defined in a script reaches the workers."""
 
-        def answer(self: Any) -> str:
+        def answer(self: LaunchedWorker) -> str:
             return f"rank {self.context.rank} of a script"
 
         members = {"answer": answer, "__module__": "__main__"}
@@ -269,7 +272,7 @@ class LauncherContract(SetUpContract):
         assert called == ["rank0", "rank1"], f"`shutdown` was called on {called}, not on both workers"
         self.are_gone(pids)
 
-    def test_launcher_shutdown(self, launcher: Any) -> None:
+    def test_launcher_shutdown(self, launcher: LauncherUnderTest) -> None:
         """Shut down twice, the launcher has ended the groups that still ran."""
         made = self.make(launcher)
         pids = made.launch(_HEALTHY).call("pid", timeout_s=self.wait_s)
@@ -279,8 +282,8 @@ class LauncherContract(SetUpContract):
 
     # -- looking -------------------------------------------------------------------------------
 
-    def error_of(self, work: Callable[[], Any], what: str) -> Exception:
-        """What `work` raises."""
+    def error_of(self, work: Callable[[], object], what: str) -> Exception:
+        """Return the exception that `work` raises."""
         try:
             found = work()
         except Exception as error:  # looked at by the clause
@@ -288,20 +291,20 @@ class LauncherContract(SetUpContract):
         pytest.fail(f"{what} was not noticed: it returned {found!r}")
 
     def checked(self, group: WorkerGroup) -> None:
-        """Ask until it is told, as a run does."""
+        """Call `check_alive` again and again, as a run does, until it raises or `notice_s` is over."""
         deadline = time.monotonic() + self.notice_s
         while time.monotonic() < deadline:
             group.check_alive()
             time.sleep(0.1)
 
     def names(self, error: Exception, rank: int) -> None:
-        """The error says that it was this rank."""
+        """Fail unless the error blames this rank."""
         named = re.search(r"\brank(?:s|\(s\))?\W*(\d+)", str(error), re.IGNORECASE)
         assert named, f"the message names no rank: {error}"
         assert int(named[1]) == rank, f"the message blames rank {named[1]}, not rank {rank}: {error}"
 
     def are_gone(self, pids: list[int]) -> None:
-        """None of the processes runs any more."""
+        """Fail unless all of the processes end within 10 seconds."""
         if not self.same_machine:
             return
         deadline = time.monotonic() + 10.0

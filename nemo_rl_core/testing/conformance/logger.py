@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec
 
 import pytest
 
@@ -20,6 +20,8 @@ from nemo_rl_core.protocols.logger import Logger
 from nemo_rl_core.testing.conformance.frame.kit import Contract
 
 __all__ = ["LoggerContract"]
+
+_P = ParamSpec("_P")
 
 CONFIG = {
     "algorithm": "x",
@@ -63,7 +65,7 @@ class LoggerContract(Contract):
     subject: ClassVar[str] = "logger"
 
     def read_back(self, logger: Logger, run_dir: Path) -> Mapping[int, Mapping[str, float]] | None:
-        """What was logged, by step, read from where it went; None if it cannot be read. Default: None."""
+        """Return the logged metrics by step, read back from the store; None if that is impossible. Default: None."""
         return None
 
     # -- clauses -------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class LoggerContract(Contract):
     def _start(self, logger: Logger, run_dir: Path) -> None:
         self._call("starting", logger.start, "run", str(run_dir), copy.deepcopy(CONFIG))
 
-    def _call(self, what: str, method: Any, *arguments: Any, **keywords: Any) -> None:
+    def _call(self, what: str, method: Callable[_P, object], *arguments: _P.args, **keywords: _P.kwargs) -> None:
         try:
             method(*arguments, **keywords)
         except Exception as error:

@@ -49,7 +49,7 @@ ODD_RESPONSES = (
 
 @frozen(kw_only=True)
 class _Scored:
-    """What one response got: rewards by name, or the error."""
+    """The score of one response: rewards by name, or the error."""
 
     rewards: Mapping[str, float]
     error: str = ""
@@ -79,8 +79,8 @@ class RewardContract(Contract):
     max_block_s: ClassVar[float] = 0.05
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """The function itself, with the options as preset arguments; a class is made with its options."""
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
+        """Return the function with the options as preset arguments; a class is made with its options."""
         component = ref.load()
         if isinstance(component, type):
             return super().from_component(ref, options, example)
@@ -88,13 +88,13 @@ class RewardContract(Contract):
         return functools.partial(component, **preset) if preset else component
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The function, whose attribute it is, without the arguments that are preset."""
+    def declared_by(cls, subject: object) -> object:
+        """Return the function without its preset arguments, as the attribute belongs to the function."""
         return subject.func if isinstance(subject, functools.partial) else subject
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
-        """A reward is anything that can be called."""
+    def mistake_in(cls, subject: object) -> str | None:
+        """Refuse a class, and what cannot be called."""
         if isinstance(subject, type):
             return f"it returns the class {subject.__name__}: return an object, such as {subject.__name__}(...)"
         return None if callable(subject) else f"it returns {subject!r:.60}, not a function"
@@ -277,7 +277,7 @@ def _arguments(reward: Callable[..., Any], row: Mapping[str, Any], response: str
     return reward_environment(reward).arguments(known, own)
 
 
-def _raw(reward: Callable[..., Any], row: Mapping[str, Any], response: str) -> Any:
+def _raw(reward: Callable[..., Any], row: Mapping[str, Any], response: str) -> object:
     return _finish(reward(**_arguments(reward, row, response)))
 
 
@@ -286,12 +286,12 @@ def _named(reward: Callable[..., Any], row: Mapping[str, Any], response: str) ->
     return dict(found) if isinstance(found, Mapping) else {"reward": found}
 
 
-def _finish(result: Any) -> Any:
-    """The result, awaited if it must be."""
+def _finish(result: object) -> object:
+    """Return the result, awaited if necessary."""
     if not inspect.isawaitable(result):
         return result
 
-    async def wait() -> Any:
+    async def wait() -> object:
         return await result
 
     return asyncio.run(wait())

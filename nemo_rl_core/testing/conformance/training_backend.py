@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
@@ -33,6 +32,7 @@ from nemo_rl_core.testing.conformance.cases.reference import (
 )
 from nemo_rl_core.testing.conformance.cases.training_bench import (
     OPTIMIZER,
+    BackendUnderTest,
     Start,
     TrainingBench,
     equal_bits,
@@ -75,14 +75,14 @@ class TrainingBackendContract(TrainingBench):
 
     # -- what it says of itself ----------------------------------------------------------------
 
-    def test_declares_itself(self, backend: Any) -> None:
+    def test_declares_itself(self, backend: BackendUnderTest) -> None:
         """It names an attrs class of its options, and only capabilities that exist."""
         component = configured(backend, self.config_options).loaded
         assert attrs.has(component.config_class), f"config_class is {component.config_class!r}, not an attrs class"
         unknown = set(component.capabilities) - CAPABILITIES
         assert not unknown, f"capabilities {sorted(unknown)} are unknown; they are {sorted(CAPABILITIES)}"
 
-    def test_layout(self, backend: Any) -> None:
+    def test_layout(self, backend: BackendUnderTest) -> None:
         """It says of a configuration what makes up a replica, and finds no mistake in the one the kit trains."""
         self.says_its_layout(backend)
 
@@ -157,7 +157,7 @@ class TrainingBackendContract(TrainingBench):
         batch = ragged_batch((130, 70, 150, 50), vocab_size=vocab_size)
         batch.set_tokens("loss_mask", batch.position_ids > 0)
         full = batch.num_tokens * vocab_size
-        work: dict[str, Callable[[], Any]] = {
+        work: dict[str, Callable[[], object]] = {
             "get_logprobs": lambda: backend.get_logprobs(without_mask(batch), 1.0, [[0, 1, 2, 3]]),
             "train_step": lambda: self.step(backend, batch),
         }
@@ -196,7 +196,7 @@ class TrainingBackendContract(TrainingBench):
         with Expecting(NemoRLError, "a loss that needs `values`"):
             self.step(start(), self.batch(), loss)
 
-    def test_scalar_head(self, backend: Any, start: Start) -> None:
+    def test_scalar_head(self, backend: BackendUnderTest, start: Start) -> None:
         """With `head: scalar` it gives one number for each token that no later token and no neighbour changes."""
         made = self.capable(backend, start, "scalar_head", head="scalar")
         batch = without_mask(self.batch())
@@ -211,7 +211,7 @@ class TrainingBackendContract(TrainingBench):
             read = torch.stack([made.get_values(prefix)[-1] for prefix in prefixes])
             self.same(values, read, f"values of sequence {number}, against those of its prefixes,")
 
-    def test_trains_the_scalar_head(self, backend: Any, start: Start) -> None:
+    def test_trains_the_scalar_head(self, backend: BackendUnderTest, start: Start) -> None:
         """A loss gets the values with gradient, and steps bring them to its targets."""
         made, batch, loss = self.capable(backend, start, "scalar_head", head="scalar"), self.batch(), ValuesToOne()
         before = float((made.get_values(batch) - 1)[batch["loss_mask"]].square().mean())
@@ -220,7 +220,7 @@ class TrainingBackendContract(TrainingBench):
         after = float((made.get_values(batch) - 1)[batch["loss_mask"]].square().mean())
         assert after < before / 2, f"the squared error of the values went from {before:.3g} to {after:.3g} in 10 steps"
 
-    def test_top_logprobs(self, backend: Any, start: Start) -> None:
+    def test_top_logprobs(self, backend: BackendUnderTest, start: Start) -> None:
         """The likeliest tokens and their logprobs are those of a full forward pass, likeliest first."""
         made, batch = self.capable(backend, start, "top_logprobs"), self.batch()
         mask = batch["loss_mask"]
@@ -233,7 +233,7 @@ class TrainingBackendContract(TrainingBench):
             self.same(named[mask], top.values[mask], f"logprobs of the named tokens at {temperature}")
 
     @torch.no_grad()
-    def test_hidden_states(self, backend: Any, start: Start) -> None:
+    def test_hidden_states(self, backend: BackendUnderTest, start: Start) -> None:
         """Hidden states and the output layer together give the distributions of a full forward pass."""
         made, batch = self.capable(backend, start, "over_vocabulary"), self.batch()
         mask = batch["loss_mask"]
@@ -242,7 +242,7 @@ class TrainingBackendContract(TrainingBench):
         assert not hidden[~mask].any(), "hidden states outside of loss_mask are not 0"
         self.same(layer.logprobs(hidden[mask]), self.predicted(batch, 1.0)[mask], "logprobs over the vocabulary")
 
-    def test_loss_over_the_vocabulary(self, backend: Any, start: Start) -> None:
+    def test_loss_over_the_vocabulary(self, backend: BackendUnderTest, start: Start) -> None:
         """A loss of whole distributions has the value and the gradient of the same loss of the tokens' logprobs."""
         made, batch = self.capable(backend, start, "over_vocabulary"), self.batch()
         found, expected = (
@@ -465,7 +465,7 @@ class TrainingBackendContract(TrainingBench):
             self.step(running, batch)
         self.same_weights(weights_of(backend), weights_of(other), "in a step after offload and reload")
 
-    def test_data_parallel(self, backend: Any, start: Start) -> None:
+    def test_data_parallel(self, backend: BackendUnderTest, start: Start) -> None:
         """Two data-parallel processes take the step of one: loss, gradient norm, weights and logprobs."""
         from nemo_rl_core.infra.workers.local import InProcessGroup, LocalLauncher
         from nemo_rl_core.training.model.policy import Policy

@@ -8,8 +8,8 @@ that did not happen was not noticed. Trainer and engine are small objects of thi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, cast
 
 import attrs
 import pytest
@@ -19,15 +19,19 @@ from torch import Tensor
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError, InvariantViolation
 from nemo_rl_core.infra.weights.fingerprint import fingerprint
 from nemo_rl_core.infra.workers.local import InProcessGroup
+from nemo_rl_core.protocols.generation_backend import GenerationBackend
+from nemo_rl_core.protocols.launcher import WorkerGroup
 from nemo_rl_core.protocols.weight_sync import SyncReport, WeightSync
 from nemo_rl_core.testing.conformance.frame.kit import Contract
 from nemo_rl_core.testing.conformance.frame.subject import Expecting
 
 __all__ = ["SyncedEngine", "SyncedTrainer", "WeightSyncContract"]
 
+_Result = TypeVar("_Result")
+
 
 class SyncedTrainer:
-    """What a sync reads from: a worker that exports three tensors.
+    """The worker that a sync reads from; it exports three tensors.
 
     Attributes:
         weights: The live tensors by name.
@@ -41,13 +45,13 @@ class SyncedTrainer:
         self.before_item: Callable[[str], None] = lambda name: None
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The live tensors."""
+        """Yield the name of each live tensor and the tensor, [...] of its own shape."""
         for name, tensor in self.weights.items():
             self.before_item(name)
             yield name, tensor
 
-    def apply(self, function: Callable[..., Any], /, *args: Any) -> Any:
-        """As a training backend has it."""
+    def apply(self, function: Callable[..., _Result], /, *args: object) -> _Result:
+        """Return `function(self, *args)`, as a training backend does."""
         return function(self, *args)
 
     def train(self) -> None:
@@ -56,11 +60,11 @@ class SyncedTrainer:
             tensor.mul_(0.9).add_(0.1)
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 class SyncedEngine:
-    """What a sync writes to: an engine that keeps weights and answers with a number made of them.
+    """The engine that a sync writes to; it keeps weights and answers with a number computed from them.
 
     Attributes:
         dtype: Of its weights, as an engine of another precision has it.
@@ -78,8 +82,8 @@ class SyncedEngine:
         self.version = -1
         self.num_bytes_copied = 0
 
-    def update_weights(self, version: int, tensors: Any, *, share: bool = False) -> None:
-        """Alias the tensors with `share`, else copy them."""
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
+        """Alias the tensors, each [...] of its own shape, with `share`; else copy them."""
         self.before_load()
         if self.fault == "refuses":
             raise GenerationError("no weight of that name")
@@ -96,15 +100,15 @@ class SyncedEngine:
         self.version = version
 
     def fingerprint(self) -> str:
-        """Of the weights it would sample from."""
+        """Return the fingerprint of the weights that it would sample from."""
         return fingerprint(self.weights.items())
 
     def answer(self) -> float:
-        """A number that depends on every weight."""
+        """Return a number that depends on every weight."""
         return float(sum(tensor.double().sum() for tensor in self.weights.values()))
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 class _Elsewhere:
@@ -116,24 +120,24 @@ class _Elsewhere:
     def __init__(self, trainer: SyncedTrainer) -> None:
         self._trainer = trainer
 
-    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
-        """`[worker.method(*args, **kwargs)]`."""
+    def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
+        """Return `[worker.method(*args, **kwargs)]`."""
         return [getattr(self._trainer, method)(*args, **kwargs)]
 
     def call_each(
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
     ) -> list[Any]:
-        """`[worker.method(*arguments[0])]`."""
+        """Return `[worker.method(*arguments[0])]`."""
         (only,) = arguments
         return [getattr(self._trainer, method)(*only)]
 
-    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
-        """What the worker's generator yields, copied as by the way here."""
+    def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the worker's generator yields: names, and copies of its tensors [...]."""
         for name, tensor in getattr(self._trainer, method)(*args):
             yield name, tensor.clone()
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
 
 class WeightSyncContract(Contract):
@@ -152,13 +156,13 @@ class WeightSyncContract(Contract):
         """The weight sync under test."""
         pytest.fail(f"{type(self).__name__} must define a fixture `weight_sync` that returns the sync to test.")
 
-    def make_trainer(self) -> tuple[SyncedTrainer, Any]:
-        """The trainer, and the worker group that stands for it."""
+    def make_trainer(self) -> tuple[SyncedTrainer, WorkerGroup]:
+        """Make the trainer and the worker group that it belongs to."""
         trainer = SyncedTrainer()
         return trainer, InProcessGroup(trainer)
 
     def make_engine(self, dtype: torch.dtype = torch.float32) -> SyncedEngine:
-        """The engine."""
+        """Make the engine, with weights of this precision."""
         return SyncedEngine(dtype)
 
     # -- clauses -------------------------------------------------------------------------------
@@ -223,7 +227,8 @@ class WeightSyncContract(Contract):
         asked: list[bool] = []
         update = engine.update_weights
 
-        def watch(version: int, tensors: Any, *, share: bool = False) -> None:
+        def watch(version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
+            """Note `share` and pass on the tensors, each [...] of its own shape."""
             asked.append(share)
             update(version, tensors, share=share)
 
@@ -259,7 +264,7 @@ class WeightSyncContract(Contract):
         (trainer, group), engine = self.make_trainer(), self.make_engine()
         released = threading.Event()
 
-        def hang(*_: Any) -> None:
+        def hang(*_: object) -> None:
             released.wait(60.0)
 
         if side == "trainer":
@@ -299,18 +304,19 @@ class WeightSyncContract(Contract):
     def sync(
         self,
         weight_sync: WeightSync,
-        group: Any,
-        engine: Any,
+        group: WorkerGroup | _Elsewhere,
+        engine: SyncedEngine,
         *,
         version: int = 1,
         share: bool = False,
         timeout_s: float = 30.0,
     ) -> SyncReport:
-        """One refit."""
-        return weight_sync.sync(group, engine, version=version, share=share, timeout_s=timeout_s)
+        """Run one refit and return its report."""
+        workers, backend = cast("WorkerGroup", group), cast("GenerationBackend", engine)  # as far as a sync uses them
+        return weight_sync.sync(workers, backend, version=version, share=share, timeout_s=timeout_s)
 
-    def error_within(self, work: Callable[[], Any]) -> BaseException | None:
-        """What `work` raises, run in a thread; None if it is not through after `wait_s`."""
+    def error_within(self, work: Callable[[], object]) -> BaseException | None:
+        """Run `work` in a thread and return what it raises; None if it has not ended after `wait_s`."""
         raised: list[BaseException] = []
 
         def run() -> None:
@@ -328,6 +334,7 @@ class WeightSyncContract(Contract):
 
 
 def _same_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "") -> None:
+    """Fail unless two sets of weights, tensors [...] by name, are the same bit for bit."""
     assert found.keys() == expected.keys(), f"{what}other tensors: {sorted(found.keys() ^ expected.keys())}"
     for name, tensor in expected.items():
         same = found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import field, frozen
 from torch import Tensor
 
 from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
+from nemo_rl_core.protocols.algorithm import Algorithm
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
 from nemo_rl_core.records.shared_value import SharedValue
+
+if TYPE_CHECKING:
+    from nemo_rl_core.rollouts.context import EnvironmentFactory
 
 __all__ = ["ADDITIONS", "AlgorithmCase", "StandIn", "digits", "handmade_groups", "is_sampled"]
 
@@ -25,15 +29,15 @@ _FIRST_SAMPLED = 50
 
 
 async def digits(response: str) -> float:
-    """1 if there is a digit in the response: an untrained model has one now and then, and soon learns it."""
+    """Return 1 if the response has a digit: an untrained model writes one now and then, and soon learns to."""
     return float(any(character.isdigit() for character in response))
 
 
 @frozen(kw_only=True)
 class AlgorithmCase:
-    """An algorithm and a run of it that takes seconds."""
+    """An algorithm and the settings of a run that takes seconds."""
 
-    component: Any
+    component: type[Algorithm]
     """The class."""
     config: Mapping[str, Any] = field(factory=dict)
     """Fields of its configuration that make a step small, or choose what is tested; merged over the kit's own."""
@@ -41,7 +45,7 @@ class AlgorithmCase:
     """Training data; for an algorithm fed with examples also what its batches are built from."""
     reward: Callable[..., Any] = digits
     """Scores a response, for an algorithm fed with rollouts."""
-    environment: Any = None
+    environment: EnvironmentFactory | type | None = None
     """In place of the reward."""
     target: Callable[[Mapping[str, Any]], str] | None = lambda row: str(row["response"])
     """Text that a row trains, for an algorithm fed with examples that makes one sequence of each row; None leaves
@@ -61,7 +65,7 @@ class StandIn:
     below: float
 
     def logprobs(self, batch: BatchedDataDict) -> Tensor:
-        """[N] float32."""
+        """[N] float32 logprobs in nats: those of the engine minus `below` on trained tokens."""
         mask: Tensor = batch["loss_mask"].float()
         sampled: Tensor = batch["rollout_logprobs"] if "rollout_logprobs" in batch else -mask  # noqa: SIM401
         return sampled - self.below * mask
@@ -71,20 +75,20 @@ class StandIn:
         return torch.full((batch.num_tokens,), 0.5)
 
     def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
-        """[N, k]: the first k ids, with less and less probability."""
+        """[N, k] token ids 0 to k - 1, and [N, k] float32 logprobs that fall from -1 to -k."""
         ids = torch.arange(k).expand(batch.num_tokens, k)
         return ids, -(ids + 1).float()
 
     def hidden_states(self, batch: BatchedDataDict) -> Tensor:
-        """[N, 4]: ones."""
+        """[N, 4] float32 ones."""
         return torch.ones(batch.num_tokens, 4)
 
     def output_layer(self) -> OutputLayer:
-        """Of the kit's vocabulary, the same numbers each time."""
+        """Return a layer of the kit's vocabulary that has the same numbers each time."""
         return OutputLayer(weight=torch.linspace(-1, 1, 104 * 4).view(104, 4))
 
-    def keep(self, value: Any) -> SharedValue:
-        """The value itself."""
+    def keep(self, value: object) -> SharedValue:
+        """Return a handle of the value, which stays in this process."""
         return SharedValue(value)
 
 

@@ -1,4 +1,4 @@
-"""An environment and an episode of it, which the contract of environments plays."""
+"""The case that the contract of environments plays: an environment and one episode of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class EnvironmentCase:
     """What it says in the turns before, if the episode has several."""
     wrong_response: str = "I do not know."
     """Said in place of `response`, it earns less."""
-    config: Any = None
+    config: object = None
     """Options: an object, or a mapping for its `config_class`; None takes the defaults."""
     max_turns: int | None = None
     """Turns in which an episode ends whatever the policy says; None is those given."""
@@ -59,9 +59,9 @@ class EnvironmentCase:
         return self.max_turns or len(self.turns)
 
     def options(self) -> Any:
-        """The options of one environment, as its `config_class`."""
+        """Return the options of one environment, as an object of its `config_class`."""
         return finished_options(self.environment, self.config)
 
     def make(self, context: EnvironmentContext) -> Environment:
-        """The environment of one episode."""
+        """Make the environment of one episode."""
         return self.environment(self.options(), context)

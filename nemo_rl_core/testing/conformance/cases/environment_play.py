@@ -1,4 +1,4 @@
-"""Plays an episode by calling the environment, and keeps what was said as it was when it was said.
+"""Functions that play an episode by calling the environment, and record it with copies of all messages.
 
 It imports nothing heavy: the processes in which an episode is replayed load it, too.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import define, field
 
@@ -27,12 +27,13 @@ __all__ = [
     "value_of",
 ]
 
+_Value = TypeVar("_Value")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
 @define
 class PlayedEpisode:
-    """What was played."""
+    """A record of one episode."""
 
     prompt: list[Any]
     steps: list[EnvironmentStep] = field(factory=list)
@@ -42,11 +43,11 @@ class PlayedEpisode:
     """What the environment returned, by name, and a copy of it as it was when it was returned."""
 
     def hear(self, messages: Sequence[Any]) -> None:
-        """Remember messages as they are now."""
+        """Record messages, and copies of them as they are now."""
         self.said += [(message, copy.deepcopy(message)) for message in messages]
 
     def take(self, name: str, value: object) -> None:
-        """Remember a returned value as it is now."""
+        """Record a returned value, and a copy of it as it is now."""
         self.returned.append((name, value, copy.deepcopy(value)))
 
     @property
@@ -64,13 +65,13 @@ class PlayedEpisode:
         return totals
 
     def plain(self) -> object:
-        """To be compared: prompt, answers, rewards and ends."""
+        """Return prompt, answers, rewards and ends as plain values that can be compared."""
         steps = [(list(s.messages), dict(s.rewards), s.terminated, s.truncated) for s in self.steps]
         return copy.deepcopy((self.prompt, steps))
 
 
 async def begin(made: Environment, task: Task, seed: int) -> PlayedEpisode:
-    """Reset the environment and hear the prompt."""
+    """Reset the environment and record the prompt."""
     prompt = await value_of(made.reset(task, seed))
     episode = PlayedEpisode(list(prompt))
     episode.hear(episode.prompt)
@@ -79,7 +80,7 @@ async def begin(made: Environment, task: Task, seed: int) -> PlayedEpisode:
 
 
 async def take_turn(made: Environment, turns: Sequence[str], episode: PlayedEpisode, turn: int) -> None:
-    """Say a turn, if the episode still goes on."""
+    """Send one turn of the policy, unless the episode has ended."""
     if turn >= len(turns) or episode.ended:
         return
     message: Message = {"role": "assistant", "content": turns[turn]}
@@ -115,13 +116,13 @@ async def close(made: Environment, when: str) -> None:
         raise AssertionError(f"closing it {when} raised {type(error).__name__}: {error}") from error
 
 
-async def value_of(result: Awaitable[Any] | Any) -> Any:
-    """The value, awaited if it must be."""
+async def value_of(result: Awaitable[_Value] | _Value) -> _Value:
+    """Return the value, awaited if necessary."""
     return await result if inspect.isawaitable(result) else result
 
 
 def message_mistake(message: object) -> str | None:
-    """What is wrong with a message, in words."""
+    """Say in words what is wrong with a message; None if nothing is."""
     if not isinstance(message, Mapping):
         return f"a message is a {type(message).__name__}, not a mapping"
     if message.get("role") not in _ROLES:
@@ -132,7 +133,7 @@ def message_mistake(message: object) -> str | None:
 
 
 def plain_reward_mistake(rewards: Mapping[Any, object]) -> str | None:
-    """What is wrong with rewards that are to be recorded as they are, in words."""
+    """Say in words why rewards cannot be recorded as they are; None if they can."""
     for name, value in rewards.items():
         if not isinstance(name, str):
             return f"a reward is named {name!r}, which is no text"

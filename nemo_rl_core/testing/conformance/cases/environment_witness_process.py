@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import cloudpickle
@@ -42,17 +42,18 @@ from nemo_rl_core.testing.conformance.frame.process_traces import (
 
 __all__ = ["testify"]
 
+_Result = TypeVar("_Result")
 _DAYS_AHEAD_S = 1_234_567.0
 _GRACE_S = 2.0
 
 
 class _InlineContext(EpisodeContext):
-    """Runs functions of the pool here: where an episode is only replayed no further process is started."""
+    """Runs functions of the pool in this process, as a mere replay needs no further process."""
 
     async def run_in_pool(
-        self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
-    ) -> Any:
-        """Call the function."""
+        self, function: Callable[..., _Result], *args: object, timeout_s: float | None = None, **kwargs: object
+    ) -> _Result:
+        """Call the function in this process."""
         return function(*args, **kwargs)
 
 
@@ -66,7 +67,7 @@ class _Row(dict[str, Any]):
 
 
 def testify(folder: Path, *, watched: bool) -> None:
-    """Play the case in `folder` and leave the testimony there."""
+    """Play the case in `folder` and write the testimony into the same folder."""
     try:
         testimony = _testimony(_case(folder), watched=watched)
     except BaseException as error:
@@ -87,7 +88,7 @@ def _place(error: BaseException) -> str:
 
 
 def _case(folder: Path) -> EnvironmentCase:
-    """The case by name, if this process can import its module, else by value."""
+    """Load the case by name if this process can import its module, else by value."""
     _shift_the_clock()
     by_name, by_value = pickle.loads((folder / "case").read_bytes())
     try:
@@ -99,7 +100,7 @@ def _case(folder: Path) -> EnvironmentCase:
 
 
 def _shift_the_clock() -> None:
-    """Days ahead, before the environment's module takes a name from `time`."""
+    """Move the clock days ahead, before the environment's module imports a name from `time`."""
     now, now_ns = time.time, time.time_ns
     time.time = lambda: now() + _DAYS_AHEAD_S
     time.time_ns = lambda: now_ns() + int(_DAYS_AHEAD_S * 1e9)
@@ -173,13 +174,13 @@ def _watch(case: EnvironmentCase, context: EpisodeContext, plans: Sequence[Seque
 
 
 def _all_changes(states: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the episodes changed, each thing as it changed first."""
+    """Return what the episodes changed, each thing with its first change."""
     found = [what for before, after in itertools.pairwise(states) for what in changes(before, after)]
     return list({what.partition(" was ")[0]: what for what in reversed(found)}.values())
 
 
 def _left(running: Mapping[Hashable, str]) -> list[str]:
-    """What runs or is open that was not; threads and processes have a moment to end."""
+    """Return what runs or is open now but was not before; threads and processes get a moment to end."""
     deadline = time.monotonic() + _GRACE_S
     while True:
         now = what_runs()
@@ -190,7 +191,7 @@ def _left(running: Mapping[Hashable, str]) -> list[str]:
 
 
 def _references(played: Sequence[tuple[PlayedEpisode, Environment, _Row]]) -> list[tuple[str, Callable[[], Any]]]:
-    """Weak references to what an episode may not be kept by."""
+    """Return weak references to the objects that nothing may hold after an episode."""
     found: list[tuple[str, Callable[[], Any]]] = []
     for _, made, row in played:
         found.append(("the task", weakref.ref(row)))
@@ -201,7 +202,7 @@ def _references(played: Sequence[tuple[PlayedEpisode, Environment, _Row]]) -> li
 
 @contextlib.contextmanager
 def _written() -> Iterator[list[str]]:
-    """What is written to standard output and error meanwhile, also past Python's own streams; filled at the end."""
+    """Capture what is written to standard output and error, also past Python's own streams; filled at the end."""
     found = [""]
     sys.stdout.flush()
     sys.stderr.flush()

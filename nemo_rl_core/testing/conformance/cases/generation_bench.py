@@ -1,11 +1,11 @@
-"""Bench for a generation backend's contract: engines that are set up, requests, and comparisons."""
+"""Test bench for the contract of a generation backend: engines, requests and comparisons."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -24,11 +24,15 @@ from nemo_rl_core.testing.conformance.cases.reference import (
     tiny_model,
 )
 from nemo_rl_core.testing.conformance.frame.set_up import SetUpContract
-from nemo_rl_core.testing.conformance.frame.subject import Expecting, configured
+from nemo_rl_core.testing.conformance.frame.subject import Configured, Expecting, configured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "PROMPT",
     "PROMPTS",
+    "EngineUnderTest",
     "GenerationBench",
     "Start",
     "all_different",
@@ -44,10 +48,12 @@ PROMPTS = ((20,), PROMPT, tuple(range(30, 50)), PROMPT, (20, 31, 42, 53, 64, 75)
 _Result = TypeVar("_Result")
 Start = Callable[..., GenerationBackend]
 """Type of the fixture `start`."""
+EngineUnderTest = type[GenerationBackend] | Configured[GenerationBackend]
+"""Type of the fixture `engine`."""
 
 
 class GenerationBench(SetUpContract):
-    """Sets engines up, asks them and compares; base of the contract of a generation backend.
+    """Base of the contract of a generation backend: sets up engines, sends requests and compares answers.
 
     Attributes:
         config_options: Options of the component, if the defaults do not suit the kit.
@@ -72,7 +78,7 @@ class GenerationBench(SetUpContract):
         pytest.fail(f"{type(self).__name__} must define a fixture `engine` that returns the class to test.")
 
     @pytest.fixture
-    def start(self, engine: Any) -> Iterator[Start]:
+    def start(self, engine: EngineUnderTest) -> Iterator[Start]:
         """`start(max_sequence_length=...)` is an engine that was set up; it is shut down after the clause."""
         case = configured(engine, self.config_options)
         running: list[GenerationBackend] = []
@@ -95,7 +101,7 @@ class GenerationBench(SetUpContract):
 
     @property
     def tiny(self) -> TinyModel:
-        """The checkpoint the engine runs."""
+        """The checkpoint that the engine runs."""
         return tiny_model(self.model_shape)
 
     # -- asking --------------------------------------------------------------------------------
@@ -112,7 +118,7 @@ class GenerationBench(SetUpContract):
         return asyncio.run(within())
 
     def complete(self, engine: GenerationBackend, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """All completions of `requests`, asked for at once."""
+        """Send all requests at once and return their completions."""
 
         async def all_of_them() -> list[Completion]:
             return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
@@ -120,11 +126,11 @@ class GenerationBench(SetUpContract):
         return self.run(all_of_them(), f"{len(requests)} requests at a time")
 
     def update(self, engine: GenerationBackend, version: int, weights: Mapping[str, Tensor]) -> None:
-        """A refit with copies of these weights."""
+        """Refit the engine with copies of these weights, each [...] of its own shape."""
         engine.update_weights(version, iter(weights.items()), share=False)
 
     async def updated_in_flight(self, engine: GenerationBackend, version: int) -> Completion:
-        """A long completion during which the weights are updated."""
+        """Return a long completion during which the weights are updated."""
         first = make_request("first", PROMPT, seed=version, max_new_tokens=1, ignore_eos=True)
         long = make_request("long", PROMPT, seed=version, max_new_tokens=900, ignore_eos=True)
         call: Awaitable[Completion] = asyncio.ensure_future(engine.generate(long))
@@ -133,7 +139,7 @@ class GenerationBench(SetUpContract):
         return await call
 
     def refuses(self, engine: GenerationBackend, prompt: tuple[int, ...]) -> None:
-        """A prompt is refused with a GenerationError, and the next request is served."""
+        """Fail unless a prompt is refused with a GenerationError and the next request is served."""
         fine = make_request("fine", (20, 31), seed=0, max_new_tokens=2, ignore_eos=True)
         with Expecting(GenerationError, f"a prompt of {len(prompt)} tokens"):
             self.complete(engine, [make_request("bad", prompt, max_new_tokens=4)])
@@ -145,7 +151,7 @@ class GenerationBench(SetUpContract):
         sampling: Callable[[list[int]], dict[str, Any]],
         reason: Callable[[list[int]], str | int],
     ) -> None:
-        """A completion that is cut where `sampling`, made of an uncut one, says."""
+        """Fail unless a completion stops where `sampling`, computed from its uncut tokens, says."""
         common = {"seed": 3, "temperature": 1.3, "ignore_eos": True, "max_new_tokens": 20}
         for prompt in PROMPTS[:3]:
             (whole,) = self.complete(engine, [make_request("r", prompt, **common)])
@@ -164,15 +170,19 @@ class GenerationBench(SetUpContract):
 
     # -- comparing -----------------------------------------------------------------------------
 
-    def predictions(self, model: Any, request: GenerationRequest, completion: Completion) -> Tensor:
+    def predictions(self, model: PreTrainedModel, request: GenerationRequest, completion: Completion) -> Tensor:
         """[T, V] logits that predict the tokens of a completion."""
         ids = [*request.prompt_ids, *completion.token_ids]
         return forward_logits(model, ids)[len(request.prompt_ids) - 1 : -1]
 
     def same_logprobs(
-        self, requests: Sequence[GenerationRequest], completions: Sequence[Completion], model: Any, when: str = ""
+        self,
+        requests: Sequence[GenerationRequest],
+        completions: Sequence[Completion],
+        model: PreTrainedModel,
+        when: str = "",
     ) -> None:
-        """Each completion's logprobs are those of the distribution that it must have been drawn from."""
+        """Fail unless the logprobs of each completion are those of the distribution that it must be drawn from."""
         for request, completion in zip(requests, completions, strict=True):
             s, tokens = request.sampling, completion.token_ids
             assert len(completion.logprobs) == len(tokens), f"{when}not one logprob for each token"
@@ -192,23 +202,23 @@ class GenerationBench(SetUpContract):
 
 
 def make_request(name: str, prompt: Sequence[int], **sampling: Any) -> GenerationRequest:
-    """A request with these sampling parameters."""
+    """Make a request with these sampling parameters."""
     return GenerationRequest(request_id=name, prompt_ids=prompt, sampling=SamplingParams(**sampling))
 
 
 def numbered_prompts() -> list[tuple[int, tuple[int, ...]]]:
-    """Index and token ids of each of `PROMPTS`."""
+    """Return the index and the token ids of each of `PROMPTS`."""
     return list(enumerate(PROMPTS))
 
 
 def all_different(completions: Sequence[Completion], of_what: str) -> None:
-    """No two completions have the same tokens."""
+    """Fail if two completions have the same tokens."""
     different = len({tuple(c.token_ids) for c in completions})
     assert different == len(completions), f"{len(completions)} {of_what} gave only {different} different completions"
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> float:
-    """How far counts are from what is expected, in standard deviations (Wilson and Hilferty 1931).
+    """Return how far `counts` [V] are from `expected` [V], in standard deviations (Wilson and Hilferty 1931).
 
     Outcomes of which fewer than 5 are expected are taken together.
     """
@@ -222,7 +232,7 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 
 
 def in_one_buffer(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as a weight sync hands them over: all in the same bytes, overwritten when the next one is asked for."""
+    """Yield tensors [...] as a weight sync hands them over: all in the same bytes, which the next one overwrites."""
     buffer = torch.empty(max(tensor.nbytes for tensor in weights.values()), dtype=torch.uint8)
     for name, tensor in weights.items():
         lent = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)

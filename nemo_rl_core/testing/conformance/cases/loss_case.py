@@ -1,19 +1,23 @@
-"""Case for a loss's contract: a batch with a policy of free logits, the call of a loss, comparisons."""
+"""Case for the contract of a loss: a batch with a policy of free logits, calls of a loss, and comparisons.
+
+Legend: N tokens of the batch, V vocabulary, K chosen tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from nemo_rl_core.protocols.loss import Loss, LossSums, Metric, ModelOutputs
+from nemo_rl_core.protocols.loss import LossSums, Metric, ModelOutputs, VocabularyLoss
 from nemo_rl_core.records.batch import BatchedDataDict
 
 __all__ = [
     "Answer",
+    "CalledLoss",
     "FreeModel",
     "answer_of",
     "answer_on",
@@ -39,9 +43,22 @@ TOLERANCE = 1e-9
 _ADVANTAGES = (1.0, -1.2, -0.7, 0.9, -1.1, 1.3)
 
 
+class CalledLoss(Protocol):
+    """A loss as a backend calls it: the loss itself, or the one that the core normalizes."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `ModelOutputs` that the loss reads."""
+        ...
+
+    def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
+        """Sum the loss over one micro-batch."""
+        ...
+
+
 @frozen(eq=False)
 class FreeModel:
-    """What stands for the policy: free logits and values, so that gradients are per token."""
+    """A stand-in for the policy: free logits and values, so that gradients are per token."""
 
     logits: Tensor
     """[N, V] float64."""
@@ -49,21 +66,24 @@ class FreeModel:
     """[N] float64."""
 
     def select(self, positions: Tensor) -> FreeModel:
-        """The same numbers at these tokens, as new leaves."""
+        """Return the model at the tokens of `positions` [K] alone, with logits [K, V] and values [K]."""
         return FreeModel(self.logits[positions], self.values[positions])
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """Copies that gather gradients."""
+        """Return copies of the logits [N, V] and the values [N] that accumulate gradients."""
         return self.logits.detach().clone().requires_grad_(), self.values.detach().clone().requires_grad_()
 
 
 @frozen(eq=False)
 class Answer:
-    """A loss sum and its gradient by token."""
+    """A loss sum and its gradient for each token."""
 
     total: Tensor
+    """[] float64."""
     logits_grad: Tensor
+    """[N, V] float64."""
     values_grad: Tensor
+    """[N] float64."""
     sums: LossSums
 
 
@@ -71,7 +91,7 @@ class Answer:
 
 
 def off_policy_case() -> tuple[BatchedDataDict, FreeModel, torch.Generator]:
-    """Current, old, sampling and reference policies differ by a few per cent; what further fields are drawn from."""
+    """Make a batch whose four policies differ by a few per cent, its model, and the generator for further fields."""
     generator = torch.Generator().manual_seed(11)
     lengths = [5, 3, 8, 4, 6, 7]
     n = sum(lengths)
@@ -101,7 +121,7 @@ def off_policy_case() -> tuple[BatchedDataDict, FreeModel, torch.Generator]:
 
 
 def make_on_policy(batch: BatchedDataDict, model: FreeModel) -> None:
-    """Make the four policies equal, and the advantage one number for each sequence; in place."""
+    """Make the four policies equal, and the advantages of each sequence one number, in place."""
     current = logprobs_of(batch, model.logits).detach()
     for name in ("logprobs", "rollout_logprobs", "ref_logprobs"):
         batch.set_tokens(name, current.clone())
@@ -118,7 +138,8 @@ def logprobs_of(batch: BatchedDataDict, logits: Tensor) -> Tensor:
     return chosen.masked_fill(batch.position_ids == 0, 0.0)
 
 
-def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> ModelOutputs:
+def _outputs_for(loss: CalledLoss, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> ModelOutputs:
+    """Compute the outputs that the loss needs from logits [N, V] and values [N]."""
     outputs = ModelOutputs()
     wanted = set(loss.needs)
     log_p = torch.log_softmax(logits, -1)
@@ -134,7 +155,8 @@ def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tens
         outputs.top_logprobs = found.view(batch["top_ids"].shape)
     if "over_vocabulary" in wanted:
         at = batch["loss_mask"]
-        found = loss.over_vocabulary(log_p[at], {name: batch[name][at] for name in loss.vocabulary_fields})
+        whole = cast("VocabularyLoss", loss)
+        found = whole.over_vocabulary(log_p[at], {name: batch[name][at] for name in whole.vocabulary_fields})
         outputs.over_vocabulary = found.new_zeros(batch.num_tokens, *found.shape[1:]).masked_scatter(
             at.view(-1, *(1,) * (found.ndim - 1)), found
         )
@@ -143,14 +165,13 @@ def _outputs_for(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tens
     return outputs
 
 
-def call_loss(loss: Any, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> LossSums:
-    """The sums, by outputs made of these logits and values."""
-    sums: LossSums = loss(_outputs_for(loss, batch, logits, values), batch)
-    return sums
+def call_loss(loss: CalledLoss, batch: BatchedDataDict, logits: Tensor, values: Tensor) -> LossSums:
+    """Call the loss on outputs computed from logits [N, V] and values [N]."""
+    return loss(_outputs_for(loss, batch, logits, values), batch)
 
 
-def answer_of(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Answer:
-    """The sum and its gradients."""
+def answer_of(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel) -> Answer:
+    """Return the loss sum of a batch and its gradients."""
     logits, values = model.leaves()
     sums = call_loss(loss, batch, logits, values)
     if sums.total.requires_grad:
@@ -159,49 +180,49 @@ def answer_of(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Answer:
     return Answer(sums.total.detach().to(torch.float64), grads[0], grads[1], sums)
 
 
-def answer_on(loss: Any, batch: BatchedDataDict, model: FreeModel, indices: Sequence[int]) -> Answer:
-    """The answer for some sequences alone."""
+def answer_on(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel, indices: Sequence[int]) -> Answer:
+    """Return the loss sum of some sequences alone and its gradients."""
     return answer_of(loss, batch.select(list(indices)), model.select(positions_of(batch, indices)))
 
 
 def positions_of(batch: BatchedDataDict, indices: Sequence[int]) -> Tensor:
-    """Positions of these sequences' tokens in the batch, in the order of `select`."""
+    """[K] int64 positions of these sequences' tokens in the batch, in the order of `select`."""
     marked = BatchedDataDict(batch.lengths, {"at": torch.arange(batch.num_tokens)})
     found: Tensor = marked.select(list(indices))["at"]
     return found
 
 
 def flat(units: Iterable[Sequence[int]]) -> list[int]:
-    """Sequences of several units, in order."""
+    """Return the sequences of several units in one list."""
     return [i for unit in units for i in unit]
 
 
 class _Watched(BatchedDataDict):
-    """A batch that remembers which fields were read."""
+    """A batch that records which fields were read."""
 
     def __init__(self, batch: BatchedDataDict) -> None:
         super().__init__(batch.lengths, batch.tokens, batch.sequences)
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
-        """The field, remembered."""
+        """Return the field and record that it was read."""
         self.read.add(name)
         return super().__getitem__(name)
 
 
-def fields_read(loss: Any, batch: BatchedDataDict, model: FreeModel) -> frozenset[str]:
-    """Names of the fields of the batch that the loss reads."""
+def fields_read(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel) -> frozenset[str]:
+    """Return the names of the batch fields that the loss reads."""
     watched = _Watched(batch)
     answer_of(loss, watched, model)
     return frozenset(watched.read)
 
 
-def logprob_gradient(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Tensor:
-    """[N] gradient by the logprobs themselves, the other outputs held."""
+def logprob_gradient(loss: CalledLoss, batch: BatchedDataDict, model: FreeModel) -> Tensor:
+    """[N] gradient with respect to the logprobs, while the other outputs are held fixed."""
     outputs = _outputs_for(loss, batch, model.logits, model.values)
     assert outputs.logprobs is not None
     outputs.logprobs = outputs.logprobs.detach().clone().requires_grad_()
-    sums: LossSums = loss(outputs, batch)
+    sums = loss(outputs, batch)
     (grad,) = torch.autograd.grad(sums.total, outputs.logprobs, materialize_grads=True)
     return grad
 
@@ -210,7 +231,7 @@ def logprob_gradient(loss: Any, batch: BatchedDataDict, model: FreeModel) -> Ten
 
 
 def poisoned(batch: BatchedDataDict, poison: float) -> BatchedDataDict:
-    """The batch with `poison` in every masked position of its float fields."""
+    """Copy the batch with `poison` at every masked position of its float fields."""
     changed = batch.select(range(len(batch)))
     for name, value in batch.tokens.items():
         if value.is_floating_point():
@@ -220,11 +241,12 @@ def poisoned(batch: BatchedDataDict, poison: float) -> BatchedDataDict:
 
 
 def padded(batch: BatchedDataDict, model: FreeModel) -> tuple[BatchedDataDict, FreeModel, Tensor]:
-    """Every sequence lengthened to one width by untrained tokens; and where the old tokens are now."""
+    """Pad every sequence to one width with untrained tokens; also return where the old tokens are now, [N] int64."""
     width = batch.max_length + 2
     keep = torch.cat([torch.arange(int(n)) + i * width for i, n in enumerate(batch.lengths)])
 
     def spread(value: Tensor) -> Tensor:
+        """Move `value` [N, ...] of the old tokens to their new places; the padding gets 1."""
         wide = torch.ones(len(batch) * width, *value.shape[1:]).to(value.dtype)
         wide[keep] = value
         return wide
@@ -240,8 +262,10 @@ def padded(batch: BatchedDataDict, model: FreeModel) -> tuple[BatchedDataDict, F
 # -- comparing -------------------------------------------------------------------------------------
 
 
-def check_same_when_cut(loss: Loss, batch: BatchedDataDict, model: FreeModel, cuts: Sequence[Sequence[int]]) -> None:
-    """The answers for parts of the batch add up to that for the whole."""
+def check_same_when_cut(
+    loss: CalledLoss, batch: BatchedDataDict, model: FreeModel, cuts: Sequence[Sequence[int]]
+) -> None:
+    """Fail unless the sums and gradients of the parts add up to those of the whole batch."""
     whole = answer_of(loss, batch, model)
     total, grad = torch.zeros((), dtype=torch.float64), torch.zeros_like(model.logits)
     values = torch.zeros_like(model.values)
@@ -256,7 +280,7 @@ def check_same_when_cut(loss: Loss, batch: BatchedDataDict, model: FreeModel, cu
 
 
 def check_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    """Fail with the largest difference, unless it is rounding."""
+    """Fail if two tensors of one shape [...] differ by more than rounding; the message has the largest difference."""
     scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-12)
     finite = bool(torch.isfinite(found).all())
     worst = float((found - expected).abs().max()) if expected.numel() else 0.0
@@ -266,7 +290,7 @@ def check_equal(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 def check_metrics(metrics: Mapping[str, Metric], *, empty: bool = False) -> None:
-    """Fail unless each is a finite scalar without gradient; empty: nothing was trained."""
+    """Fail unless each metric is a finite scalar without gradient; `empty` means that no token was trained."""
     for name, metric in metrics.items():
         assert isinstance(metric, Metric), f"metric `{name}` is a {type(metric).__name__}, not a Metric"
         for part, value in (("total", metric.total), ("count", metric.count)):
@@ -281,7 +305,7 @@ def check_metrics(metrics: Mapping[str, Metric], *, empty: bool = False) -> None
 
 
 def reduced(parts: Sequence[Mapping[str, Metric]]) -> dict[str, float]:
-    """Each metric over all parts, as the core reduces it."""
+    """Reduce each metric over all parts, as the core does."""
     reduced = {}
     for name in dict.fromkeys(key for part in parts for key in part):
         found = [part[name] for part in parts if name in part]

@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_rl_core.models import load_model, load_tokenizer
-from nemo_rl_core.protocols.loss import Denominator, LossSums, Metric, ModelOutputs
+from nemo_rl_core.protocols.loss import Denominator, Loss, LossSums, Metric, ModelOutputs
 from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_core.schema import OptimizerConfig
 
@@ -71,21 +74,21 @@ class TinyModel:
 
     folder: str
     """What `model_name` is set to."""
-    model: Any
+    model: PreTrainedModel
     """In float32, in evaluation mode, with the attention of the library; never changed."""
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """The size V of the vocabulary."""
         return int(self.model.config.vocab_size)
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the parameters by name; a tied one comes once."""
+        """Copy the parameters by name, each [...] of its own shape; a tied one comes once."""
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
-    def copy(self, weights: Mapping[str, Tensor] | None = None) -> Any:
-        """A copy of the model, with other weights if they are given."""
+    def copy(self, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+        """Copy the model, with other weights [...] by name if they are given."""
         import copy
 
         made = copy.deepcopy(self.model)
@@ -96,7 +99,7 @@ class TinyModel:
         return made
 
     def changed_weights(self, seed: int = 1) -> dict[str, Tensor]:
-        """Other weights of the same shapes: half the old ones and half new noise."""
+        """Make other weights of the same shapes [...]: half the old ones and half new noise."""
         generator = torch.Generator().manual_seed(seed)
         return {
             name: 0.5 * value + 0.2 * torch.randn(value.shape, generator=generator)
@@ -105,7 +108,7 @@ class TinyModel:
 
 
 def tiny_model(shape: Mapping[str, Any] = TINY_SHAPE) -> TinyModel:
-    """The checkpoint of this shape, made once in a process from a fixed seed."""
+    """Return the checkpoint of this shape, made once per process from a fixed seed."""
     return _made(json.dumps(dict(shape), sort_keys=True))
 
 
@@ -129,13 +132,13 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 # -- the plain forward pass ------------------------------------------------------------------------------
 
 
-def forward_logits(model: Any, ids: Sequence[int] | Tensor) -> Tensor:
+def forward_logits(model: PreTrainedModel, ids: Sequence[int] | Tensor) -> Tensor:
     """[T, V] float32 logits after each token of one sequence."""
     found: Tensor = model(input_ids=torch.as_tensor(ids)[None], use_cache=False).logits[0].float()
     return found
 
 
-def forward_logprobs(model: Any, batch: BatchedDataDict, temperature: float = 1.0) -> Tensor:
+def forward_logprobs(model: PreTrainedModel, batch: BatchedDataDict, temperature: float = 1.0) -> Tensor:
     """[N] logprobs of a batch's tokens, each sequence alone; 0 at each first token."""
     parts = []
     for ids in batch.unpack("input_ids"):
@@ -162,7 +165,7 @@ def sampling_distribution(logits: Tensor, *, temperature: float, top_p: float = 
 
 
 class LargestTensor(TorchDispatchMode):
-    """While it is entered, remembers the largest floating-point tensor that an operator made.
+    """A context that records the largest floating-point tensor that an operator makes.
 
     Attributes:
         numel: Its number of elements.
@@ -174,7 +177,13 @@ class LargestTensor(TorchDispatchMode):
         self.numel = 0
         self.shape: tuple[int, ...] = ()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Run the operator and look at what it returns."""
         result = func(*args, **(kwargs or {}))
         for found in result if isinstance(result, (tuple, list)) else (result,):
@@ -186,8 +195,10 @@ class LargestTensor(TorchDispatchMode):
 # -- the plain training loop -----------------------------------------------------------------------------
 
 
-def ragged_batch(lengths: Sequence[int] = (5, 12, 9, 16, 3, 7), *, vocab_size: int = 104, seed: int = 0) -> Any:
-    """Random tokens; about two thirds of them are trained, never a first one, with random advantages."""
+def ragged_batch(
+    lengths: Sequence[int] = (5, 12, 9, 16, 3, 7), *, vocab_size: int = 104, seed: int = 0
+) -> BatchedDataDict:
+    """Make a batch of random tokens with random advantages; about two thirds are trained, never a first token."""
     from nemo_rl_core.records.batch import BatchedDataDict
 
     rng = torch.Generator().manual_seed(seed)
@@ -206,9 +217,9 @@ class WeightedLoss:
 
     needs: frozenset[str] = frozenset({"logprobs"})
     denominator: Denominator = "tokens"
-    seen: list[tuple[ModelOutputs, Any]] = field(factory=list)
+    seen: list[tuple[ModelOutputs, BatchedDataDict]] = field(factory=list)
 
-    def __call__(self, outputs: ModelOutputs, batch: Any) -> LossSums:
+    def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
         """The sum, with the mean logprob and the number of trained tokens as metrics."""
         self.seen.append((outputs, batch))
         mask = batch["loss_mask"]
@@ -237,10 +248,10 @@ class Likelihood:
         self.needs: frozenset[str] = frozenset({output})
 
     def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """[C, 1]."""
+        """[C, 1] logprob of each of C tokens, from the logprobs [C, V] of the whole vocabulary."""
         return logprobs.gather(1, fields["input_ids"][:, None])
 
-    def __call__(self, outputs: ModelOutputs, batch: Any) -> LossSums:
+    def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
         """The sum over the trained tokens."""
         (name,) = self.needs
         found = getattr(outputs, name)
@@ -254,7 +265,7 @@ class ValuesToOne:
     needs: frozenset[str] = frozenset({"values"})
     denominator: Denominator = "tokens"
 
-    def __call__(self, outputs: ModelOutputs, batch: Any) -> LossSums:
+    def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:
         """The sum over the trained tokens."""
         assert outputs.values is not None, "the backend filled no values, which the loss needs"
         return LossSums((outputs.values - 1).square().masked_fill(~batch["loss_mask"], 0.0).sum())
@@ -262,7 +273,7 @@ class ValuesToOne:
 
 @frozen(kw_only=True)
 class ReferenceStep:
-    """What one step of the plain loop came to."""
+    """The result of one step of the plain loop."""
 
     loss: float
     grad_norm: float
@@ -270,7 +281,7 @@ class ReferenceStep:
 
 
 class ReferenceTrainer:
-    """Plain PyTorch: one sequence at a time, one backward pass, `clip_grad_norm_`, AdamW.
+    """A plain PyTorch loop: one sequence at a time, one backward pass, `clip_grad_norm_`, AdamW.
 
     Args:
         model: A model of its own; it is trained in place.
@@ -281,11 +292,11 @@ class ReferenceTrainer:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         optimizer: OptimizerConfig,
         *,
         max_grad_norm: float | None = None,
-        loss: Callable[[], Any] = WeightedLoss,
+        loss: Callable[[], Loss] = WeightedLoss,
     ) -> None:
         self.model = model.requires_grad_(True).eval()
         self.max_grad_norm = max_grad_norm
@@ -298,8 +309,10 @@ class ReferenceTrainer:
             eps=optimizer.eps,
         )
 
-    def step(self, batch: Any, *, temperature: float = 1.0, learning_rate: float | None = None) -> ReferenceStep:
-        """One optimizer step on the whole batch."""
+    def step(
+        self, batch: BatchedDataDict, *, temperature: float = 1.0, learning_rate: float | None = None
+    ) -> ReferenceStep:
+        """Take one optimizer step on the whole batch."""
         for group in self.optimizer.param_groups if learning_rate is not None else ():
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
@@ -312,6 +325,6 @@ class ReferenceTrainer:
         return ReferenceStep(loss=float(total.detach()), grad_norm=float(norm))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each parameter."""
+        """Yield the name and the value of each parameter, [...] of its own shape."""
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()

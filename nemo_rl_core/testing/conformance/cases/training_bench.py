@@ -1,4 +1,4 @@
-"""Bench for a training backend's contract: backends that are set up, batches, and comparisons."""
+"""Test bench for the contract of a training backend: backends, batches and comparisons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import pytest
@@ -30,11 +30,15 @@ from nemo_rl_core.testing.conformance.cases.reference import (
     tiny_model,
 )
 from nemo_rl_core.testing.conformance.frame.set_up import SetUpContract
-from nemo_rl_core.testing.conformance.frame.subject import configured
+from nemo_rl_core.testing.conformance.frame.subject import Configured, configured
 from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
+
+if TYPE_CHECKING:
+    from nemo_rl_core.training.model.policy import Policy
 
 __all__ = [
     "OPTIMIZER",
+    "BackendUnderTest",
     "Start",
     "TrainingBench",
     "TwoSteps",
@@ -49,10 +53,12 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, eps=1e-4)
 """The large `eps` keeps tiny gradients, of which rounding decides the sign, from being blown up to full steps."""
 Start = Callable[..., TrainingBackend]
 """Type of the fixture `start`."""
+BackendUnderTest = type[TrainingBackend] | Configured[TrainingBackend]
+"""Type of the fixture `backend`."""
 
 
 class TrainingBench(SetUpContract):
-    """Sets backends up and compares them; base of the contract of a training backend.
+    """Base of the contract of a training backend: sets up backends and compares them.
 
     Attributes:
         config_options: Options of the component, if the defaults do not suit the kit.
@@ -75,12 +81,12 @@ class TrainingBench(SetUpContract):
         pytest.fail(f"{type(self).__name__} must define a fixture `backend` that returns the class to test.")
 
     @pytest.fixture
-    def start(self, backend: Any) -> Iterator[Start]:
+    def start(self, backend: BackendUnderTest) -> Iterator[Start]:
         """`start(**policy)` is a backend that was set up; it is shut down after the clause."""
         case = configured(backend, self.config_options)
         running: list[TrainingBackend] = []
 
-        def make(*, seed: int = 0, **policy: Any) -> TrainingBackend:
+        def make(*, seed: int = 0, **policy: object) -> TrainingBackend:
             made: TrainingBackend = case.loaded()
             running.append(made)
             made.setup(self.policy(case.options, **policy), WorkerContext(device=self.device, seed=seed, num_threads=1))
@@ -90,15 +96,15 @@ class TrainingBench(SetUpContract):
         for made in running:
             made.shutdown()
 
-    def capable(self, backend: Any, start: Start, capability: str, **policy: Any) -> TrainingBackend:
-        """A backend with the capability that was set up; skips the clause for one without."""
+    def capable(self, backend: BackendUnderTest, start: Start, capability: str, **policy: object) -> TrainingBackend:
+        """Set up a backend and return it; skip the clause if it lacks the capability."""
         if capability not in configured(backend, self.config_options).loaded.capabilities:
             pytest.skip(f"it lacks the capability {capability!r}")
         made: TrainingBackend = start(**policy)
         return made
 
-    def says_its_layout(self, backend: Any) -> None:
-        """The class, of the policy that the kit trains and, with "tensor_parallel", of one on two workers."""
+    def says_its_layout(self, backend: BackendUnderTest) -> None:
+        """Check the class's layout of the kit's policy on one worker and, with "tensor_parallel", on two."""
         case = configured(backend, self.config_options)
         workers = (1, 2) if "tensor_parallel" in case.loaded.capabilities else (1,)
         for count in workers:
@@ -112,23 +118,22 @@ class TrainingBench(SetUpContract):
 
     @property
     def tiny(self) -> TinyModel:
-        """The checkpoint the backend trains."""
+        """The checkpoint that the backend trains."""
         return tiny_model(self.model_shape)
 
     # -- running -------------------------------------------------------------------------------
 
-    def policy(self, options: Any, **policy: Any) -> PolicyConfig:
-        """The policy's configuration on the tiny model, without clipping unless it is asked for."""
+    def policy(self, options: object, **policy: Any) -> PolicyConfig:
+        """Return the configuration of the policy on the tiny model, without clipping unless it is asked for."""
         defaults = {"model_name": self.tiny.folder, "optimizer": OPTIMIZER, "max_grad_norm": None}
         return PolicyConfig(options=options, **{**defaults, **policy})
 
     def batch(self, seed: int = 0) -> BatchedDataDict:
-        """Random sequences of the model's tokens."""
-        found: BatchedDataDict = ragged_batch(vocab_size=self.tiny.vocab_size, seed=seed)
-        return found
+        """Make a batch of random sequences of the model's tokens."""
+        return ragged_batch(vocab_size=self.tiny.vocab_size, seed=seed)
 
     def reference(self, max_grad_norm: float | None = None) -> ReferenceTrainer:
-        """The plain loop that starts where the backends start."""
+        """Make the plain training loop, with the weights that the backends start from."""
         return ReferenceTrainer(self.tiny.copy(), OPTIMIZER, max_grad_norm=max_grad_norm)
 
     def predicted(self, batch: BatchedDataDict, temperature: float) -> Tensor:
@@ -148,7 +153,7 @@ class TrainingBench(SetUpContract):
         micro_batches: Sequence[Sequence[int]] | None = None,
         **plan: Any,
     ) -> StepResult:
-        """One step with a loss divided by the counts of the whole batch."""
+        """Take one step with a loss that is divided by the counts of the whole batch."""
         loss_fn = NormalizedLoss(loss or WeightedLoss(), count_trained(batch))
         cut = [list(range(len(batch)))] if micro_batches is None else micro_batches
         return backend.train_step(batch, loss_fn, StepPlan(micro_batches=cut, **plan))
@@ -156,7 +161,7 @@ class TrainingBench(SetUpContract):
     def refuses(
         self, backend: TrainingBackend, path: Path, folder: Path, how: str, damage: Callable[[bytes], bytes] | None
     ) -> None:
-        """Loading with this file damaged, which is whole again afterwards."""
+        """Fail unless loading is refused while this file is damaged; then repair the file."""
         whole = path.read_bytes()
         if damage is None:
             path.unlink()
@@ -189,7 +194,7 @@ class TrainingBench(SetUpContract):
     # -- comparing -----------------------------------------------------------------------------
 
     def same(self, found: Tensor | float, expected: Tensor | float, what: str, factor: float = 1.0) -> None:
-        """Two numbers or tensors are equal within the tolerance."""
+        """Fail unless two numbers, or two tensors of one shape [...], are equal within the tolerance."""
         ours, theirs = torch.as_tensor(found).detach().float(), torch.as_tensor(expected).detach().float()
         assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, not {list(theirs.shape)}"
         worst = float((ours - theirs).abs().max()) if ours.numel() else 0.0
@@ -202,7 +207,7 @@ class TrainingBench(SetUpContract):
     def same_weights(
         self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], when: str, factor: float = 1.0
     ) -> None:
-        """Two sets of weights are equal within the tolerance."""
+        """Fail unless two sets of weights, tensors [...] by name, are equal within the tolerance."""
         assert found.keys() == expected.keys(), f"other weights {when}: {sorted(found.keys() ^ expected.keys())[:4]}"
         for name, value in expected.items():
             self.same(found[name], value, f"{name} {when}", factor)
@@ -213,15 +218,16 @@ class TrainingBench(SetUpContract):
 
 @attrs.frozen(kw_only=True)
 class TwoSteps:
-    """What came of two steps."""
+    """The results of two steps."""
 
     metrics: Mapping[str, float]
     logprobs: Tensor
+    """[N] float32."""
     weights: Mapping[str, Tensor]
 
 
-def two_steps(policy: Any, batch: BatchedDataDict) -> TwoSteps:
-    """Two steps on one batch through the core's view of the workers."""
+def two_steps(policy: Policy, batch: BatchedDataDict) -> TwoSteps:
+    """Take two steps on one batch through `Policy`, the core's view of the workers."""
     for _ in range(2):
         metrics = policy.train_step(batch, WeightedLoss())
     weights = {name: tensor.clone() for name, tensor in policy.group.iterate("export_weights", timeout_s=60.0)}
@@ -229,21 +235,21 @@ def two_steps(policy: Any, batch: BatchedDataDict) -> TwoSteps:
 
 
 def weights_of(backend: TrainingBackend) -> dict[str, Tensor]:
-    """Copies of the exported weights."""
+    """Copy the exported weights by name, each [...] of its own shape, on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in backend.export_weights()}
 
 
 def equal_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of weights are the same bit for bit."""
+    """Return whether two sets of weights, tensors [...] by name, are equal bit for bit."""
     return found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def loss_of(result: StepResult) -> float:
-    """The divided loss that a step reports."""
+    """Return the normalized loss that a step reports."""
     assert "loss" in result.metrics, f"the step reports no `loss`; it reports {sorted(result.metrics)}"
     return float(result.metrics["loss"].total)
 
 
 def without_mask(batch: BatchedDataDict) -> BatchedDataDict:
-    """The token ids of a batch alone, so that every logprob is wanted."""
+    """Return a batch of the token ids alone, so that the logprob of every token is wanted."""
     return BatchedDataDict(batch.lengths, {"input_ids": batch["input_ids"]})

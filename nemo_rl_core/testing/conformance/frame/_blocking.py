@@ -49,13 +49,13 @@ class _TimedLoop(asyncio.SelectorEventLoop):
     def call_soon(
         self, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """As the loop does, measured."""
+        """Schedule the callback as the base class does, and measure its run."""
         return super().call_soon(self._measured(callback), *args, context=context)
 
     def call_at(
         self, when: float, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        """As the loop does, measured."""
+        """Schedule the callback as the base class does, and measure its run."""
         return super().call_at(when, self._measured(callback), *args, context=context)
 
     def _measured(self, callback: Callable[[Unpack[_Ts]], object]) -> Callable[[Unpack[_Ts]], object]:

@@ -31,7 +31,7 @@ _OF_THE_KIT = frozenset({"declared_by", "from_component", "kind", "mistake_in", 
 
 
 def declarable(contract: type) -> dict[str, Any]:
-    """Names that `conformance` may have for this contract, with their defaults."""
+    """Return the names that `conformance` may set for this contract, with their defaults."""
     found: dict[str, Any] = {}
     for base in reversed(contract.__mro__[:-1]):
         found.update(vars(base))
@@ -45,7 +45,7 @@ def declarable(contract: type) -> dict[str, Any]:
     }
 
 
-def take_declarations(test: Any, component: Any) -> str | None:
+def take_declarations(test: object, component: object) -> str | None:
     """Apply the component's declarations to `test`, an object of a contract.
 
     Attributes that the class of the test defines take precedence: its author set them for this very test.
@@ -72,8 +72,8 @@ def take_declarations(test: Any, component: Any) -> str | None:
     return None
 
 
-def example_of(component: Any, folder: Path) -> Mapping[str, Any]:
-    """What the component says it can be checked with: a mapping, or a function of an empty folder that returns one.
+def example_of(component: object, folder: Path) -> Mapping[str, Any]:
+    """Return the `example` of a component: a mapping, or the result of a function that takes an empty folder.
 
     Raises:
         NemoRLError: It is neither.

@@ -5,21 +5,34 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.testing.conformance.frame.declared import example_of
 
 if TYPE_CHECKING:
-    from nemo_rl_core.testing.conformance.frame.kit import Contract
+    from nemo_rl_core.registry import ComponentRef
 
 __all__ = ["maker_of"]
 
 _DATA = (type(None), str, bytes, bool, int, float, complex, Mapping, list, tuple, set, frozenset)
 
 
-def maker_of(contract: type[Contract], given: object, folder: Path) -> Callable[[], Any]:
-    """A function without arguments that makes the subject, for each clause anew where that is possible.
+class _Contract(Protocol):
+    """The part of a `Contract` that says what it tests."""
+
+    kind: ClassVar[str]
+    subject: ClassVar[str]
+
+    @classmethod
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object: ...
+
+    @classmethod
+    def mistake_in(cls, subject: object) -> str | None: ...
+
+
+def maker_of(contract: type[_Contract], given: object, folder: Path) -> Callable[[], object]:
+    """Return a function without arguments that makes the subject, a new one for each clause if possible.
 
     Args:
         contract: What the subject is tested by.
@@ -45,8 +58,8 @@ def maker_of(contract: type[Contract], given: object, folder: Path) -> Callable[
     )
 
 
-def _maker_of_class(contract: type[Contract], component: type, folder: Path) -> Callable[[], Any]:
-    """A class that is the subject itself, that is made without arguments, or that is made by its `example`."""
+def _maker_of_class(contract: type[_Contract], component: type, folder: Path) -> Callable[[], object]:
+    """Return a maker for a class: the subject itself, made without arguments, or made with its `example`."""
     from nemo_rl_core.registry import get_registry
 
     if contract.mistake_in(component) is None:
@@ -58,8 +71,8 @@ def _maker_of_class(contract: type[Contract], component: type, folder: Path) -> 
     return lambda: contract.from_component(ref, {}, example)
 
 
-def _needs_nothing(function: Callable[..., Any]) -> bool:
-    """Whether it can be called without arguments."""
+def _needs_nothing(function: Callable[..., object]) -> bool:
+    """Return whether the function can be called without arguments."""
     try:
         inspect.signature(function).bind()
     except TypeError:

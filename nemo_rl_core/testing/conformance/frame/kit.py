@@ -1,4 +1,4 @@
-"""Conformance kits, and how to run one.
+"""Conformance kits: the base class of their contracts, and functions that run them.
 
 A contract is a class with one test method for each clause; the first line of the method's docstring is the
 clause, in words. A plugin author sub-classes it and says with one fixture what is to be tested:
@@ -95,8 +95,8 @@ class Contract:
     timeout_s: ClassVar[float] = CLAUSE_TIMEOUT_S
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """What the fixture would return for an installed component with these options.
+    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> object:
+        """Return what the fixture would return for an installed component with these options.
 
         The component is called with its structured options. Contracts whose subject is something else
         (a factory, a component that is made without arguments) override this.
@@ -109,8 +109,8 @@ class Contract:
         return ref.load()(structured(cls.kind, ref, overlaid(example, options)))
 
     @classmethod
-    def mistake_in(cls, subject: Any) -> str | None:
-        """What is wrong with the value of the fixture itself, in words; None if it can be tested.
+    def mistake_in(cls, subject: object) -> str | None:
+        """Say in words what is wrong with the value of the fixture; None if it can be tested.
 
         A class is a mistake where the subject is the component made with its options (see `from_component`).
         """
@@ -121,7 +121,7 @@ class Contract:
         return None
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
+    def declared_by(cls, subject: object) -> object:
         """Return the object whose attribute `conformance` applies: the subject, or the component in its case."""
         return subject
 
@@ -131,13 +131,13 @@ class Contract:
 
     @pytest.fixture(autouse=True)
     def _clause_deadline(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        """Fail a clause that hangs, by its name."""
+        """Fail a clause that hangs, with its name in the message."""
         with _deadline(self.timeout_s, f"clause {request.node.name}"):
             yield
 
     @pytest.fixture(autouse=True)
     def _sound_subject(self, request: pytest.FixtureRequest, _clause_deadline: None) -> None:
-        """Tell the classic mistakes with the fixture in words, before a clause meets them."""
+        """Report common mistakes in the fixture in words, before they break a clause."""
         name, kind = type(self).__name__, type(self).__mro__[1].__name__
         try:
             subject = request.getfixturevalue(self.subject)
@@ -159,7 +159,7 @@ class Contract:
 
 @frozen(kw_only=True)
 class ClauseResult:
-    """How one clause went."""
+    """The outcome of one clause."""
 
     clause: str
     """Name of the test without `test_`."""
@@ -173,7 +173,7 @@ class ClauseResult:
 
 @frozen(kw_only=True)
 class KitReport:
-    """What became of each clause, in the order of the contract."""
+    """The outcome of every clause, in the order of the contract."""
 
     contract: str
     results: tuple[ClauseResult, ...]
@@ -191,12 +191,12 @@ class KitReport:
 
 
 def contracts() -> tuple[str, ...]:
-    """Kinds that have a contract."""
+    """Return the kinds of component that have a contract."""
     return tuple(_CONTRACTS)
 
 
 def contract_for(kind: str) -> type[Contract]:
-    """The contract of a kind, such as "losses".
+    """Return the contract of a kind, such as "losses".
 
     Raises:
         NemoRLError: The kind has none.
@@ -209,7 +209,7 @@ def contract_for(kind: str) -> type[Contract]:
 
 
 def clauses(contract: type[Contract]) -> dict[str, str]:
-    """Each clause of a contract, in the order in which they are written: name to sentence."""
+    """Return the sentence of each clause by name, in the order in which the contract defines them."""
     found: dict[str, str] = {}
     for base in reversed(contract.__mro__):
         for name, value in vars(base).items():
@@ -252,12 +252,12 @@ def run_kit(
 
 def _run(
     contract: type[Contract],
-    make: Callable[[], Any],
+    make: Callable[[], object],
     known: Mapping[str, str],
     only: Sequence[str],
     timeout_s: float | None,
 ) -> KitReport:
-    """Run the known clauses, or only some, with a pytest of its own."""
+    """Run the known clauses, or only some of them, in a separate pytest session."""
     collector = _Collector(_tested_class(contract, make, timeout_s), only)
     with tempfile.TemporaryDirectory() as folder, _no_other_plugins():
         name = f"test_kit_{uuid.uuid4().hex}"  # pytest keeps modules by name: a second kit must not find the first
@@ -304,18 +304,18 @@ def check_component(
         )
 
 
-def _tested_class(contract: type[Contract], make: Callable[[], Any], timeout_s: float | None) -> type[Contract]:
-    def subject(self: Any) -> Any:
+def _tested_class(contract: type[Contract], make: Callable[[], object], timeout_s: float | None) -> type[Contract]:
+    def subject(self: object) -> object:
         return make()
 
-    members: dict[str, Any] = {contract.subject: pytest.fixture(name=contract.subject)(subject)}
+    members: dict[str, object] = {contract.subject: pytest.fixture(name=contract.subject)(subject)}
     if timeout_s is not None:
         members["timeout_s"] = timeout_s
     return type(f"Test{contract.__name__}", (contract,), members)
 
 
 class _Collector:
-    """A pytest plugin that puts one class into the test module and keeps how its tests went."""
+    """A pytest plugin that puts one class into the test module and collects the results of its tests."""
 
     def __init__(self, tested: type[Contract], only: Sequence[str]) -> None:
         self._tested = tested
@@ -327,7 +327,7 @@ class _Collector:
         self.results: dict[str, ClauseResult] = {}
 
     def result(self, name: str, status: int) -> ClauseResult:
-        """How a clause went; one that did not come to run has failed."""
+        """Return the outcome of a clause; one that never ran has failed."""
         missing = ClauseResult(
             clause=name,
             sentence=self._sentences[name],
@@ -350,7 +350,7 @@ class _Collector:
 
     @pytest.hookimpl
     def pytest_internalerror(self, excrepr: object) -> bool:
-        """What pytest itself cannot survive fails the clause in which it came, and those that did not come to run."""
+        """Let an error inside pytest fail the running clause, and all clauses that have not run yet."""
         self._trouble = str(excrepr).strip().rpartition("\n")[2]
         self.results.pop(self._running, None)
         return True
@@ -361,7 +361,7 @@ class _Collector:
             self._trouble = str(report.longrepr)
 
     @pytest.hookimpl
-    def pytest_collectstart(self, collector: Any) -> None:
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
         if isinstance(collector, pytest.Module):
             setattr(collector.obj, self._tested.__name__, self._tested)
 
@@ -392,7 +392,7 @@ def _clause(name: str) -> str:
 
 
 def _message(report: pytest.TestReport) -> str:
-    """The reason of a skip, or the words of the failed assertion, without the traceback."""
+    """Return the reason of a skip, or the message of the failed assertion without its traceback."""
     if report.skipped:
         found = report.longrepr
         return str(found[2]).removeprefix("Skipped: ") if isinstance(found, tuple) else str(found)

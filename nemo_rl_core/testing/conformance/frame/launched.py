@@ -9,7 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsAdd
+
+    from nemo_rl_core.protocols.launcher import WorkerContext
 
 __all__ = ["LaunchedWorker"]
 
@@ -17,31 +22,31 @@ __all__ = ["LaunchedWorker"]
 class LaunchedWorker:
     """Answers, raises, dies and hangs on demand."""
 
-    def setup(self, config: Any, context: Any) -> None:
+    def setup(self, config: object, context: WorkerContext) -> None:
         """Keep the context; refuse on rank 1 if the configuration is "refuse"."""
         self.config = config
         self.context = context
         if config == "refuse" and context.rank == 1:
             raise LookupError("no such thing as this configuration")
 
-    def get_context(self) -> Any:
-        """The context that `setup` got."""
+    def get_context(self) -> WorkerContext:
+        """Return the context that `setup` got."""
         return self.context
 
     def pid(self) -> int:
-        """Process id."""
+        """Return the process id."""
         return os.getpid()
 
     def variable(self, name: str) -> str | None:
-        """An environment variable."""
+        """Return an environment variable."""
         return os.environ.get(name)
 
-    def combine(self, first: Any, *, plus: Any = 0) -> Any:
-        """(rank, first + plus)."""
+    def combine(self, first: SupportsAdd[Any, object], *, plus: object = 0) -> tuple[int, object]:
+        """Return the rank and the sum of `first` and `plus`, such as of two numbers, texts or tensors."""
         return self.context.rank, first + plus
 
     def count(self, number: int) -> Iterator[tuple[int, int]]:
-        """(rank, 0), (rank, 1), ..."""
+        """Yield (rank, 0), (rank, 1), and so on."""
         for i in range(number):
             yield self.context.rank, i
 
@@ -61,11 +66,11 @@ class LaunchedWorker:
             os._exit(status)
 
     def leave_soon(self, rank: int, status: int) -> None:
-        """As `leave`, a moment after this was answered."""
+        """End the process as `leave` does, a moment after this call has returned."""
         threading.Timer(0.2, self.leave, (rank, status)).start()
 
-    def only_first(self, value: Any) -> Any:
-        """`value`; on ranks but the first what cannot be sent."""
+    def only_first(self, value: object) -> object:
+        """Return `value` on the first rank, and something that cannot be pickled on the others."""
         return value if self.context.rank == 0 else (_ for _ in ())
 
     def hang(self, rank: int, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The base of the contracts of heavy kinds, whose components the kit sets up itself."""
+"""Base class of the contracts whose components are expensive to make, so that the kit sets them up itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["SetUpContract"]
 
 
 class SetUpContract(Contract):
-    """Its subject is a class, or a `Configured` one.
+    """A contract whose subject is a class, or a `Configured` with its options.
 
     Attributes:
         config_options: Options of the component, if the defaults do not suit the kit.
@@ -25,11 +25,13 @@ class SetUpContract(Contract):
     config_options: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
-    def from_component(cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]) -> Any:
-        """The component with these options, not made yet."""
+    def from_component(
+        cls, ref: ComponentRef, options: Mapping[str, Any], example: Mapping[str, Any]
+    ) -> Configured[object]:
+        """Return the component with these options, not made yet."""
         return from_reference(cls.kind, ref, overlaid(example, options))
 
     @classmethod
-    def declared_by(cls, subject: Any) -> Any:
-        """The class under test."""
+    def declared_by(cls, subject: object) -> object:
+        """Return the class under test."""
         return subject.loaded if isinstance(subject, Configured) else subject

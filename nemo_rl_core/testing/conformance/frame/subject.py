@@ -1,9 +1,10 @@
-"""Subject of a contract of the heavy kinds: a component that the kit sets up, with its options."""
+"""Subjects of contracts whose components the kit sets up itself: a class and its options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import attrs
 import pytest
@@ -17,32 +18,34 @@ if TYPE_CHECKING:
 
 __all__ = ["Configured", "Expecting", "configured", "from_reference", "structured"]
 
+Component = TypeVar("Component")
+
 
 @frozen(kw_only=True)
-class Configured:
+class Configured(Generic[Component]):
     """A component that is not made yet, and its options."""
 
-    component: Any
+    component: type[Component] | ComponentRef
     """The class, or a `ComponentRef` of it; what a launcher in another process can make."""
-    options: Any = None
+    options: object = None
     """An instance of its `config_class`."""
 
     @property
-    def loaded(self) -> Any:
-        """The class itself."""
+    def loaded(self) -> type[Component]:
+        """The class, imported if `component` is a reference."""
         load = None if isinstance(self.component, type) else getattr(self.component, "load", None)
-        return load() if callable(load) else self.component
+        return load() if callable(load) else cast("type[Component]", self.component)
 
 
-def configured(subject: Any, options: Mapping[str, Any]) -> Configured:
-    """The subject of a fixture as `Configured`: it may be one, or a class that takes the contract's options."""
+def configured(subject: type[Component] | Configured[Component], options: Mapping[str, Any]) -> Configured[Component]:
+    """Return the subject of a fixture as `Configured`; a plain class gets the options of the contract."""
     if isinstance(subject, Configured):
         return subject
     return Configured(component=subject, options=finished_options(subject, dict(options)))
 
 
-def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Configured:
-    """An installed component with options structured by its `config_class`.
+def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Configured[object]:
+    """Return an installed component with options structured by its `config_class`.
 
     Raises:
         ConfigError: See `structured`.
@@ -50,8 +53,8 @@ def from_reference(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> 
     return Configured(component=ref, options=structured(kind, ref, options))
 
 
-def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
-    """Options by the component's `config_class`.
+def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> object:
+    """Return the options as an object of the component's `config_class`.
 
     Raises:
         ConfigError: They do not fit, or some are missing; the message lists every mistake.
@@ -75,7 +78,7 @@ def structured(kind: str, ref: ComponentRef, options: Mapping[str, Any]) -> Any:
 
 
 class Expecting:
-    """As `pytest.raises`, with words for what was not refused."""
+    """A context manager like `pytest.raises` whose failure says in words what was not refused."""
 
     def __init__(self, error: type[Exception], what: str) -> None:
         self._error, self._what = error, what
@@ -83,7 +86,9 @@ class Expecting:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if error is None:
             pytest.fail(f"{self._what} was not refused")
         if isinstance(error, self._error):
