@@ -260,7 +260,7 @@ def tests(session: nox.Session) -> None:
     build_docs(session)
     session.run("coverage", "erase")
     measured = ("--cov", "--cov-report=term")
-    session.run("pytest", "-n", "3", "--dist", "loadgroup", *measured, SLOWEST, MUST_RUN, env=TEST_ENV)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *measured, SLOWEST, MUST_RUN, env=TEST_ENV)
 
 
 @nox.session
