@@ -199,9 +199,10 @@ def install_tools(session: nox.Session, *groups: str) -> None:
 
 
 def check_style(session: nox.Session) -> None:
-    """Rules, formatting and the direction of imports."""
+    """Rules, formatting, and code that nothing uses."""
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("vulture")
 
 
 def check_types(session: nox.Session) -> None:

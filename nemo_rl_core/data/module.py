@@ -124,11 +124,6 @@ class DataModule:
         size = self._train.size
         return None if size is None or self._max_epochs is None else size * self._max_epochs
 
-    def steps_per_epoch(self, num: int) -> int | None:
-        """Full batches of `num` in one epoch; None for a stream."""
-        size = self._train.size
-        return None if size is None else size // num
-
     def total_steps(self, num: int) -> int | None:
         """Batches of `num` before `next` returns None; None if unknown or without end."""
         return None if self.total_items is None else self.total_items // num

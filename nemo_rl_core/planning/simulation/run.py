@@ -176,8 +176,6 @@ class SimulationResult:
     """New tokens, in the steady state."""
     trainer_idle: float
     """Share of that time in which the trainer waited for rollouts."""
-    trainer_busy: float
-    """Share of it in which it took optimizer steps."""
     engine_busy: float
     """Share of it that the engines' tokens would take at their full speed."""
     age_mean: float
@@ -219,7 +217,6 @@ def simulate(cluster: SimulatedCluster, seed: int = 0) -> SimulationResult:
         num_tokens=watch.at[-1][1],
         tokens_per_s=(to_tokens - from_tokens) / seconds,
         trainer_idle=sum(m["async/trainer_idle_s"] for m in steps) / seconds,
-        trainer_busy=sum(m["timing/train"] for m in steps) / seconds,
         engine_busy=(to_tokens - from_tokens) / (full * seconds),
         age_mean=sum(m["async/age_mean"] for m in steps) / len(steps),
         age_max=max(m["async/age_max"] for m in steps),

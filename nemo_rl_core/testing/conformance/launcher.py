@@ -26,7 +26,6 @@ from nemo_rl_core.testing.conformance.frame.subject import Configured, Expecting
 
 __all__ = ["LauncherContract"]
 
-Launch = Callable[..., WorkerGroup]
 LauncherUnderTest = type[Launcher] | Configured[Launcher]
 """Type of the fixture `launcher`."""
 _PAIR = pytest.StashKey[WorkerGroup]()

@@ -62,7 +62,7 @@ class Ranks:
         _users.append(self)
         state = parallel_state
         self.is_first = dist.get_rank() == 0
-        self.dp_index, self.dp_size = state.get_data_parallel_rank(), state.get_data_parallel_world_size()
+        self.dp_size = state.get_data_parallel_world_size()
         self.tp_group: Any
         self.tp_size: int
         self.tp_group, self.tp_size = (

@@ -61,7 +61,6 @@ def local_part(tensor: Tensor) -> Tensor:
 class OneProcess:
     """The whole model on one device."""
 
-    dp_index = 0
     dp_size = 1
     tp_size = 1
     is_first = True
@@ -140,7 +139,7 @@ class Mesh(OneProcess):
         mesh = init_device_mesh(device.type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
         self.dp: DeviceMesh = mesh["dp"]
         self.tp: DeviceMesh = mesh["tp"]
-        self.dp_index, self.dp_size = self.dp.get_local_rank(), self.dp.size()
+        self.dp_size = self.dp.size()
         self.tp_size = tp_size
         self.is_first = context.rank == 0
         self.layout = f"{self.dp_size}x{tp_size}"
