@@ -63,7 +63,7 @@ class HostMemory:
         """Empty the tensors' storages; nothing if they are empty already.
 
         Args:
-            tensors: Of one device; several may share memory.
+            tensors: Tensors of one device, of any shape [...]; several may share memory.
             zeros: Tensors whose values nobody needs: they come back as zeros.
 
         Returns:
@@ -116,7 +116,7 @@ class HostMemory:
             on_device.copy_(on_host, non_blocking=True)
 
     def _pieces(self, one: _Kept) -> Iterator[tuple[Tensor, Tensor]]:
-        """The storage and its copy, cut where a slab ends."""
+        """Pairs of bytes [num_bytes] on the host and on the device: a storage and its copy, cut where a slab ends."""
         assert one.start is not None
         data, done, size = _bytes(one.storage), 0, self._slab_bytes
         while done < one.num_bytes:
@@ -129,7 +129,7 @@ class HostMemory:
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    """Each storage once. One that cannot be emptied is memory of the host, such as a mapped file."""
+    """Each storage of tensors [...] once. One that cannot be emptied is left out: a mapped file, for example."""
     seen = set()
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this rank's part of a DTensor

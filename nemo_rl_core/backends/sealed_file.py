@@ -23,7 +23,7 @@ __all__ = ["capture_rng", "check_fits", "check_unchanged", "measure", "read", "r
 _BLOCK = 1 << 22
 
 
-def write(path: Path, state: Any) -> None:
+def write(path: Path, state: object) -> None:
     """Write `state` to `path`: either the whole new file is there afterwards, or the old one.
 
     Raises:
@@ -114,8 +114,8 @@ def check_fits(state: Mapping[str, Any], identity: Mapping[str, Any], weights: M
 
     Args:
         state: What was read.
-        identity: What of it must be equal, by name.
-        weights: This worker's weights, whose names and shapes those of `state["weights"]` must have.
+        identity: Values by name that the state must have too.
+        weights: This worker's weights [...]; those of `state["weights"]` must have the same names and shapes.
 
     Raises:
         ValueError: Says what differs.

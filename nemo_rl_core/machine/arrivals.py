@@ -13,14 +13,16 @@ import tempfile
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_core.machine.heartbeat import keep_alive
 from nemo_rl_core.machine.threads import daemon
 
-__all__ = ["Arrivals", "arrive", "limit_waits"]
+__all__ = ["Address", "Arrivals", "arrive", "limit_waits"]
+
+Address = str | tuple[str, int]
+"""Address of a socket: a path of this machine's file system, or host and port."""
 
 _BACKLOG = 1024
 """Connections that the system takes before this process has; with few, the clients' system tries again after
@@ -30,13 +32,13 @@ _SIZE = 32
 """Bytes of a random number, and of a proof."""
 
 
-def arrive(address: Any, key: bytes, *, who: str, timeout_s: float) -> Connection:
+def arrive(address: Address, key: bytes, *, who: str, timeout_s: float) -> Connection:
     """Connect to the `Arrivals` at `address`.
 
     Args:
-        address: Of the socket.
+        address: Address of the socket.
         key: The secret.
-        who: Listens there, for the message.
+        who: Name of the process that listens there, for the message.
         timeout_s: Deadline of connecting and of the exchange of secrets.
 
     Raises:
@@ -108,7 +110,7 @@ class Arrivals:
             self._listener.bind((address, 0))
         self._listener.listen(_BACKLOG)
         self._listener.setblocking(False)
-        self.address: Any = self._listener.getsockname()
+        self.address: Address = self._listener.getsockname()
         """For `arrive`."""
         self._arrived: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 __all__ = ["Tokenizer"]
@@ -23,10 +24,12 @@ class Tokenizer(Protocol):
         """Token ids to text."""
         ...
 
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], **kwargs: Any
+    ) -> str | list[int] | Mapping[str, Any]:
         """Messages to the text or token ids of the template."""
         ...
 
-    def save_pretrained(self, save_directory: Any) -> Any:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object:
         """Write the tokenizer into a folder."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import asdict, evolve, field, frozen
 
@@ -16,6 +16,9 @@ from nemo_rl_core.protocols.training_backend import ModelMemory, TrainingBackend
 from nemo_rl_core.registry import get_registry
 from nemo_rl_core.schema import PolicyConfig, RunConfig
 from nemo_rl_core.training.model.device_turns import share_devices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["MemoryEstimate", "ModelEstimate", "estimate_memory"]
 
@@ -163,16 +166,17 @@ def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
     }
 
 
-def _empty(role: PolicyConfig) -> Any:
+def _empty(role: PolicyConfig) -> PreTrainedModel:
     """The model on the meta device."""
     import torch
 
     from nemo_rl_core.models import load_model
 
-    return load_model(role.model_name or "", dtype=torch.float32, empty=True, head=role.head)
+    model: PreTrainedModel = load_model(role.model_name or "", dtype=torch.float32, empty=True, head=role.head)
+    return model
 
 
-def _estimate(role: PolicyConfig, model: Any, config: RunConfig) -> ModelEstimate:
+def _estimate(role: PolicyConfig, model: PreTrainedModel, config: RunConfig) -> ModelEstimate:
     backend = training_backend(role, config.plugins)
     if backend is None:
         backend = get_registry().resolve("training_backends", None, plugins=config.plugins).load()
@@ -185,7 +189,7 @@ def _estimate(role: PolicyConfig, model: Any, config: RunConfig) -> ModelEstimat
     )
 
 
-def _activations(role: PolicyConfig, shape: Any, share: float) -> float:
+def _activations(role: PolicyConfig, shape: PreTrainedConfig, share: float) -> float:
     size, layers, hidden = _BYTES[role.precision], shape.num_hidden_layers, shape.hidden_size
     tokens = max(role.token_budget("cuda"), role.max_sequence_length)
     layer = tokens * hidden * _ACTIVATION_ELEMENTS * size * share
@@ -220,7 +224,7 @@ def _sharing(config: RunConfig) -> Literal["apart", "in_turn", "together"]:
     return "together" if config.rollouts.staleness or config.cluster.offload == "never" else "in_turn"
 
 
-def _cache_elements(shape: Any) -> int:
+def _cache_elements(shape: PreTrainedConfig) -> int:
     """Elements of keys and values of one token."""
     heads = shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or heads

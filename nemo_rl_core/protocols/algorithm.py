@@ -5,7 +5,7 @@ An algorithm does no set-up, logging, checkpointing, validation or distribution:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from attrs import frozen
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_core.records.rollout import RolloutGroup
-    from nemo_rl_core.records.shared_value import SharedValue
-    from nemo_rl_core.schema import PolicyConfig
+    from nemo_rl_core.records.shared_value import Movable, SharedValue
+    from nemo_rl_core.schema import ComponentChoice, PolicyConfig
 
 __all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
 
@@ -31,7 +31,7 @@ class AlgorithmContext:
     """Tools that the run loop gives to an algorithm."""
 
     tokenizer: Tokenizer
-    resolve: Any
+    resolve: Callable[[str, ComponentChoice], Any]
     """`resolve(kind, choice) -> object` builds the component that a `ComponentChoice` names."""
     max_sequence_length: int
 
@@ -86,7 +86,7 @@ class Model(Protocol):
         """Return the output layer, at the sampling temperature, on the CPU."""
         ...
 
-    def keep(self, value: Any) -> SharedValue:
+    def keep(self, value: Movable) -> SharedValue:
         """Send a large value to the workers of this model once; a loss may hold the handle that is returned."""
         ...
 
@@ -167,7 +167,13 @@ class Algorithm(Protocol):
         ...
 
 
-def feed_of(algorithm: Any, config: Any) -> Literal["rollouts", "examples"]:
+class HasFeed(Protocol):
+    """An algorithm's class, as far as `feed_of` reads it."""
+
+    feed: Literal["rollouts", "examples"]
+
+
+def feed_of(algorithm: HasFeed, config: object) -> Literal["rollouts", "examples"]:
     """Return whether a run with this configuration trains on rollouts or on examples.
 
     Args:

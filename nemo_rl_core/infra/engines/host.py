@@ -34,15 +34,17 @@ from attrs import frozen
 
 from nemo_rl_core.errors import GenerationError, WorkerDied
 from nemo_rl_core.infra.workers.making import make_worker
-from nemo_rl_core.infra.workers.remote import report_error
-from nemo_rl_core.machine.arrivals import Arrivals
+from nemo_rl_core.infra.workers.remote import ErrorReport, report_error
+from nemo_rl_core.machine.arrivals import Address, Arrivals
 from nemo_rl_core.machine.place import Place, find_place
 from nemo_rl_core.machine.threads import daemon
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
-    from nemo_rl_core.protocols.generation_backend import GenerationRequest
-    from nemo_rl_core.protocols.launcher import WorkerContext
+    import torch
+
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
+    from nemo_rl_core.protocols.launcher import WorkerContext, WorkerReference
     from nemo_rl_core.records.completion import Completion
     from nemo_rl_core.schema import GenerationConfig
 
@@ -58,7 +60,7 @@ _LAST_WORDS_S = 5.0
 class HostConfig:
     """What an engine process is started with."""
 
-    engine: Any
+    engine: WorkerReference[GenerationBackend] | Callable[[], GenerationBackend]
     """`ComponentRef` of the generation backend."""
     generation: GenerationConfig
 
@@ -67,12 +69,12 @@ class HostConfig:
 class Served:
     """What the driver is told of an engine that is ready."""
 
-    address: Any
-    """Of its socket: a path on the driver's machine, else (host, port)."""
+    address: Address
+    """Address of its socket."""
     place: Place
     pid: int
-    dtype: Any
-    """torch dtype of its weights, or None if it does not say."""
+    dtype: torch.dtype | None
+    """Type of its weights; None if it does not say."""
     capabilities: frozenset[str]
 
 
@@ -83,15 +85,15 @@ class EngineHost:
     """Of the component it stands for."""
 
     def __init__(self) -> None:
-        self.engine: Any = None
+        self.engine: GenerationBackend | None = None
         self._server: _Server | None = None
 
     def setup(self, config: HostConfig, context: WorkerContext) -> None:
         """Make the engine and set it up."""
         self._context = context
-        self.engine = make_worker(config.engine)
-        with PluginCall(_KIND, self.engine, "setup"):
-            self.engine.setup(config.generation, context)
+        self.engine = engine = make_worker(config.engine)
+        with PluginCall(_KIND, engine, "setup"):
+            engine.setup(config.generation, context)
 
     def serve(self, key: bytes, driver: Place) -> Served:
         """Open the connection.
@@ -100,6 +102,8 @@ class EngineHost:
             key: Secret that the driver proves to know (HMAC) before anything it sends is read.
             driver: Where the driver is: on this machine a socket of the file system is opened, else a port.
         """
+        if self.engine is None:
+            raise RuntimeError("EngineHost.setup() must come before serve().")
         place = find_place(self._context.device)
         self._server = _Server(self.engine, key, place, same_machine=place.machine == driver.machine)
         return Served(
@@ -127,7 +131,7 @@ class EngineHost:
 class _Server:
     """One connection to the driver, and the event loop in which the engine's `generate` runs."""
 
-    def __init__(self, engine: Any, key: bytes, place: Place, *, same_machine: bool) -> None:
+    def __init__(self, engine: GenerationBackend, key: bytes, place: Place, *, same_machine: bool) -> None:
         self.engine = engine
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._out: SimpleQueue[Any] = SimpleQueue()
@@ -205,7 +209,7 @@ class _Server:
 
     async def _generate(self, number: int, request: GenerationRequest) -> None:
         completion: Completion | None = None
-        error: Any = None
+        error: ErrorReport | None = None
         try:
             with PluginCall(_KIND, self.engine, "generate"):
                 completion = await self.engine.generate(request)

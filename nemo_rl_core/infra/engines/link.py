@@ -14,25 +14,29 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from attrs import define
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
-from nemo_rl_core.infra.engines.host import Served
+from nemo_rl_core.infra.engines.host import EngineHost
 from nemo_rl_core.infra.workers.remote import raised_by
 from nemo_rl_core.machine.arrivals import arrive
 from nemo_rl_core.machine.heartbeat import Heartbeat, keep_alive, shut
 from nemo_rl_core.machine.place import find_place
 from nemo_rl_core.machine.threads import daemon, settle
+from nemo_rl_core.protocols.launcher import on_workers
 
 if TYPE_CHECKING:
-    from nemo_rl_core.protocols.generation_backend import GenerationRequest
+    from nemo_rl_core.infra.workers.remote import ErrorReport
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
     from nemo_rl_core.protocols.launcher import WorkerGroup
     from nemo_rl_core.records.completion import Completion
 
 __all__ = ["EngineLink", "PendingRequest"]
 
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 _ASK_S = 10.0
 """Deadline of asking a launcher what became of a worker."""
 _ASK_SILENT_S = 1.0
@@ -54,6 +58,10 @@ class PendingRequest:
         """Hand over the outcome; called in the loop's thread."""
         if error is not None or completion is not None:
             settle(self.future, completion, error)
+
+
+_Settled = tuple[PendingRequest, "Completion | None", BaseException | None]
+"""A request and its outcome."""
 
 
 class EngineLink:
@@ -83,7 +91,7 @@ class EngineLink:
         self.name = name
         self.group = group
         key = secrets.token_bytes(32)
-        served: Served = group.call("serve", key, find_place(), timeout_s=timeout_s)[0]
+        served = on_workers(group, EngineHost.serve, timeout_s=timeout_s)(key, find_place())[0]
         self.served = served
         self.version = 0
         """Weight version it samples from."""
@@ -145,11 +153,13 @@ class EngineLink:
 
     # -- calls -------------------------------------------------------------------------------------
 
-    def submit(self, function: Callable[..., Any], /, *args: Any) -> concurrent.futures.Future[Any]:
+    def submit(
+        self, function: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts
+    ) -> concurrent.futures.Future[_R]:
         """Run `function(engine, *args)` in a thread of the engine's process, beside its requests."""
         import cloudpickle
 
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future: concurrent.futures.Future[_R] = concurrent.futures.Future()
         payload = cloudpickle.dumps((function, args))
         with self._lock:
             if self.lost is not None:
@@ -160,16 +170,22 @@ class EngineLink:
             self._out.put(("call", number, payload))
         return future
 
-    def ask(self, method: str, /, *args: Any, timeout_s: float) -> Any:
-        """Call a method of the engine.
+    def submit_method(
+        self, method: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts
+    ) -> concurrent.futures.Future[_R]:
+        """Call a method of the engine as `submit` calls a function; it is named by the contract's method."""
+        return self.submit(operator.methodcaller(method.__name__, *args))
+
+    def ask(self, method: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts, timeout_s: float) -> _R:
+        """Call a method of the engine and wait: `ask(GenerationBackend.fingerprint, timeout_s=5.0)`.
 
         Raises:
             DeadlineExceeded: Names this engine and the method.
             WorkerDied: The process is gone.
         """
-        return self.wait(self.submit(operator.methodcaller(method, *args)), what=method, timeout_s=timeout_s)
+        return self.wait(self.submit_method(method, *args), what=method.__name__, timeout_s=timeout_s)
 
-    def wait(self, future: concurrent.futures.Future[Any], *, what: str, timeout_s: float) -> Any:
+    def wait(self, future: concurrent.futures.Future[_R], *, what: str, timeout_s: float) -> _R:
         """The result of `submit`; raises as `ask`."""
         try:
             return future.result(timeout_s)
@@ -214,8 +230,8 @@ class EngineLink:
         if not self._closing:
             self._lose()
 
-    def _settle(self, done: Sequence[tuple[int, Completion | None, Any]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[Any]] = {}
+    def _settle(self, done: Sequence[tuple[int, Completion | None, ErrorReport | None]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Settled]] = {}
         for number, completion, described in done:
             pending = self.pending.pop(number, None)
             if pending is not None:
@@ -259,7 +275,7 @@ class EngineLink:
         served = self.served
         if self._silent:
             with contextlib.suppress(Exception):  # a worker that misses a deadline is ended by its launcher
-                self.group.call("ping", timeout_s=_ASK_SILENT_S)
+                on_workers(self.group, EngineHost.ping, timeout_s=_ASK_SILENT_S)()
             with contextlib.suppress(Exception):
                 self.group.shutdown()
             return WorkerDied(
@@ -268,12 +284,12 @@ class EngineLink:
                 "or its machine is gone."
             )
         try:
-            self.group.call("ping", timeout_s=_ASK_S)
+            on_workers(self.group, EngineHost.ping, timeout_s=_ASK_S)()
         except Exception as error:  # whatever the launcher says of a worker that is gone
             return WorkerDied(f"The engine {self.name} is gone. {error}".replace(" during ping", ""))
         return WorkerDied(f"The engine {self.name} (pid {served.pid} on {served.place.host}) closed its connection.")
 
 
-def _settle_all(settled: Sequence[tuple[PendingRequest, Any, Any]]) -> None:
+def _settle_all(settled: Sequence[_Settled]) -> None:
     for pending, completion, error in settled:
         pending.settle(completion, error)

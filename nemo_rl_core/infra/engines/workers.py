@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import operator
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar, TypeVarTuple, Unpack
 
 from attrs import evolve
 
@@ -30,12 +29,15 @@ from nemo_rl_core.protocols.generation_backend import GenerationBackend, Generat
 from nemo_rl_core.records.completion import Completion
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from nemo_rl_core.protocols.launcher import WorkerGroup
 
 __all__ = ["EngineWorkers"]
 
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 _LATE_S = 60.0
 """Slack added to the refit deadline."""
 
@@ -137,11 +139,11 @@ class EngineWorkers(GenerationBackend):
         """Engines that were started again, or should have been."""
         return self._restarts.num
 
-    def setup(self, config: Any, context: Any) -> None:
+    def setup(self, config: object, context: object) -> None:
         """Nothing: `start` has set the engines up."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> torch.dtype | None:
         """Type of the engines' weights; None if they do not say."""
         return self.links[0].served.dtype
 
@@ -222,7 +224,13 @@ class EngineWorkers(GenerationBackend):
 
     # -- everything else ---------------------------------------------------------------------------
 
-    def apply(self, function: Callable[..., Any], /, *args: Any, timeout_s: float | None = None) -> list[Any]:
+    def apply(
+        self,
+        function: Callable[[GenerationBackend, Unpack[_Ts]], _R],
+        /,
+        *args: *_Ts,
+        timeout_s: float | None = None,
+    ) -> list[_R]:
         """Run `function(engine, *args)` in every engine's process at once; results by engine.
 
         It runs in a thread beside the engine's requests. Waits for an engine that is being started again.
@@ -243,8 +251,8 @@ class EngineWorkers(GenerationBackend):
         ]
 
     def submit_each(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
-    ) -> list[concurrent.futures.Future[Any]]:
+        self, function: Callable[[GenerationBackend, Unpack[_Ts]], _R], arguments: Sequence[tuple[*_Ts]]
+    ) -> list[concurrent.futures.Future[_R]]:
         """Start `function(engine, *arguments[i])` in engine i; one future for each engine, which waits for nothing."""
         return [link.submit(function, *args) for link, args in zip(self.links, arguments, strict=True)]
 
@@ -271,7 +279,7 @@ class EngineWorkers(GenerationBackend):
             return not any(self._ready(link) for link in self.links)
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
-        """Load new weights into every engine, through this process.
+        """Load new weights, by name and of any shape [...], into every engine through this process.
 
         A run uses a weight sync instead, which moves them from worker to worker. `share` is ignored.
         """
@@ -284,7 +292,7 @@ class EngineWorkers(GenerationBackend):
         Raises:
             InvariantViolation: Two engines have other weights.
         """
-        found = self._ask("fingerprint")
+        found = self._ask(GenerationBackend.fingerprint)
         if len(set(found)) > 1:
             listed = ", ".join(f"{link.name} {digest}" for link, digest in zip(self.links, found, strict=True))
             raise InvariantViolation(f"The engines have different weights: {listed}. Refit all of them.")
@@ -295,12 +303,12 @@ class EngineWorkers(GenerationBackend):
 
         What an engine had counted that died is lost; nobody waits here for one that is being started again.
         """
-        merged = merge_engine_metrics(self._ask("metrics", of_all=False))
+        merged = merge_engine_metrics(self._ask(GenerationBackend.metrics, of_all=False))
         return {**merged, "engines": float(len(self.links)), "engine_restarts": float(self.num_restarts)}
 
     def sleep(self) -> None:
         """Give back memory in every engine. One that dies in its sleep is started again when the others wake."""
-        self._ask("sleep")
+        self._ask(GenerationBackend.sleep)
         with self._changed:
             self._asleep = True
 
@@ -309,7 +317,7 @@ class EngineWorkers(GenerationBackend):
         with self._changed:
             self._asleep = False
             self._changed.notify_all()
-        self._ask("wake")
+        self._ask(GenerationBackend.wake)
 
     @property
     def waits_to_start(self) -> bool:
@@ -326,15 +334,15 @@ class EngineWorkers(GenerationBackend):
             with concurrent.futures.ThreadPoolExecutor(len(self.links)) as pool:
                 list(pool.map(EngineLink.close, self.links))
 
-    def _ask(self, method: str, *, of_all: bool = True) -> list[Any]:
+    def _ask(self, method: Callable[[GenerationBackend], _R], *, of_all: bool = True) -> list[_R]:
         """Call a method of every engine, or of those that are there; again if one dies meanwhile and comes back."""
         deadline = Deadline(self.timeout_s)
         while True:
             links = self.wait_alive(deadline.remaining(), of_all=of_all)
             try:
-                asked = [link.submit(operator.methodcaller(method)) for link in links]
+                asked = [link.submit_method(method) for link in links]
                 return [
-                    link.wait(future, what=method, timeout_s=deadline.remaining())
+                    link.wait(future, what=method.__name__, timeout_s=deadline.remaining())
                     for link, future in zip(links, asked, strict=True)
                 ]
             except WorkerDied:

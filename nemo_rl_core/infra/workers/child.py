@@ -11,10 +11,13 @@ import os
 import pickle
 import signal
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_rl_core.infra.workers.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_core.machine.threads import watch_parent
+
+if TYPE_CHECKING:
+    from nemo_rl_core.protocols.launcher import Worker
 
 __all__ = ["run", "verify"]
 
@@ -41,7 +44,6 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
     from nemo_rl_core.infra.workers.wire import receive, send
     from nemo_rl_core.registry import PluginCall
 
-    worker: Any = None
     try:
         factory, config, context = cloudpickle.loads(payload)
         trace_calls(context)
@@ -50,7 +52,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
             import torch
 
             torch.set_num_threads(context.num_threads)
-        worker = make_worker(factory)
+        worker: Worker = make_worker(factory)
         with PluginCall(component_kind, worker, "setup"):
             worker.setup(config, context)
     except BaseException as error:  # reported to the driver, which raises it
@@ -96,7 +98,7 @@ def verify(connection: Connection, manifest: str) -> bool:
     return answer[0] == "result"
 
 
-def _iterate(connection: Connection, worker: Any, method: str, args: tuple[Any, ...], stream: bool) -> None:
+def _iterate(connection: Connection, worker: object, method: str, args: tuple[Any, ...], stream: bool) -> None:
     """Run a generator to its end; send its items, each on request, until the driver wants no more."""
     from nemo_rl_core.infra.workers.wire import receive, send
 
@@ -107,7 +109,7 @@ def _iterate(connection: Connection, worker: Any, method: str, args: tuple[Any, 
     send(connection, ("result", None))
 
 
-def _stop(connection: Connection, worker: Any) -> None:
+def _stop(connection: Connection, worker: Worker) -> None:
     from nemo_rl_core.infra.workers.wire import send
 
     try:

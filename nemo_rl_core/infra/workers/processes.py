@@ -102,7 +102,7 @@ class ProcessGroup:
         """Process ids, by rank."""
         return [int(p.pid) for p in self._processes]
 
-    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
         """Call `method` on every worker with the same arguments; results in rank order.
 
         Raises:
@@ -142,7 +142,7 @@ class ProcessGroup:
             results = self._collect(method, timeout_s)
         return [results[rank] for rank in found.heads]
 
-    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
+    def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[Any]:
         """Run a generator method on every worker; yield what rank 0 yields, one item at a time.
 
         The deadline holds for all of it, the caller's own time between items left out. A caller that stops early
@@ -151,7 +151,7 @@ class ProcessGroup:
         with self._taking_turns(method, timeout_s):
             yield from self._iterate(method, args, timeout_s)
 
-    def _iterate(self, method: str, args: tuple[Any, ...], timeout_s: float | None) -> Iterator[Any]:
+    def _iterate(self, method: str, args: tuple[object, ...], timeout_s: float | None) -> Iterator[Any]:
         self._tell([("iterate", method, args, rank == 0) for rank in range(self.size)])
         spent = 0.0
         finished = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from attrs import frozen
 
@@ -19,6 +20,7 @@ from nemo_rl_core.planning.simulation.engines import SimulatedGeneration
 from nemo_rl_core.planning.simulation.spec import SimulatedCluster
 from nemo_rl_core.protocols.algorithm import Update
 from nemo_rl_core.protocols.environment import EnvironmentStep
+from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_core.records.message import Message, Task
 from nemo_rl_core.records.rollout import RolloutGroup
@@ -34,6 +36,8 @@ __all__ = [
     "SimulatedSync",
     "environment_of",
 ]
+
+_T = TypeVar("_T")
 
 
 class SimulatedData:
@@ -115,18 +119,38 @@ class SimulatedRunner:
     def __init__(self, engine: RolloutEngine, clock: VirtualClock) -> None:
         self.engine = engine
         self.clock = clock
-        self.submitted: list[Any] = []
+        self.submitted: list[Future[RolloutGroup]] = []
         """Futures of the groups that were started and have not ended."""
         self.on_submit: Callable[[int], None] = lambda num_under_way: None
 
-    def submit(self, group_id: int, task_id: str, task: Task, **options: Any) -> Any:
+    def submit(
+        self,
+        group_id: int,
+        task_id: str,
+        task: Task,
+        *,
+        group_size: int,
+        weight_version: int,
+        sampling: SamplingParams | None = None,
+        on_start: Callable[[int], None] | None = None,
+    ) -> Future[RolloutGroup]:
         """As `RolloutRunner.submit`."""
-        future = self.run(self.engine.run_group(group_id, task_id, task, **options))
+        future = self.run(
+            self.engine.run_group(
+                group_id,
+                task_id,
+                task,
+                group_size=group_size,
+                weight_version=weight_version,
+                sampling=sampling,
+                on_start=on_start,
+            )
+        )
         self.submitted = [f for f in self.submitted if not f.done()] + [future]
         self.on_submit(len(self.submitted))
         return future
 
-    def run(self, work: Any) -> Any:
+    def run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """As `RolloutRunner.run`."""
         return asyncio.run_coroutine_threadsafe(work, self.clock.loop)
 
@@ -179,18 +203,18 @@ class SimulatedAlgorithm:
         """Refuse as many as the cluster says."""
         return self.rng.random() >= self.cluster.faults.refused
 
-    def build_batch(self, items: Sequence[RolloutGroup]) -> Any:
+    def build_batch(self, items: Sequence[RolloutGroup]) -> _Batch:
         """Count the tokens."""
         return _Batch(items, self.cluster.prompt_tokens)
 
-    def fill_batch(self, batch: Any, models: Mapping[str, Any]) -> None:
+    def fill_batch(self, batch: _Batch, models: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def finish_batch(self, batch: Any) -> Mapping[str, float]:
+    def finish_batch(self, batch: _Batch) -> Mapping[str, float]:
         """Nothing."""
         return {}
 
-    def updates(self, batch: Any) -> Sequence[Update]:
+    def updates(self, batch: _Batch) -> Sequence[Update]:
         """One."""
         return [Update(range(len(batch)), self.loss)]
 
@@ -208,7 +232,7 @@ class SimulatedPolicy:
         self.rng = rng
         self.engines = engines
 
-    def train_step(self, batch: Any, loss: Any) -> dict[str, float]:
+    def train_step(self, batch: _Batch, loss: object) -> dict[str, float]:
         """Let the time of a step pass."""
         cluster = self.cluster
         seconds = cluster.step_s + batch.num_tokens / cluster.train_tokens_per_s
@@ -233,8 +257,9 @@ class SimulatedSync:
         self.clock = clock
         self.rng = rng
 
-    def sync(self, trainer: Any, engine: Any, *, version: int, share: bool, timeout_s: float) -> SyncReport:
+    def sync(self, trainer: object, engine: object, *, version: int, share: bool, timeout_s: float) -> SyncReport:
         """Let the time pass, then stamp the engines."""
+        assert isinstance(engine, SimulatedGeneration)
         began = self.clock.now()
         with engine.giving_way():
             self.clock.sleep(_jittered(self.cluster.refit_s, self.cluster.jitter, self.rng))

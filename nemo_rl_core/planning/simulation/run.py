@@ -6,7 +6,6 @@ import math
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from attrs import define, field, frozen
 
@@ -65,13 +64,13 @@ class SimulatedConfig(RunConfig):
 class _Record:
     """A run record that writes nothing."""
 
-    def start(self, *_: Any) -> None:
+    def start(self, *_: object) -> None:
         """Nothing."""
 
-    def log(self, *_: Any, **__: Any) -> None:
+    def log(self, *_: object, **__: object) -> None:
         """Nothing."""
 
-    def finish(self, *_: Any) -> None:
+    def finish(self, *_: object) -> None:
         """Nothing."""
 
 
