@@ -1,4 +1,4 @@
-"""What training backends do alike: checks before a call, forward passes, a step that is not finite, the host's memory.
+"""Work that training backends share: checks before a call, forward passes, steps that are not finite, host memory.
 
 Legend: N tokens.
 """
@@ -26,7 +26,7 @@ __all__ = ["OutputOptions", "TorchBackend"]
 
 
 class OutputOptions(TypedDict, total=False):
-    """What a forward pass is to give beside the names of its outputs."""
+    """Options of a forward pass."""
 
     needs: frozenset[str]
     """Fields of `ModelOutputs` to compute."""
@@ -86,7 +86,7 @@ class TorchBackend(TrainingBackend):
         self._host.check_here(f"The model of the role {self.role!r}")
 
     def _not_finite(self, loss: Tensor, gradient_norm: float) -> InvariantViolation:
-        """The error for a step whose `loss` [] or gradient is not finite, once the gradient is forgotten."""
+        """Make the error for a step whose `loss` [] or gradient is not finite; the gradient has been dropped."""
         return InvariantViolation(
             f"The training step is not finite (loss {float(loss)}, gradient norm {gradient_norm}); the weights were "
             "not changed. Usual causes: a learning rate that is too high, a reward or advantage that is not finite, a "
@@ -134,7 +134,10 @@ class TorchBackend(TrainingBackend):
         names: Iterable[str],
         **options: Unpack[OutputOptions],
     ) -> dict[str, Tensor]:
-        """These outputs for each token of the batch, [N, ...] each, on the CPU; micro-batches as they fit, if None."""
+        """Compute outputs for each token of the batch, [N, ...] each, on the CPU.
+
+        If `micro_batches` is None, each holds as many sequences as fit.
+        """
         self._check_here()
         if micro_batches is None:
             micro_batches = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
@@ -149,7 +152,7 @@ class TorchBackend(TrainingBackend):
         names: Iterable[str],
         **options: Unpack[OutputOptions],
     ) -> dict[str, Tensor]:
-        """The outputs `names` of the model, [N, ...] each; `options` are those of its outputs."""
+        """Compute the outputs `names` of the model, [N, ...] each."""
         ...
 
     # -- place --------------------------------------------------------------------------------

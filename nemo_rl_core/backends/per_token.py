@@ -26,7 +26,7 @@ class PerToken:
         """[N, ...] on the CPU by name; 0 where nothing was put."""
 
     def put(self, indices: Sequence[int], found: Mapping[str, Tensor]) -> None:
-        """Take in the results of some sequences.
+        """Add the results of some sequences.
 
         Args:
             indices: The sequences, in the order of their results; if there are none, only the names count.
@@ -43,7 +43,7 @@ class PerToken:
 
 
 def fill_in_order(lengths: Tensor, budget: int) -> list[list[int]]:
-    """Indices of the sequences in order, as many at a time as `budget` tokens allow, but at least one.
+    """Group the sequences in order, as many at a time as `budget` tokens allow, but at least one.
 
     `lengths` [B] counts their tokens. No sequences give one empty list.
     """

@@ -24,7 +24,7 @@ _BLOCK = 1 << 22
 
 
 def write(path: Path, state: object) -> None:
-    """Write `state` to `path`: either the whole new file is there afterwards, or the old one.
+    """Write `state` to `path`; afterwards either the whole new file is there or the old one.
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; no part of a file is left.
@@ -110,7 +110,7 @@ def restore(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
 
 
 def check_fits(state: Mapping[str, Any], identity: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Compare a state with the run that is to continue from it.
+    """Check that a state fits the run that is to continue from it.
 
     Args:
         state: What was read.

@@ -1,4 +1,4 @@
-"""Socket for other processes to connect to; each proves that it knows a secret, and gets the same proof."""
+"""A socket to which other processes connect; both sides prove that they know a secret."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def _read(caller: socket.socket, size: int, deadline: Deadline) -> bytes:
 
 
 def _proof(key: bytes, side: bytes, listener: bytes, caller: bytes) -> bytes:
-    """What only who knows the key can say of both sides' random numbers; none is of use to the other side."""
+    """Proof that one side knows the key, made of both sides' random numbers; the other side cannot reuse it."""
     return hmac.digest(key, side + listener + caller, "sha256")
 
 
 class Arrivals:
-    """Listens until it is closed; connections wait in a queue.
+    """Listens until it is closed, and keeps connections in a queue.
 
     One thread serves all that prove themselves at a time: one that says nothing keeps nobody waiting.
 
@@ -119,7 +119,7 @@ class Arrivals:
         daemon(self._serve, name=name)
 
     def next(self, timeout_s: float | None = None) -> Connection | None:
-        """The next connection; None when it was closed.
+        """Wait for the next connection; None once this was closed.
 
         Raises:
             TimeoutError: Nobody came in time.

@@ -1,4 +1,4 @@
-"""Threads that nobody has to wait for: started, answered through a future, abandoned at a deadline."""
+"""Daemon threads that answer through a future and are abandoned at a deadline."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def in_thread(work: Callable[[], _T], *, name: str) -> concurrent.futures.Future
 
 
 def settle(future: asyncio.Future[Any], value: object, error: BaseException | None = None) -> None:
-    """Give a future its result, or its error, unless it has one or was cancelled. In the loop's own thread."""
+    """Give a future its result or error unless it has one or was cancelled; called in the loop's own thread."""
     if future.done():
         return
     if error is None:
@@ -64,7 +64,7 @@ def settle(future: asyncio.Future[Any], value: object, error: BaseException | No
 
 
 def settle_soon(future: asyncio.Future[Any], value: object, error: BaseException | None = None) -> bool:
-    """`settle` from any thread; whether the future's loop still runs, so that somebody may wait for it."""
+    """`settle` a future from any thread; return whether its loop still runs, so that somebody may wait for it."""
     try:
         future.get_loop().call_soon_threadsafe(settle, future, value, error)
     except RuntimeError:  # the loop has ended

@@ -17,7 +17,7 @@ _CONFIG = "adapter_config.json"
 
 
 def _read(model_name: str) -> tuple[Path, dict[str, Any]] | None:
-    """The folder of an adapter and its configuration; None for any other model."""
+    """Return the folder of an adapter and its configuration; None for any other model."""
     folder = Path(model_name).expanduser()
     if not (folder / _CONFIG).is_file() or (folder / "config.json").is_file():
         return None
@@ -54,11 +54,11 @@ def is_classifier(model_name: str) -> bool:
 
 
 def add_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """The model with the adapter added to its weights, and with the adapter's head if it has one.
+    """Add the adapter to the model's weights, with the adapter's head if it has one.
 
     Args:
         model: The base, of `transformers`, on the CPU.
-        folder: Of the adapter.
+        folder: Folder of the adapter.
 
     Raises:
         ConfigError: PEFT is not installed, or the adapter is damaged or does not fit the model.

@@ -106,7 +106,7 @@ def load_model_config(model_name: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Tokenizer:
-    """The model's tokenizer, with `chat_template` (Jinja text or the path of a file) put in if given.
+    """Load the model's tokenizer, with `chat_template` (Jinja text or the path of a file) put in if given.
 
     Raises:
         ConfigError: No such tokenizer.
@@ -158,7 +158,7 @@ def load_model(
     attn_implementation: str | None = None,
     empty: bool = False,
 ) -> Any:
-    """The model, on the CPU.
+    """Load or make the model, on the CPU.
 
     Args:
         model_name: See the module.

@@ -17,17 +17,17 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids."""
+        """Convert text to token ids."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Token ids to text."""
+        """Convert token ids to text."""
         ...
 
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]], **kwargs: Any
     ) -> str | list[int] | Mapping[str, Any]:
-        """Messages to the text or token ids of the template."""
+        """Render messages by the template, to text or token ids."""
         ...
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object:

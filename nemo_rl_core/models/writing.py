@@ -79,13 +79,13 @@ def _layer(name: str) -> str | None:
 
 
 def _write_shard(folder: Path, shard: dict[str, Tensor], model: PreTrainedModel, number: int) -> Path:
-    """The Hugging Face library writes the part as if it were all, in the names and forms that files of it have."""
+    """Let the Hugging Face library write a part as if it were all, with the names and forms of its files."""
     model.save_pretrained(folder, state_dict=shard, max_shard_size=1 << 60)
     return (folder / _SINGLE).rename(folder / f".part-{number}.safetensors")
 
 
 def _index(folder: Path, files: list[Path]) -> None:
-    """Give the files their last names, and say which of them has which weight."""
+    """Give the files their final names, and write which of them has which weight."""
     from safetensors import safe_open
 
     places, total = {}, 0

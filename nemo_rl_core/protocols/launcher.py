@@ -30,6 +30,7 @@ __all__ = [
     "WorkerReference",
     "WorkerSpec",
     "items_of_first",
+    "on_shards",
     "on_workers",
 ]
 
@@ -245,6 +246,22 @@ def on_workers(
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> list[_R]:
         return group.call(method.__name__, *args, timeout_s=timeout_s, **kwargs)
+
+    return call
+
+
+def on_shards(
+    group: WorkerGroup,
+    method: Callable[[_W, Unpack[_Ts]], _R],
+    *,
+    axes: Mapping[str, int],
+    over: str | Sequence[str] = "dp",
+    timeout_s: float | None = None,
+) -> Callable[[Sequence[tuple[*_Ts]]], list[_R]]:
+    """Return `group.call_sharded` for one method of its workers, with the types of that method."""
+
+    def call(shards: Sequence[tuple[*_Ts]]) -> list[_R]:
+        return group.call_sharded(method.__name__, shards, axes=axes, over=over, timeout_s=timeout_s)
 
     return call
 

@@ -113,7 +113,7 @@ class BatchedDataDict:
         return list(torch.split(self.tokens[name], self.lengths.tolist()))
 
     def padded(self, name: str, *, pad_value: float = 0, side: str = "right") -> Tensor:
-        """A per-token field as [B, T, ...]; for a model's edge that needs it."""
+        """A per-token field with padding, [B, T, ...], for a model that needs it."""
         flat = self.tokens[name]
         width = self.max_length
         out = flat.new_full((len(self), width, *flat.shape[1:]), pad_value)

@@ -75,7 +75,7 @@ def group_to_dict(group: RolloutGroup) -> dict[str, Any]:
 
 
 def group_from_dict(data: Mapping[str, Any]) -> RolloutGroup:
-    """The group that `group_to_dict` took apart."""
+    """Make the group again from the data of `group_to_dict`."""
     return RolloutGroup(
         group_id=data["group_id"],
         task_id=data["task_id"],
@@ -155,7 +155,7 @@ def _output_items(segment: list[Turn], own_segment: list[dict[str, Any]], start:
 
 
 def _plain(value: object) -> object:
-    """The nearest thing that JSON has."""
+    """Return the nearest value that JSON has."""
     for method in ("tolist", "item"):
         if hasattr(value, method):
             return getattr(value, method)()

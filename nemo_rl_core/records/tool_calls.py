@@ -57,7 +57,7 @@ def _parse(body: str) -> tuple[str, str] | None:
 
 
 def with_parsed_arguments(calls: Sequence[Any]) -> list[dict[str, Any]]:
-    """Calls of tools as chat templates take them: arguments as a mapping instead of JSON text, where they are one.
+    """Calls of tools as chat templates take them: arguments are a mapping instead of its JSON text.
 
     Raises:
         DataError: A call has no function with a name.

@@ -58,7 +58,7 @@ _LAST_WORDS_S = 5.0
 
 @frozen(kw_only=True)
 class HostConfig:
-    """What an engine process is started with."""
+    """Configuration of an engine process."""
 
     engine: WorkerReference[GenerationBackend] | Callable[[], GenerationBackend]
     """`ComponentRef` of the generation backend."""
@@ -67,7 +67,7 @@ class HostConfig:
 
 @frozen(kw_only=True)
 class Served:
-    """What the driver is told of an engine that is ready."""
+    """Facts about a ready engine, for the driver."""
 
     address: Address
     """Address of its socket."""
@@ -180,7 +180,7 @@ class _Server:
                 self._loop.call_soon_threadsafe(handlers[kind], *rest)
 
     def _write(self, connection: Connection) -> None:
-        """Send what there is to send; completions that are there together go together."""
+        """Send the outgoing messages; completions that are ready at the same time go in one message."""
         while True:
             messages = [self._out.get()]
             while not self._out.empty():
@@ -234,7 +234,7 @@ class _Server:
         self.engine.pause()
 
     def _resume(self) -> None:
-        """Resume when the requests that came before have reached the engine: each takes turns of the loop for it."""
+        """Resume once the earlier requests have reached the engine, which takes each of them some turns of the loop."""
         self._loop.create_task(self._resume_soon())
 
     async def _resume_soon(self) -> None:
@@ -260,7 +260,7 @@ class _Server:
     # -- its end -----------------------------------------------------------------------------------
 
     def _end(self, died: WorkerDied) -> NoReturn:
-        """A process of the engine is gone, and without it this one is of no use; who waits is answered by its end."""
+        """End this process, since a process of its engine is gone; its end answers everyone who waits."""
         traceback.print_exception(died)  # into the log, of which the driver tells the end
         sys.stderr.flush()
         self._out.put(None)

@@ -45,7 +45,7 @@ _ASK_SILENT_S = 1.0
 
 @define(eq=False)
 class PendingRequest:
-    """A request whose completion somebody waits for."""
+    """A request that waits for its completion."""
 
     request: GenerationRequest
     future: asyncio.Future[Completion]
@@ -121,18 +121,18 @@ class EngineLink:
 
     @property
     def is_late(self) -> bool:
-        """Whether it is slow to show that it lives: better not to give it more to do."""
+        """Whether the engine's heartbeat is late, so that it should get no more work."""
         return self._heartbeat.is_late
 
     @property
     def load(self) -> int:
-        """Requests in flight."""
+        """Number of requests in flight."""
         return len(self.pending)
 
     # -- requests ----------------------------------------------------------------------------------
 
     def generate(self, pending: Sequence[PendingRequest]) -> bool:
-        """Send requests in one message; False if the engine is gone, and then nothing was taken."""
+        """Send requests in one message; return False, having taken none, if the engine is gone."""
         with self._lock:
             if self.lost is not None:
                 return False
@@ -143,12 +143,12 @@ class EngineLink:
         return True
 
     def cancel(self, pending: PendingRequest) -> None:
-        """Give a request up."""
+        """Give up a request."""
         if self.pending.pop(pending.number, None) is not None:
             self._out.put(("cancel", [pending.number]))
 
     def tell(self, word: str) -> None:
-        """`pause` or `resume`, in order with the requests."""
+        """Send `pause` or `resume`, in order with the requests."""
         self._out.put((word,))
 
     # -- calls -------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class EngineLink:
     def submit_method(
         self, method: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts
     ) -> concurrent.futures.Future[_R]:
-        """Call a method of the engine as `submit` calls a function; it is named by the contract's method."""
+        """Call a method of the engine, named by that of the contract, as `submit` calls a function."""
         return self.submit(operator.methodcaller(method.__name__, *args))
 
     def ask(self, method: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts, timeout_s: float) -> _R:
@@ -186,7 +186,7 @@ class EngineLink:
         return self.wait(self.submit_method(method, *args), what=method.__name__, timeout_s=timeout_s)
 
     def wait(self, future: concurrent.futures.Future[_R], *, what: str, timeout_s: float) -> _R:
-        """The result of `submit`; raises as `ask`."""
+        """Wait for the result of `submit`; raises what `ask` raises."""
         try:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError as error:
@@ -256,7 +256,7 @@ class EngineLink:
             future.set_exception(raised_by(self.name, 0, value))
 
     def _give_up(self) -> None:
-        """In the heartbeat's thread: the process is silent. What follows is as if it had died, in the reader's."""
+        """Treat the silent process as dead: the reader's thread notices it. This runs in the heartbeat's thread."""
         self._silent = True
         shut(self._connection)
 
@@ -271,7 +271,7 @@ class EngineLink:
         self._on_lost(self, reason)
 
     def _reason(self) -> BaseException:
-        """What became of the process, as its launcher tells it; one that is silent is ended."""
+        """Ask the launcher what became of the process; a silent process is ended."""
         served = self.served
         if self._silent:
             with contextlib.suppress(Exception):  # a worker that misses a deadline is ended by its launcher

@@ -28,12 +28,12 @@ _Chunk = list[tuple[str, "Tensor"]]
 
 
 class Engines(Protocol):
-    """What this needs of the engines."""
+    """The engines, as far as `load_through_driver` uses them."""
 
     timeout_s: float
 
     def apply(self, function: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts) -> list[_R]:
-        """Run `function(engine, *args)` in every engine's process."""
+        """Run `function(engine, *args)` in every engine's process; return the results by engine."""
         ...
 
 
@@ -56,7 +56,7 @@ def load_through_driver(engines: Engines, version: int, tensors: Iterable[tuple[
 
 
 def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[_Chunk]:
-    """Copies of the tensors [...] on the CPU, with their names, some at a time."""
+    """Yield copies of the tensors [...] on the CPU, with their names, a few at a time."""
     chunk: _Chunk = []
     size = 0
     for name, tensor in tensors:
@@ -71,7 +71,7 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[_Chunk]:
 
 
 class _Loading:
-    """One update under way in the engine's process."""
+    """A weight update in progress in the engine's process."""
 
     def __init__(self, engine: GenerationBackend, version: int, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -90,7 +90,7 @@ class _Loading:
             self.chunks.get_nowait()  # wakes a `put` that waits for room
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors [...] as they come from the driver, with their names."""
+        """Yield the tensors [...] with their names, as they arrive from the driver."""
         while True:
             try:
                 chunk = self.chunks.get(timeout=self.timeout_s)

@@ -51,7 +51,7 @@ class InProcessSync:
     def sync(
         self, trainer: WorkerGroup, engine: GenerationBackend, *, version: int, share: bool, timeout_s: float
     ) -> SyncReport:
-        """Bring the engine to the trainer's weights.
+        """Load the trainer's weights into the engine.
 
         Args:
             trainer: The policy's workers.

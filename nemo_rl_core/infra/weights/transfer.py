@@ -19,7 +19,7 @@ __all__ = ["OutgoingWeights", "compare_fingerprints", "run_until"]
 
 
 class OutgoingWeights:
-    """Passes the trainer's tensors on in the engine's dtype, counting them and keeping what to digest.
+    """Passes the trainer's tensors on in the engine's dtype, counts them and takes their digest.
 
     Args:
         source: Name and tensor, as `export_weights` yields them.
@@ -64,7 +64,7 @@ class OutgoingWeights:
 
 
 def run_until(work: Callable[[], None], outgoing: OutgoingWeights, *, version: int, timeout_s: float) -> None:
-    """Run `work` in a thread until the deadline; what it raises is raised here.
+    """Run `work` in a thread until the deadline, and raise what it raises.
 
     Raises:
         DeadlineExceeded: Names the side that was waited for.
@@ -83,7 +83,7 @@ def run_until(work: Callable[[], None], outgoing: OutgoingWeights, *, version: i
 def compare_fingerprints(
     trainer: str, engine: str, *, version: int, num_tensors: int, name: str = "the engine"
 ) -> None:
-    """Refuse an engine whose weights are not the trainer's.
+    """Check that an engine's weights are the trainer's.
 
     Raises:
         InvariantViolation: The digests differ.

@@ -84,7 +84,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
 
 
 def verify(connection: Connection, manifest: str) -> bool:
-    """Tell the driver how this process's plugins differ from the manifest's; whether that could be told.
+    """Tell the driver how this process's plugins differ from the manifest's; return whether that worked.
 
     Takes a fraction of a second: neither torch nor a plugin is imported.
     """
@@ -99,7 +99,7 @@ def verify(connection: Connection, manifest: str) -> bool:
 
 
 def _iterate(connection: Connection, worker: object, method: str, args: tuple[Any, ...], stream: bool) -> None:
-    """Run a generator to its end; send its items, each on request, until the driver wants no more."""
+    """Run a generator to its end and send its items, each on request, until the driver wants no more."""
     from nemo_rl_core.infra.workers.wire import receive, send
 
     for item in getattr(worker, method)(*args):
@@ -131,7 +131,7 @@ def _leave_terminal() -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process and all that it started when the driver's ends, however that ends, also amid a call."""
+    """End this process and all that it started as soon as the driver's process has ended, even during a call."""
     import multiprocessing
 
     # Daemonic, so that the driver's exit ends it; but an engine in a worker may need processes of its own.

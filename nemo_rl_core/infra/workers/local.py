@@ -57,7 +57,7 @@ class InProcessGroup:
         return self._worker
 
     def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
-        """`[worker.method(*args, **kwargs)]`."""
+        """Return `[worker.method(*args, **kwargs)]`."""
         worker = self._alive()
         with PluginCall(self._kind, worker, method):
             return [getattr(worker, method)(*args, **kwargs)]
@@ -65,7 +65,7 @@ class InProcessGroup:
     def call_each(
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
     ) -> list[Any]:
-        """`[worker.method(*arguments[0])]`."""
+        """Return `[worker.method(*arguments[0])]`."""
         (only,) = arguments
         worker = self._alive()
         with PluginCall(self._kind, worker, method):
@@ -81,18 +81,18 @@ class InProcessGroup:
         over: str | Sequence[str] = "dp",
         timeout_s: float | None = None,
     ) -> list[Any]:
-        """`[worker.method(*shards[0])]`: every axis is of size 1."""
+        """Return `[worker.method(*shards[0])]`: every axis has size 1."""
         dispatch(axes, over, num_ranks=1, num_shards=len(shards), what=method)
         return self.call_each(method, shards)
 
     def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[Any]:
-        """What the worker's generator yields."""
+        """Yield the items of the worker's generator."""
         worker = self._alive()
         with PluginCall(self._kind, worker, method):
             yield from getattr(worker, method)(*args)
 
     def check_alive(self) -> None:
-        """Nothing: the worker lives as long as this process does."""
+        """Do nothing: the worker lives as long as this process does."""
 
     def shutdown(self) -> None:
         """Shut the worker down; does nothing the second time."""
@@ -117,7 +117,7 @@ class LocalLauncher:
         self._groups: list[WorkerGroup] = []
 
     def setup(self, cluster: ClusterConfig) -> None:
-        """Look at this machine.
+        """Detect the resources of this machine.
 
         Raises:
             ResourceError: It does not have what `cluster` asks for.

@@ -56,32 +56,32 @@ class SimulatedData:
         return [TaskItem(index=i, epoch=0, row_index=i, task_id=str(i), task={}) for i in ids]
 
     def state_dict(self) -> dict[str, Any]:
-        """How many were given out."""
+        """Return how many prompts were given out."""
         return {"delivered": self.delivered}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a saved state."""
         self.delivered = state["delivered"]
 
 
 class SimulatedChat:
-    """Messages have no text, and no tokens but a mark."""
+    """A chat whose messages have no text and a single token each."""
 
     def initial(self, messages: Sequence[Message]) -> list[int]:
-        """One token."""
+        """Return one token for the prompt."""
         return [0]
 
     def extend(self, messages: Sequence[Message], token_ids: Sequence[int], new: Sequence[Message]) -> Extension:
-        """One more."""
+        """Return one more token."""
         return Extension([0], False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Nothing."""
+        """Return no text."""
         return ""
 
 
 def environment_of(cluster: SimulatedCluster, rng: random.Random) -> Callable[[Any], _Environment]:
-    """Makes environments that answer late, fail and get stuck as the cluster says."""
+    """Return a factory of environments that are late, fail and hang as often as the cluster says."""
     return lambda context: _Environment(cluster, rng)
 
 
@@ -110,7 +110,7 @@ class _Environment:
         return EnvironmentStep(messages=answer, rewards={"reward": self.rng.random()}, terminated=self.left == 0)
 
     def close(self) -> None:
-        """Nothing."""
+        """Release nothing."""
 
 
 class SimulatedRunner:
@@ -134,7 +134,7 @@ class SimulatedRunner:
         sampling: SamplingParams | None = None,
         on_start: Callable[[int], None] | None = None,
     ) -> Future[RolloutGroup]:
-        """As `RolloutRunner.submit`."""
+        """Start one group, as `RolloutRunner.submit` does."""
         future = self.run(
             self.engine.run_group(
                 group_id,
@@ -151,17 +151,17 @@ class SimulatedRunner:
         return future
 
     def run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """As `RolloutRunner.run`."""
+        """Run a coroutine on the virtual loop, as `RolloutRunner.run` does on its own."""
         return asyncio.run_coroutine_threadsafe(work, self.clock.loop)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
-        """Batches are formed alike in every simulation."""
+        """Hold nothing: batches are formed alike in every simulation."""
         yield
 
 
 class _Tokens:
-    """Stands where a batch has its loss mask, of which the run loop asks the sum."""
+    """Stand-in for a batch's loss mask, of which the run loop asks the sum."""
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -171,7 +171,7 @@ class _Tokens:
 
 
 class _Batch:
-    """As much of a batch as the run loop looks at."""
+    """The part of a batch that the run loop reads."""
 
     def __init__(self, groups: Sequence[RolloutGroup], prompt_tokens: int) -> None:
         rollouts = [r for g in groups for r in g.valid]
@@ -200,7 +200,7 @@ class SimulatedAlgorithm:
         self.models: Mapping[str, Any] = {}
 
     def keep_group(self, group: RolloutGroup) -> bool:
-        """Refuse as many as the cluster says."""
+        """Refuse as many groups as the cluster says."""
         return self.rng.random() >= self.cluster.faults.refused
 
     def build_batch(self, items: Sequence[RolloutGroup]) -> _Batch:
@@ -208,14 +208,14 @@ class SimulatedAlgorithm:
         return _Batch(items, self.cluster.prompt_tokens)
 
     def fill_batch(self, batch: _Batch, models: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Add nothing."""
 
     def finish_batch(self, batch: _Batch) -> Mapping[str, float]:
-        """Nothing."""
+        """Add nothing and report no metrics."""
         return {}
 
     def updates(self, batch: _Batch) -> Sequence[Update]:
-        """One."""
+        """Take one optimizer step on the whole batch."""
         return [Update(range(len(batch)), self.loss)]
 
 
@@ -241,10 +241,10 @@ class SimulatedPolicy:
         return {}
 
     def save(self, path: Path) -> None:
-        """There are no weights."""
+        """Save nothing: there are no weights."""
 
     def load(self, path: Path) -> None:
-        """There are no weights."""
+        """Load nothing: there are no weights."""
 
 
 class SimulatedSync:
@@ -258,7 +258,7 @@ class SimulatedSync:
         self.rng = rng
 
     def sync(self, trainer: object, engine: object, *, version: int, share: bool, timeout_s: float) -> SyncReport:
-        """Let the time pass, then stamp the engines."""
+        """Let the time of an update pass, then set the engines' weight version."""
         assert isinstance(engine, SimulatedGeneration)
         began = self.clock.now()
         with engine.giving_way():
@@ -279,7 +279,7 @@ class _Saved:
     kept: Mapping[str, Any]
 
     def state(self) -> dict[str, Any]:
-        """As `Checkpoint.state`."""
+        """Return the saved state, as `Checkpoint.state` does."""
         return dict(self.kept)
 
 
@@ -291,18 +291,18 @@ class SimulatedStore:
         self.newest: _Saved | None = None
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> _Saved:
-        """Write the newest."""
+        """Write a checkpoint and keep it as the newest."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder)
         self.newest = _Saved(step, self.folder, state)
         return self.newest
 
     def load(self, resume: str) -> _Saved | None:
-        """The newest."""
+        """Return the newest checkpoint, or None."""
         return self.newest
 
     def list(self) -> list[_Saved]:
-        """The newest, if there is one."""
+        """Return the newest checkpoint, if there is one."""
         return [] if self.newest is None else [self.newest]
 
 

@@ -47,12 +47,12 @@ class SimulatedConfig(RunConfig):
 
     @property
     def num_items_per_step(self) -> int:
-        """Groups of one step."""
+        """Number of groups of one step."""
         return self.num_prompts
 
     @property
     def group_size(self) -> int:
-        """Rollouts of one group."""
+        """Number of rollouts of one group."""
         return self.size
 
     @property
@@ -65,13 +65,13 @@ class _Record:
     """A run record that writes nothing."""
 
     def start(self, *_: object) -> None:
-        """Nothing."""
+        """Write nothing."""
 
     def log(self, *_: object, **__: object) -> None:
-        """Nothing."""
+        """Write nothing."""
 
     def finish(self, *_: object) -> None:
-        """Nothing."""
+        """Write nothing."""
 
 
 @define(kw_only=True)
@@ -154,7 +154,7 @@ class SimulatedRun:
         return cls(cluster=cluster, clock=clock, loop=loop, generation=generation, runner=runner, data=data)
 
     def run(self) -> str:
-        """Run to the end; the status of the result."""
+        """Run to the end and return the status of the result."""
         try:
             return self.loop.run().status
         finally:
@@ -163,7 +163,7 @@ class SimulatedRun:
 
 @frozen(kw_only=True)
 class SimulationResult:
-    """What a simulated run took."""
+    """Times and rates of a simulated run."""
 
     seconds: float
     """Of all steps, in virtual time."""
