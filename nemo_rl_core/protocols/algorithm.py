@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.records.shared_value import Movable, SharedValue
     from nemo_rl_core.schema import ComponentChoice, PolicyConfig
 
-__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "Model", "ModelRole", "Update", "feed_of"]
+__all__ = ["Algorithm", "AlgorithmContext", "BaseAlgorithm", "HasFeed", "Model", "ModelRole", "Update", "feed_of"]
 
 
 @frozen(kw_only=True)
