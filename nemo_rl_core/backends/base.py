@@ -1,4 +1,4 @@
-"""What training backends do alike: checks before a call, forward passes, a step that is not finite, the host's memory.
+"""Work that training backends share: checks before a call, forward passes, steps that are not finite, host memory.
 
 Legend: N tokens.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_core.schema import PolicyConfig
 
-__all__ = ["TorchBackend"]
+__all__ = ["OutputOptions", "TorchBackend"]
+
+
+class OutputOptions(TypedDict, total=False):
+    """Options of a forward pass."""
+
+    needs: frozenset[str]
+    """Fields of `ModelOutputs` to compute."""
+    temperature: float
+    """Divisor of the logits."""
+    top_k: int
+    """Number of likeliest tokens to give for each position."""
 
 
 class TorchBackend(TrainingBackend):
@@ -75,7 +86,7 @@ class TorchBackend(TrainingBackend):
         self._host.check_here(f"The model of the role {self.role!r}")
 
     def _not_finite(self, loss: Tensor, gradient_norm: float) -> InvariantViolation:
-        """The error for a step whose loss or gradient is not finite, once the gradient is forgotten."""
+        """Make the error for a step whose `loss` [] or gradient is not finite; the gradient has been dropped."""
         return InvariantViolation(
             f"The training step is not finite (loss {float(loss)}, gradient norm {gradient_norm}); the weights were "
             "not changed. Usual causes: a learning rate that is too high, a reward or advantage that is not finite, a "
@@ -121,9 +132,12 @@ class TorchBackend(TrainingBackend):
         batch: BatchedDataDict,
         micro_batches: Sequence[Sequence[int]] | None,
         names: Iterable[str],
-        **options: Any,
+        **options: Unpack[OutputOptions],
     ) -> dict[str, Tensor]:
-        """These outputs for each token of the batch, [N, ...] each, on the CPU; micro-batches as they fit, if None."""
+        """Compute outputs for each token of the batch, [N, ...] each, on the CPU.
+
+        If `micro_batches` is None, each holds as many sequences as fit.
+        """
         self._check_here()
         if micro_batches is None:
             micro_batches = fill_in_order(batch.lengths, self.config.token_budget(self.device.type))
@@ -132,9 +146,13 @@ class TorchBackend(TrainingBackend):
 
     @abstractmethod
     def _forward_only(
-        self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], names: Iterable[str], **options: Any
+        self,
+        batch: BatchedDataDict,
+        micro_batches: Sequence[Sequence[int]],
+        names: Iterable[str],
+        **options: Unpack[OutputOptions],
     ) -> dict[str, Tensor]:
-        """The outputs `names` of the model, [N, ...] each; `options` are those of its outputs."""
+        """Compute the outputs `names` of the model, [N, ...] each."""
         ...
 
     # -- place --------------------------------------------------------------------------------

@@ -60,10 +60,10 @@ class HostMemory:
             raise InvariantViolation(f"{what} waits in the host's memory since offload(). Call reload() first.")
 
     def offload(self, tensors: Iterable[Tensor], *, zeros: Iterable[Tensor] = ()) -> int:
-        """Empty the tensors' storages; nothing if they are empty already.
+        """Empty the tensors' storages, unless they are empty already.
 
         Args:
-            tensors: Of one device; several may share memory.
+            tensors: Tensors of one device, of any shape [...]; several may share memory.
             zeros: Tensors whose values nobody needs: they come back as zeros.
 
         Returns:
@@ -85,7 +85,7 @@ class HostMemory:
         return sum(one.num_bytes for one in kept)
 
     def reload(self) -> None:
-        """Fill the storages again; what has found no room yet is tried again at the next call."""
+        """Fill the storages again; if one finds no room, the next call continues there."""
         kept = list(self._away)
         while self._away:
             one = self._away[-1]
@@ -116,7 +116,7 @@ class HostMemory:
             on_device.copy_(on_host, non_blocking=True)
 
     def _pieces(self, one: _Kept) -> Iterator[tuple[Tensor, Tensor]]:
-        """The storage and its copy, cut where a slab ends."""
+        """Yield a storage and its copy as pairs of bytes [num_bytes] (host, device), cut where a slab ends."""
         assert one.start is not None
         data, done, size = _bytes(one.storage), 0, self._slab_bytes
         while done < one.num_bytes:
@@ -129,7 +129,7 @@ class HostMemory:
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    """Each storage once. One that cannot be emptied is memory of the host, such as a mapped file."""
+    """Yield each storage of tensors [...] once, without those that cannot be emptied, such as a mapped file."""
     seen = set()
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this rank's part of a DTensor

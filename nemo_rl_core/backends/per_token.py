@@ -26,7 +26,12 @@ class PerToken:
         """[N, ...] on the CPU by name; 0 where nothing was put."""
 
     def put(self, indices: Sequence[int], found: Mapping[str, Tensor]) -> None:
-        """Take in the results of the sequences `indices`, one after another; for none of them only the names count."""
+        """Add the results of some sequences.
+
+        Args:
+            indices: The sequences, in the order of their results; if there are none, only the names count.
+            found: Results [n, ...] by name, for the n tokens of these sequences.
+        """
         selected = self._batch.select(indices)
         starts = self._starts[torch.as_tensor(indices, dtype=torch.int64)]
         places = selected.position_ids + selected.expand_to_tokens(starts)
@@ -38,7 +43,10 @@ class PerToken:
 
 
 def fill_in_order(lengths: Tensor, budget: int) -> list[list[int]]:
-    """Sequences in order, as many at a time as `budget` tokens allow (one at least); none give one empty list."""
+    """Group the sequences in order, as many at a time as `budget` tokens allow, but at least one.
+
+    `lengths` [B] counts their tokens. No sequences give one empty list.
+    """
     parts: list[list[int]] = []
     used = budget
     for i, length in enumerate(lengths.tolist()):

@@ -23,8 +23,8 @@ __all__ = ["capture_rng", "check_fits", "check_unchanged", "measure", "read", "r
 _BLOCK = 1 << 22
 
 
-def write(path: Path, state: Any) -> None:
-    """Write `state` to `path`: either the whole new file is there afterwards, or the old one.
+def write(path: Path, state: object) -> None:
+    """Write `state` to `path`; afterwards either the whole new file is there or the old one.
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; no part of a file is left.
@@ -110,12 +110,12 @@ def restore(path: Path, take: Callable[[dict[str, Any]], None]) -> None:
 
 
 def check_fits(state: Mapping[str, Any], identity: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Compare a state with the run that is to continue from it.
+    """Check that a state fits the run that is to continue from it.
 
     Args:
         state: What was read.
-        identity: What of it must be equal, by name.
-        weights: This worker's weights, whose names and shapes those of `state["weights"]` must have.
+        identity: Values by name that the state must have too.
+        weights: This worker's weights [...]; those of `state["weights"]` must have the same names and shapes.
 
     Raises:
         ValueError: Says what differs.

@@ -54,7 +54,7 @@ class RunComponents(Resolves):
         """
         return self._call(self.use(ref), options)
 
-    def build(self, kind: str, choice: ComponentChoice) -> Any:
+    def build(self, kind: str, choice: ComponentChoice, /) -> Any:
         """What a choice of the configuration names, made with its options; see `AlgorithmContext.resolve`."""
         return self.make(self.resolve(kind, choice.name), choice.options)
 

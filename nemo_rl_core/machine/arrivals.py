@@ -1,4 +1,4 @@
-"""Socket for other processes to connect to; each proves that it knows a secret, and gets the same proof."""
+"""A socket to which other processes connect; both sides prove that they know a secret."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import tempfile
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_core.machine.heartbeat import keep_alive
 from nemo_rl_core.machine.threads import daemon
 
-__all__ = ["Arrivals", "arrive", "limit_waits"]
+__all__ = ["Address", "Arrivals", "arrive", "limit_waits"]
+
+Address = str | tuple[str, int]
+"""Address of a socket: a path of this machine's file system, or host and port."""
 
 _BACKLOG = 1024
 """Connections that the system takes before this process has; with few, the clients' system tries again after
@@ -30,13 +32,13 @@ _SIZE = 32
 """Bytes of a random number, and of a proof."""
 
 
-def arrive(address: Any, key: bytes, *, who: str, timeout_s: float) -> Connection:
+def arrive(address: Address, key: bytes, *, who: str, timeout_s: float) -> Connection:
     """Connect to the `Arrivals` at `address`.
 
     Args:
-        address: Of the socket.
+        address: Address of the socket.
         key: The secret.
-        who: Listens there, for the message.
+        who: Name of the process that listens there, for the message.
         timeout_s: Deadline of connecting and of the exchange of secrets.
 
     Raises:
@@ -79,12 +81,12 @@ def _read(caller: socket.socket, size: int, deadline: Deadline) -> bytes:
 
 
 def _proof(key: bytes, side: bytes, listener: bytes, caller: bytes) -> bytes:
-    """What only who knows the key can say of both sides' random numbers; none is of use to the other side."""
+    """Proof that one side knows the key, made of both sides' random numbers; the other side cannot reuse it."""
     return hmac.digest(key, side + listener + caller, "sha256")
 
 
 class Arrivals:
-    """Listens until it is closed; connections wait in a queue.
+    """Listens until it is closed, and keeps connections in a queue.
 
     One thread serves all that prove themselves at a time: one that says nothing keeps nobody waiting.
 
@@ -108,7 +110,7 @@ class Arrivals:
             self._listener.bind((address, 0))
         self._listener.listen(_BACKLOG)
         self._listener.setblocking(False)
-        self.address: Any = self._listener.getsockname()
+        self.address: Address = self._listener.getsockname()
         """For `arrive`."""
         self._arrived: queue.SimpleQueue[Connection | None] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
@@ -117,7 +119,7 @@ class Arrivals:
         daemon(self._serve, name=name)
 
     def next(self, timeout_s: float | None = None) -> Connection | None:
-        """The next connection; None when it was closed.
+        """Wait for the next connection; None once this was closed.
 
         Raises:
             TimeoutError: Nobody came in time.

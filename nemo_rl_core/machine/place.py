@@ -8,7 +8,6 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import Any
 
 from attrs import frozen
 
@@ -65,7 +64,7 @@ def find_place(device: str = "cpu") -> Place:
     )
 
 
-def place_of(worker: Any) -> Place:
+def place_of(worker: object) -> Place:
     """The place of the process that `worker` lives in; its device is that of its weights."""
     found = getattr(worker, "device", None)
     return find_place("cpu" if found is None else str(found))

@@ -1,4 +1,4 @@
-"""Threads that nobody has to wait for: started, answered through a future, abandoned at a deadline."""
+"""Daemon threads that answer through a future and are abandoned at a deadline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, TypeVarTuple, Unpack
 
 from attrs import define
 
@@ -22,11 +22,12 @@ __all__ = ["ThreadCalls", "daemon", "in_thread", "settle", "settle_soon", "watch
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 _LOOK_S = 1.0
 """Between two looks at the parent, where the system cannot tell of its end."""
 
 
-def daemon(target: Callable[..., object], /, *args: Any, name: str) -> threading.Thread:
+def daemon(target: Callable[[Unpack[_Ts]], object], /, *args: *_Ts, name: str) -> threading.Thread:
     """Start a thread that does not keep the interpreter from ending."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
@@ -52,8 +53,8 @@ def in_thread(work: Callable[[], _T], *, name: str) -> concurrent.futures.Future
     return future
 
 
-def settle(future: asyncio.Future[Any], value: Any, error: BaseException | None = None) -> None:
-    """Give a future its result, or its error, unless it has one or was cancelled. In the loop's own thread."""
+def settle(future: asyncio.Future[Any], value: object, error: BaseException | None = None) -> None:
+    """Give a future its result or error unless it has one or was cancelled; called in the loop's own thread."""
     if future.done():
         return
     if error is None:
@@ -62,8 +63,8 @@ def settle(future: asyncio.Future[Any], value: Any, error: BaseException | None 
         future.set_exception(error)
 
 
-def settle_soon(future: asyncio.Future[Any], value: Any, error: BaseException | None = None) -> bool:
-    """`settle` from any thread; whether the future's loop still runs, so that somebody may wait for it."""
+def settle_soon(future: asyncio.Future[Any], value: object, error: BaseException | None = None) -> bool:
+    """`settle` a future from any thread; return whether its loop still runs, so that somebody may wait for it."""
     try:
         future.get_loop().call_soon_threadsafe(settle, future, value, error)
     except RuntimeError:  # the loop has ended
@@ -90,10 +91,10 @@ def _watch(parent: int, on_gone: Callable[[], object]) -> None:
 
 
 @define(eq=False)
-class _Call:
-    function: Callable[[], Any]
+class _Call(Generic[_T]):
+    function: Callable[[], _T]
     started: asyncio.Future[None]
-    answer: asyncio.Future[Any]
+    answer: asyncio.Future[_T]
     abandoned: bool = False
 
 
@@ -108,9 +109,9 @@ class ThreadCalls:
         self._num_threads = num_threads
         self._num_live = 0
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
 
-    async def run(self, function: Callable[[], Any], *, timeout_s: float, name: str) -> Any:
+    async def run(self, function: Callable[[], _T], *, timeout_s: float, name: str) -> _T:
         """Call `function()`; the clock runs from when a thread takes it.
 
         Raises:
@@ -118,7 +119,7 @@ class ThreadCalls:
             Exception: Whatever the function raised.
         """
         loop = asyncio.get_running_loop()
-        call = _Call(function, loop.create_future(), loop.create_future())
+        call: _Call[_T] = _Call(function, loop.create_future(), loop.create_future())
         self._queue.put(call)
         self._ensure_threads()
         try:
@@ -143,7 +144,7 @@ class ThreadCalls:
             self._num_live += 1
         daemon(self._work, name="nemo-rl-reward")
 
-    def _abandon(self, call: _Call) -> None:
+    def _abandon(self, call: _Call[Any]) -> None:
         with self._lock:
             if call.abandoned:
                 return

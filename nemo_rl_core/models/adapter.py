@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["add_adapter", "base_of", "is_classifier"]
 
@@ -14,7 +17,7 @@ _CONFIG = "adapter_config.json"
 
 
 def _read(model_name: str) -> tuple[Path, dict[str, Any]] | None:
-    """The folder of an adapter and its configuration; None for any other model."""
+    """Return the folder of an adapter and its configuration; None for any other model."""
     folder = Path(model_name).expanduser()
     if not (folder / _CONFIG).is_file() or (folder / "config.json").is_file():
         return None
@@ -50,12 +53,12 @@ def is_classifier(model_name: str) -> bool:
     return read is not None and read[1].get("task_type") == "SEQ_CLS"
 
 
-def add_adapter(model: Any, folder: str) -> Any:
-    """The model with the adapter added to its weights, and with the adapter's head if it has one.
+def add_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Add the adapter to the model's weights, with the adapter's head if it has one.
 
     Args:
         model: The base, of `transformers`, on the CPU.
-        folder: Of the adapter.
+        folder: Folder of the adapter.
 
     Raises:
         ConfigError: PEFT is not installed, or the adapter is damaged or does not fit the model.
@@ -70,7 +73,8 @@ def add_adapter(model: Any, folder: str) -> Any:
     if not any(Path(folder).expanduser().glob("adapter_model.*")):
         raise ConfigError(f"The adapter in {folder} has no weights: there is no adapter_model.safetensors.")
     try:
-        return PeftModel.from_pretrained(model, str(Path(folder).expanduser())).merge_and_unload()
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(Path(folder).expanduser())).merge_and_unload()
+        return merged
     except Exception as error:  # a file that is missing, cut off, of another kind or of another model
         first = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(

@@ -19,6 +19,7 @@ from nemo_rl_core.models.adapter import add_adapter, base_of, is_classifier
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
     from nemo_rl_core.models.tokenizer import Tokenizer
 
@@ -82,7 +83,7 @@ def _explain(model_name: str, what: str, error: Exception) -> ConfigError:
     )
 
 
-def load_model_config(model_name: str) -> Any:
+def load_model_config(model_name: str) -> PreTrainedConfig:
     """The `transformers` configuration of the model.
 
     Raises:
@@ -98,13 +99,14 @@ def load_model_config(model_name: str) -> Any:
         return model_config
     source = str(_scratch_folder(model_name)) if is_scratch(model_name) else model_name
     try:
-        return AutoConfig.from_pretrained(source)
+        found: PreTrainedConfig = AutoConfig.from_pretrained(source)
+        return found
     except (OSError, ValueError, KeyError) as error:
         raise _explain(model_name, "configuration", error) from error
 
 
 def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Tokenizer:
-    """The model's tokenizer, with `chat_template` (Jinja text or the path of a file) put in if given.
+    """Load the model's tokenizer, with `chat_template` (Jinja text or the path of a file) put in if given.
 
     Raises:
         ConfigError: No such tokenizer.
@@ -117,7 +119,6 @@ def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Toke
         name = json.loads((shape / "config.json").read_text(encoding="utf-8")).get("tokenizer", "char")
         source = str(shape if (shape / "tokenizer.json").is_file() else _SCRATCH / "tokenizers" / name)
     folder = Path(source).expanduser()
-    tokenizer: Any
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         if base := base_of(source):
             return load_tokenizer(base, chat_template=chat_template)
@@ -138,7 +139,8 @@ def load_tokenizer(model_name: str, *, chat_template: str | None = None) -> Toke
         tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else chat_template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    loaded: Tokenizer = tokenizer
+    return loaded
 
 
 def _tokenizer_class(folder: Path) -> str | None:
@@ -156,7 +158,7 @@ def load_model(
     attn_implementation: str | None = None,
     empty: bool = False,
 ) -> Any:
-    """The model, on the CPU.
+    """Load or make the model, on the CPU.
 
     Args:
         model_name: See the module.
@@ -177,8 +179,9 @@ def load_model(
     transformers_logging.disable_progress_bar()
 
     if base := base_of(model_name):
-        options: Any = {"dtype": dtype, "seed": seed, "head": head, "attn_implementation": attn_implementation}
-        below = load_model(base, empty=empty, **options)
+        below = load_model(
+            base, dtype=dtype, seed=seed, head=head, attn_implementation=attn_implementation, empty=empty
+        )
         return below if empty else add_adapter(below, model_name)
     config = load_model_config(model_name)
     auto: Any = AutoModelForCausalLM

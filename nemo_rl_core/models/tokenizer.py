@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 __all__ = ["Tokenizer"]
@@ -16,17 +17,19 @@ class Tokenizer(Protocol):
     chat_template: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids."""
+        """Convert text to token ids."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Token ids to text."""
+        """Convert token ids to text."""
         ...
 
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Messages to the text or token ids of the template."""
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], **kwargs: Any
+    ) -> str | list[int] | Mapping[str, Any]:
+        """Render messages by the template, to text or token ids."""
         ...
 
-    def save_pretrained(self, save_directory: Any) -> Any:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object:
         """Write the tokenizer into a folder."""
         ...

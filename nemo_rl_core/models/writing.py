@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_rl_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 __all__ = ["write_model"]
 
@@ -20,7 +21,11 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def write_model(
-    folder: Path, weights: Iterator[tuple[str, Tensor]], model: Any, *, shard_size: int = 5_000_000_000
+    folder: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    model: PreTrainedModel | None,
+    *,
+    shard_size: int = 5_000_000_000,
 ) -> None:
     """Write config.json and safetensors files that `from_pretrained` loads.
 
@@ -28,7 +33,7 @@ def write_model(
 
     Args:
         folder: Without a checkpoint; it is made if need be.
-        weights: (Hugging Face name, whole tensor), tied ones once.
+        weights: (Hugging Face name, whole tensor of any shape [...]), tied ones once.
         model: The Hugging Face module, with or without weights of its own; None on a process that does not write.
         shard_size: Bytes after which a new file is begun, at the end of a layer. One file has no index.
 
@@ -47,7 +52,8 @@ def write_model(
             pass
 
 
-def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], model: Any, shard_size: int) -> None:
+def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], model: PreTrainedModel, shard_size: int) -> None:
+    """Write weights of any shape [...] by name, one file after another."""
     files: list[Path] = []
     shard: dict[str, Tensor] = {}
     size = 0
@@ -72,14 +78,14 @@ def _layer(name: str) -> str | None:
     return match[1] if match else None
 
 
-def _write_shard(folder: Path, shard: dict[str, Tensor], model: Any, number: int) -> Path:
-    """The Hugging Face library writes the part as if it were all, in the names and forms that files of it have."""
+def _write_shard(folder: Path, shard: dict[str, Tensor], model: PreTrainedModel, number: int) -> Path:
+    """Let the Hugging Face library write a part as if it were all, with the names and forms of its files."""
     model.save_pretrained(folder, state_dict=shard, max_shard_size=1 << 60)
     return (folder / _SINGLE).rename(folder / f".part-{number}.safetensors")
 
 
 def _index(folder: Path, files: list[Path]) -> None:
-    """Give the files their last names, and say which of them has which weight."""
+    """Give the files their final names, and write which of them has which weight."""
     from safetensors import safe_open
 
     places, total = {}, 0

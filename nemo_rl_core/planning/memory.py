@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import asdict, evolve, field, frozen
 
@@ -17,6 +17,9 @@ from nemo_rl_core.protocols.training_backend import ModelMemory, TrainingBackend
 from nemo_rl_core.registry import get_registry
 from nemo_rl_core.schema import PolicyConfig, RunConfig
 from nemo_rl_core.training.model.device_turns import share_devices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["MemoryEstimate", "ModelEstimate", "estimate_memory"]
 
@@ -43,12 +46,12 @@ class ModelEstimate:
 
     @property
     def computing(self) -> float:
-        """Beside these, while it computes."""
+        """Further memory in use while it computes."""
         return self.memory.computing + self.activations
 
     @property
     def total(self) -> float:
-        """At its most."""
+        """Peak of its memory."""
         return self.held + self.computing
 
 
@@ -66,16 +69,16 @@ class MemoryEstimate:
     sharing: Literal["apart", "in_turn", "together"] = "apart"
     """Whether trainer and engine have devices of their own, take turns on one, or hold it at the same time."""
     notes: list[str] = field(factory=list)
-    """What could not be told."""
+    """What could not be estimated, and why."""
 
     @property
     def trainer(self) -> float:
-        """One worker of the policy."""
+        """Bytes of one worker of the policy."""
         return self.models["policy"].total
 
     @property
     def engine(self) -> float:
-        """One engine's device."""
+        """Bytes on one engine's device."""
         return self.engine_weights + self.engine_cache
 
     @property
@@ -93,7 +96,7 @@ class MemoryEstimate:
         return max(stepping, scoring, self.engine, self.models["policy"].held + self.engine_weights)
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs, in bytes."""
+        """The estimate in bytes by name, for programs."""
         policy = self.models["policy"]
         return {
             "num_parameters": policy.num_parameters,
@@ -109,7 +112,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: RunConfig, rates: Rates, engines: PlannedEngines) -> MemoryEstimate:
-    """The memory of the models' workers and of the engines; no weights are loaded.
+    """Estimate the memory of the models' workers and of the engines, without loading weights.
 
     Args:
         config: Of the run, finalized.
@@ -164,16 +167,17 @@ def _other_roles(config: RunConfig) -> dict[str, PolicyConfig]:
     }
 
 
-def _empty(role: PolicyConfig) -> Any:
+def _empty(role: PolicyConfig) -> PreTrainedModel:
     """The model on the meta device."""
     import torch
 
     from nemo_rl_core.models import load_model
 
-    return load_model(role.model_name or "", dtype=torch.float32, empty=True, head=role.head)
+    model: PreTrainedModel = load_model(role.model_name or "", dtype=torch.float32, empty=True, head=role.head)
+    return model
 
 
-def _estimate(role: PolicyConfig, model: Any, config: RunConfig) -> ModelEstimate:
+def _estimate(role: PolicyConfig, model: PreTrainedModel, config: RunConfig) -> ModelEstimate:
     backend = training_backend(role, config.plugins)
     if backend is None:
         backend = get_registry().resolve("training_backends", None, plugins=config.plugins).load()
@@ -187,7 +191,7 @@ def _estimate(role: PolicyConfig, model: Any, config: RunConfig) -> ModelEstimat
     )
 
 
-def _activations(role: PolicyConfig, shape: Any, share: float) -> float:
+def _activations(role: PolicyConfig, shape: PreTrainedConfig, share: float) -> float:
     size, layers, hidden = _BYTES[role.precision], shape.num_hidden_layers, shape.hidden_size
     tokens = max(role.token_budget("cuda"), role.max_sequence_length)
     layer = tokens * hidden * _ACTIVATION_ELEMENTS * size * share
@@ -200,14 +204,14 @@ def _activations(role: PolicyConfig, shape: Any, share: float) -> float:
 
 
 def _batch(config: RunConfig, rates: Rates, num_engines: int) -> int:
-    """Sequences that one engine decodes together, at most."""
+    """Largest number of sequences that one engine decodes together."""
     rollouts = config.num_items_per_step * config.group_size * (1 + config.rollouts.staleness)
     under_way = min(rollouts, config.rollouts.max_in_flight)
     return min(rates.engine_batch, -(-under_way // num_engines))
 
 
 def _mean_length(config: RunConfig, rates: Rates) -> float:
-    """Tokens of a sequence at a moment at which it is sampled: long ones are met more often, halfway on average."""
+    """Mean tokens of a sequence while it is sampled: halfway on average, and long ones count for more."""
     if rates.response_tokens is None:
         return float(config.policy.max_sequence_length)
     turns = max(rates.turns, 1.0)
@@ -216,14 +220,14 @@ def _mean_length(config: RunConfig, rates: Rates) -> float:
 
 
 def _sharing(config: RunConfig) -> Literal["apart", "in_turn", "together"]:
-    """On the accelerators of the cluster that is planned."""
+    """How trainer and engines share the accelerators of the planned cluster."""
     if not share_devices(config):
         return "apart"
     return "together" if config.rollouts.staleness or config.cluster.offload == "never" else "in_turn"
 
 
-def _cache_elements(shape: Any) -> int:
-    """Elements of keys and values of one token."""
+def _cache_elements(shape: PreTrainedConfig) -> int:
+    """Number of elements in the keys and values of one token."""
     heads = shape.num_attention_heads
     kv_heads = getattr(shape, "num_key_value_heads", None) or heads
     size = getattr(shape, "head_dim", None) or shape.hidden_size // heads

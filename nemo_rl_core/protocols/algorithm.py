@@ -6,7 +6,7 @@ An algorithm does no set-up, logging, checkpointing, validation or distribution:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload, runtime_checkable
 
 from attrs import frozen
 
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
     from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
     from nemo_rl_core.models.tokenizer import Tokenizer
+    from nemo_rl_core.protocols.advantage import AdvantageEstimator
     from nemo_rl_core.records.batch import BatchedDataDict
     from nemo_rl_core.records.rollout import RolloutGroup
-    from nemo_rl_core.records.shared_value import SharedValue
-    from nemo_rl_core.schema import PolicyConfig
+    from nemo_rl_core.records.shared_value import Movable, SharedValue
+    from nemo_rl_core.schema import ComponentChoice, PolicyConfig
 
 __all__ = [
     "Algorithm",
     "AlgorithmContext",
     "BaseAlgorithm",
+    "BuildsComponents",
     "ChoosesFeed",
     "KeepsState",
     "Model",
@@ -36,13 +38,24 @@ __all__ = [
 ]
 
 
+class BuildsComponents(Protocol):
+    """Build the component of a kind that a choice of the configuration names, with the options of the choice."""
+
+    @overload
+    def __call__(self, kind: Literal["losses"], choice: ComponentChoice, /) -> Loss: ...
+    @overload
+    def __call__(self, kind: Literal["advantages"], choice: ComponentChoice, /) -> AdvantageEstimator: ...
+    @overload
+    def __call__(self, kind: str, choice: ComponentChoice, /) -> Any: ...
+
+
 @frozen(kw_only=True)
 class AlgorithmContext:
     """Tools that the run loop gives to an algorithm."""
 
     tokenizer: Tokenizer
-    resolve: Any
-    """`resolve(kind, choice) -> object` builds the component that a `ComponentChoice` names."""
+    resolve: BuildsComponents
+    """`resolve(kind, choice)` builds the component that a `ComponentChoice` names."""
     max_sequence_length: int
 
 
@@ -96,7 +109,7 @@ class Model(Protocol):
         """Return the output layer, at the sampling temperature, on the CPU."""
         ...
 
-    def keep(self, value: Any) -> SharedValue:
+    def keep(self, value: Movable) -> SharedValue:
         """Send a large value to the workers of this model once; a loss may hold the handle that is returned."""
         ...
 
@@ -203,7 +216,7 @@ class ChoosesFeed(Protocol):
         ...
 
 
-def feed_of(algorithm: Any, config: Any) -> Literal["rollouts", "examples"]:
+def feed_of(algorithm: Algorithm | type[Algorithm], config: object) -> Literal["rollouts", "examples"]:
     """Return whether a run with this configuration trains on rollouts or on examples.
 
     Args:

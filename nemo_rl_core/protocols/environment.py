@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from attrs import field, frozen
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.policy import PolicySession
 
 __all__ = ["DrivingEnvironment", "Environment", "EnvironmentContext", "EnvironmentStep", "SingleTurnEnvironment"]
+
+_R = TypeVar("_R")
 
 
 @frozen(kw_only=True)
@@ -36,8 +38,8 @@ class EnvironmentContext(Protocol):
     """Tools that the rollout engine gives to an environment."""
 
     async def run_in_pool(
-        self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
-    ) -> Any:
+        self, function: Callable[..., _R], *args: object, timeout_s: float | None = None, **kwargs: object
+    ) -> _R:
         """Run a picklable function in a worker process that is killed at the deadline.
 
         Raises:
@@ -64,7 +66,7 @@ class Environment(Protocol):
 
     config_class: ClassVar[type]
 
-    def __init__(self, config: Any, context: EnvironmentContext) -> None:
+    def __init__(self, config: object, context: EnvironmentContext) -> None:
         """Keep both as `self.config` and `self.context`, for a class that derives from this one."""
         vars(self).update(config=config, context=context)
 

@@ -103,8 +103,8 @@ class GenerationBackend(Protocol):
 
         Args:
             version: The trainer's step count; completions carry it.
-            tensors: Name and full tensor; a tied weight comes once. Without `share` a tensor is valid only until the
-                next one is taken: copy it before.
+            tensors: Name and full tensor [...]; a tied weight comes once. Without `share` a tensor is valid only until
+                the next one is taken: copy it before.
             share: Whether the tensors stay valid, so that the engine may alias them instead of copying.
 
         Raises:

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    TypeVarTuple,
+    Unpack,
+    runtime_checkable,
+)
 
 from attrs import field, frozen
 
 if TYPE_CHECKING:
     from nemo_rl_core.schema import ClusterConfig
 
-__all__ = ["Launcher", "WorkerContext", "WorkerGroup", "WorkerSpec"]
+__all__ = [
+    "Launcher",
+    "SupportsShutdown",
+    "Worker",
+    "WorkerContext",
+    "WorkerGroup",
+    "WorkerReference",
+    "WorkerSpec",
+    "items_of_first",
+    "on_shards",
+    "on_workers",
+]
+
+_P = ParamSpec("_P")
+_Ts = TypeVarTuple("_Ts")
+_R = TypeVar("_R")
+_W = TypeVar("_W")
+_Made = TypeVar("_Made", covariant=True)
 
 
 @frozen(kw_only=True)
@@ -36,14 +64,39 @@ class WorkerContext:
     """Whether workers of other roles hold memory on this device too."""
 
 
+class SupportsShutdown(Protocol):
+    """An object that can be shut down."""
+
+    def shutdown(self) -> None:
+        """Release everything."""
+        ...
+
+
+class Worker(SupportsShutdown, Protocol):
+    """What a launcher itself calls on a worker; callers of its group call the worker's other methods."""
+
+    def setup(self, config: Any, context: WorkerContext) -> None:
+        """Prepare the worker for its first call, with the `config` of its `WorkerSpec`."""
+        ...
+
+
+@runtime_checkable
+class WorkerReference(Protocol[_Made]):
+    """A worker's class by reference, as in a `ComponentRef`: it is loaded in the worker's process."""
+
+    def load(self) -> Callable[[], _Made]:
+        """Return the class."""
+        ...
+
+
 @frozen(kw_only=True)
 class WorkerSpec:
     """A group of equal workers to start."""
 
     role: str
-    factory: Any
+    factory: WorkerReference[Worker] | Callable[[], Worker]
     """`ComponentRef` of the class that every worker creates without arguments and then calls `setup` on."""
-    config: Any
+    config: object
     """First argument of `setup`."""
     num_workers: int = 1
     devices_per_worker: int = 1
@@ -88,7 +141,7 @@ class WorkerGroup(Protocol):
         """The worker object if it lives in this process, so that tensors can be shared; None otherwise."""
         ...
 
-    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
         """Call `method` on every worker with the same arguments; return the results in rank order.
 
         Raises:
@@ -130,7 +183,7 @@ class WorkerGroup(Protocol):
         """
         ...
 
-    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Any:
+    def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Any:
         """Call a generator method on every worker; yield the items of rank 0, one at a time."""
         ...
 
@@ -180,3 +233,46 @@ class Launcher(Protocol):
     def shutdown(self) -> None:
         """End every group that is still running."""
         ...
+
+
+def on_workers(
+    group: WorkerGroup, method: Callable[Concatenate[_W, _P], _R], *, timeout_s: float | None = None
+) -> Callable[_P, list[_R]]:
+    """Return `group.call` for one method of its workers, with the types of that method.
+
+    `on_workers(group, TrainingBackend.load_checkpoint)(path)` calls `load_checkpoint` on every worker, and returns the
+    results in rank order.
+    """
+
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> list[_R]:
+        return group.call(method.__name__, *args, timeout_s=timeout_s, **kwargs)
+
+    return call
+
+
+def on_shards(
+    group: WorkerGroup,
+    method: Callable[[_W, Unpack[_Ts]], _R],
+    *,
+    axes: Mapping[str, int],
+    over: str | Sequence[str] = "dp",
+    timeout_s: float | None = None,
+) -> Callable[[Sequence[tuple[*_Ts]]], list[_R]]:
+    """Return `group.call_sharded` for one method of its workers, with the types of that method."""
+
+    def call(shards: Sequence[tuple[*_Ts]]) -> list[_R]:
+        return group.call_sharded(method.__name__, shards, axes=axes, over=over, timeout_s=timeout_s)
+
+    return call
+
+
+def items_of_first(
+    group: WorkerGroup, method: Callable[[_W, Unpack[_Ts]], Iterator[_R]], *, timeout_s: float | None = None
+) -> Callable[[Unpack[_Ts]], Generator[_R, None, None]]:
+    """Return `group.iterate` for one generator method of its workers, with the types of that method."""
+
+    def iterate(*args: *_Ts) -> Generator[_R, None, None]:
+        items: Generator[_R, None, None] = group.iterate(method.__name__, *args, timeout_s=timeout_s)
+        return items
+
+    return iterate

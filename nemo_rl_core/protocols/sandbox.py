@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ Capability = Literal["memory_limit", "no_network", "process_limit"]
 and gives each program its own scratch folder and environment."""
 
 
-def _positive(instance: Any, attribute: Attribute[Any], value: float) -> None:
+def _positive(instance: object, attribute: Attribute[Any], value: float) -> None:
     if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ConfigError(
             f"sandbox limit {attribute.name} is {value!r}; it must be a number above 0. Nothing is unlimited."
@@ -32,7 +32,7 @@ def _inside(names: Sequence[str], what: str) -> None:
             raise ConfigError(f"{what} {name!r} is outside of the scratch folder; use a relative path without `..`.")
 
 
-def _files_inside(instance: Any, attribute: Attribute[Any], value: Any) -> None:
+def _files_inside(instance: object, attribute: Attribute[Any], value: Iterable[str]) -> None:
     _inside(list(value), f"sandbox {attribute.name}:")
 
 

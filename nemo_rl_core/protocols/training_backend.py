@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, TypeVarTuple, Unpack, runtime_checkable
 
 from attrs import field, frozen
 
@@ -16,6 +16,7 @@ from nemo_rl_core.protocols.loss import LossSums, ModelOutputs
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
     from nemo_rl_core.protocols.launcher import WorkerContext
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from nemo_rl_core.schema.mistakes import Mistake
 
 __all__ = ["LossFunction", "ModelMemory", "StepPlan", "StepResult", "TrainingBackend", "WeightInfo"]
+
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 
 LossFunction = Callable[[ModelOutputs, "BatchedDataDict"], LossSums]
 """A loss that the core divides by the global denominator: call `.total.backward()` on its result.
@@ -129,7 +133,7 @@ class TrainingBackend(Protocol):
         yield from ()
 
     @staticmethod
-    def memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+    def memory(policy: PolicyConfig, model: PreTrainedModel) -> ModelMemory:
         """Estimate the memory of the model's workers, to plan a run before any worker starts.
 
         Default: everything in `policy.precision` on every worker, divided by tensor parallelism only.
@@ -225,14 +229,14 @@ class TrainingBackend(Protocol):
         raise ConfigError(f"{type(self).__name__} keeps no initial weights beside those it trains.")
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face parameter name, full tensor) for the current weights, tied ones once.
+        """Yield (Hugging Face parameter name, full tensor [...]) for the current weights, tied ones once.
 
         A collective: every rank must exhaust it. Rank 0 yields the tensors; other ranks may yield empty ones,
         unless the backend has the capability "exports_on_every_rank".
         """
         ...
 
-    def apply(self, function: Callable[..., Any], /, *args: Any) -> Any:
+    def apply(self, function: Callable[[Self, Unpack[_Ts]], _R], /, *args: *_Ts) -> _R:
         """Return `function(self, *args)`, so that another component, such as a weight sync, can work in this worker.
 
         The function is importable in the worker, or is sent by value.

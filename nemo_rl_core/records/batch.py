@@ -45,6 +45,7 @@ class BatchedDataDict:
         tokens: Mapping[str, Tensor] | None = None,
         sequences: Mapping[str, Any] | None = None,
     ) -> None:
+        """Make a batch of sequences of `lengths` [B]; its fields are `tokens` [N, ...] and `sequences` [B, ...]."""
         self.lengths: Tensor = torch.as_tensor(lengths, dtype=torch.int64)
         self.tokens: dict[str, Tensor] = {}
         self.sequences: dict[str, Any] = {}
@@ -108,11 +109,11 @@ class BatchedDataDict:
         return torch.arange(self.num_tokens, device=self.lengths.device) - starts
 
     def unpack(self, name: str) -> list[Tensor]:
-        """A per-token field as B views, one per sequence."""
+        """A per-token field as B views [length, ...], one per sequence."""
         return list(torch.split(self.tokens[name], self.lengths.tolist()))
 
     def padded(self, name: str, *, pad_value: float = 0, side: str = "right") -> Tensor:
-        """A per-token field as [B, T, ...]; for a model's edge that needs it."""
+        """A per-token field with padding, [B, T, ...], for a model that needs it."""
         flat = self.tokens[name]
         width = self.max_length
         out = flat.new_full((len(self), width, *flat.shape[1:]), pad_value)
@@ -134,7 +135,7 @@ class BatchedDataDict:
             )
         self.tokens[name] = value
 
-    def set_sequences(self, name: str, value: Any) -> None:
+    def set_sequences(self, name: str, value: Tensor | Sequence[Any]) -> None:
         """Set a per-sequence field: a tensor [B, ...] or a list of length B."""
         if len(value) != len(self):
             raise ShapeMismatch(
@@ -154,7 +155,7 @@ class BatchedDataDict:
     # -- index arithmetic -----------------------------------------------------------------------
 
     def select(self, indices: Tensor | Sequence[int]) -> BatchedDataDict:
-        """The sequences of these indices, in that order (repeats allowed)."""
+        """The sequences of these `indices` [n], in that order (repeats allowed)."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.lengths.device)
         lengths = self.lengths[index]
         total = int(lengths.sum()) if lengths.numel() else 0
@@ -209,13 +210,12 @@ class BatchedDataDict:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BatchedDataDict:
         """The same batch with every tensor on `device`."""
-
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
         moved = BatchedDataDict.__new__(BatchedDataDict)
-        moved.lengths = move(self.lengths)
+        moved.lengths = self.lengths.to(device, non_blocking=non_blocking)
         moved.num_tokens = self.num_tokens
-        moved.tokens = {name: move(value) for name, value in self.tokens.items()}
-        moved.sequences = {name: move(value) for name, value in self.sequences.items()}
+        moved.tokens = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tokens.items()}
+        moved.sequences = {
+            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            for name, value in self.sequences.items()
+        }
         return moved

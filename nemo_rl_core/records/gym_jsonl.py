@@ -44,7 +44,7 @@ def rollout_from_gym(row: Mapping[str, Any], *, task_id: str, index: int) -> Rol
     )
 
 
-def _items(value: Any) -> list[Mapping[str, Any]]:
+def _items(value: str | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
 
 
@@ -109,7 +109,7 @@ def _message(item: Mapping[str, Any]) -> Message:
     return {"role": str(item.get("role", "user")), "content": _text(item.get("content"))}
 
 
-def _text(content: Any) -> str:
+def _text(content: object) -> str:
     if content is None:
         return ""
     if isinstance(content, str):

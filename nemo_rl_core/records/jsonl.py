@@ -75,7 +75,7 @@ def group_to_dict(group: RolloutGroup) -> dict[str, Any]:
 
 
 def group_from_dict(data: Mapping[str, Any]) -> RolloutGroup:
-    """The group that `group_to_dict` took apart."""
+    """Make the group again from the data of `group_to_dict`."""
     return RolloutGroup(
         group_id=data["group_id"],
         task_id=data["task_id"],
@@ -95,7 +95,7 @@ def _write_group(file: TextIO, group: RolloutGroup) -> None:
         file.write(_dump(_line(group, rollout, {**header, "position": position})))
 
 
-def _dump(row: Any) -> str:
+def _dump(row: Mapping[str, Any]) -> str:
     try:
         text = json.dumps(row, default=_plain, separators=(",", ":"))
     except TypeError:  # a key that JSON does not have
@@ -103,7 +103,7 @@ def _dump(row: Any) -> str:
     return text + "\n"
 
 
-def _with_string_keys(value: Any) -> Any:
+def _with_string_keys(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _with_string_keys(item) for key, item in value.items()}
     return [_with_string_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -154,8 +154,8 @@ def _output_items(segment: list[Turn], own_segment: list[dict[str, Any]], start:
     return items
 
 
-def _plain(value: Any) -> Any:
-    """The nearest thing that JSON has."""
+def _plain(value: object) -> object:
+    """Return the nearest value that JSON has."""
     for method in ("tolist", "item"):
         if hasattr(value, method):
             return getattr(value, method)()

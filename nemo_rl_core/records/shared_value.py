@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 from uuid import uuid4
 
 from nemo_rl_core.errors import InvariantViolation
 
-__all__ = ["SharedValue", "hold"]
+if TYPE_CHECKING:
+    import torch
 
-_HELD: dict[str, Any] = {}
+__all__ = ["Movable", "SharedValue", "hold"]
+
+
+class Movable(Protocol):
+    """A value that can be moved to a device, such as a tensor."""
+
+    def to(self, device: torch.device | str, /) -> Self:
+        """Return the value on the device."""
+        ...
+
+
+_HELD: dict[str, Movable] = {}
 """Values that this process holds, by key."""
 
 
@@ -22,15 +34,15 @@ class SharedValue:
         value: Something with `to(device)`, such as a tensor.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Movable) -> None:
         self.key = uuid4().hex
-        self._own: dict[str, Any] | None = {self.key: value}
+        self._own: dict[str, Movable] | None = {self.key: value}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the key without the value."""
         return {"key": self.key, "_own": None}
 
-    def on(self, device: Any) -> Any:
+    def on(self, device: torch.device | str) -> Any:
         """Return the value on a device; the first call moves it there.
 
         Raises:
@@ -46,6 +58,6 @@ class SharedValue:
         return held[self.key]
 
 
-def hold(worker: Any, key: str, value: Any) -> None:
+def hold(worker: object, key: str, value: Movable) -> None:
     """Store, in a worker, the value for the `SharedValue` of this key."""
     _HELD[key] = value

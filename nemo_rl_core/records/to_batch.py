@@ -86,6 +86,7 @@ def _streams(turns: Sequence[Turn]) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _per_rollout(rollouts: Sequence[tuple[RolloutGroup, Rollout]]) -> dict[str, torch.Tensor]:
+    """Fields by name, [R] each: one value for each of the R rollouts."""
     fields = {
         "rewards": torch.tensor([r.reward for _, r in rollouts], dtype=torch.float32),
         "group_ids": torch.tensor([g.group_id for g, _ in rollouts], dtype=torch.int64),

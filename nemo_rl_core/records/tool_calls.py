@@ -57,7 +57,7 @@ def _parse(body: str) -> tuple[str, str] | None:
 
 
 def with_parsed_arguments(calls: Sequence[Any]) -> list[dict[str, Any]]:
-    """Calls of tools as chat templates take them: arguments as a mapping instead of JSON text, where they are one.
+    """Calls of tools as chat templates take them: arguments are a mapping instead of its JSON text.
 
     Raises:
         DataError: A call has no function with a name.
@@ -65,9 +65,12 @@ def with_parsed_arguments(calls: Sequence[Any]) -> list[dict[str, Any]]:
     return [_templated(call) for call in calls]
 
 
-def _templated(call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+def _templated(call: object) -> dict[str, Any]:
+    if (
+        not isinstance(call, Mapping)
+        or not isinstance(function := call.get("function"), Mapping)
+        or not isinstance(function.get("name"), str)
+    ):
         raise DataError(f"A call of a tool is a mapping with a function that has a name; found {call!r:.200}.")
     arguments = function.get("arguments")
     if isinstance(arguments, str):

@@ -34,15 +34,17 @@ from attrs import frozen
 
 from nemo_rl_core.errors import GenerationError, WorkerDied
 from nemo_rl_core.infra.workers.making import make_worker
-from nemo_rl_core.infra.workers.remote import report_error
-from nemo_rl_core.machine.arrivals import Arrivals
+from nemo_rl_core.infra.workers.remote import ErrorReport, report_error
+from nemo_rl_core.machine.arrivals import Address, Arrivals
 from nemo_rl_core.machine.place import Place, find_place
 from nemo_rl_core.machine.threads import daemon
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
-    from nemo_rl_core.protocols.generation_backend import GenerationRequest
-    from nemo_rl_core.protocols.launcher import WorkerContext
+    import torch
+
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
+    from nemo_rl_core.protocols.launcher import WorkerContext, WorkerReference
     from nemo_rl_core.records.completion import Completion
     from nemo_rl_core.schema import GenerationConfig
 
@@ -56,23 +58,23 @@ _LAST_WORDS_S = 5.0
 
 @frozen(kw_only=True)
 class HostConfig:
-    """What an engine process is started with."""
+    """Configuration of an engine process."""
 
-    engine: Any
+    engine: WorkerReference[GenerationBackend] | Callable[[], GenerationBackend]
     """`ComponentRef` of the generation backend."""
     generation: GenerationConfig
 
 
 @frozen(kw_only=True)
 class Served:
-    """What the driver is told of an engine that is ready."""
+    """Facts about a ready engine, for the driver."""
 
-    address: Any
-    """Of its socket: a path on the driver's machine, else (host, port)."""
+    address: Address
+    """Address of its socket."""
     place: Place
     pid: int
-    dtype: Any
-    """torch dtype of its weights, or None if it does not say."""
+    dtype: torch.dtype | None
+    """Type of its weights; None if it does not say."""
     capabilities: frozenset[str]
 
 
@@ -83,15 +85,15 @@ class EngineHost:
     """Of the component it stands for."""
 
     def __init__(self) -> None:
-        self.engine: Any = None
+        self.engine: GenerationBackend | None = None
         self._server: _Server | None = None
 
     def setup(self, config: HostConfig, context: WorkerContext) -> None:
         """Make the engine and set it up."""
         self._context = context
-        self.engine = make_worker(config.engine)
-        with PluginCall(_KIND, self.engine, "setup"):
-            self.engine.setup(config.generation, context)
+        self.engine = engine = make_worker(config.engine)
+        with PluginCall(_KIND, engine, "setup"):
+            engine.setup(config.generation, context)
 
     def serve(self, key: bytes, driver: Place) -> Served:
         """Open the connection.
@@ -100,6 +102,8 @@ class EngineHost:
             key: Secret that the driver proves to know (HMAC) before anything it sends is read.
             driver: Where the driver is: on this machine a socket of the file system is opened, else a port.
         """
+        if self.engine is None:
+            raise RuntimeError("EngineHost.setup() must come before serve().")
         place = find_place(self._context.device)
         self._server = _Server(self.engine, key, place, same_machine=place.machine == driver.machine)
         return Served(
@@ -127,7 +131,7 @@ class EngineHost:
 class _Server:
     """One connection to the driver, and the event loop in which the engine's `generate` runs."""
 
-    def __init__(self, engine: Any, key: bytes, place: Place, *, same_machine: bool) -> None:
+    def __init__(self, engine: GenerationBackend, key: bytes, place: Place, *, same_machine: bool) -> None:
         self.engine = engine
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._out: SimpleQueue[Any] = SimpleQueue()
@@ -176,7 +180,7 @@ class _Server:
                 self._loop.call_soon_threadsafe(handlers[kind], *rest)
 
     def _write(self, connection: Connection) -> None:
-        """Send what there is to send; completions that are there together go together."""
+        """Send the outgoing messages; completions that are ready at the same time go in one message."""
         while True:
             messages = [self._out.get()]
             while not self._out.empty():
@@ -205,7 +209,7 @@ class _Server:
 
     async def _generate(self, number: int, request: GenerationRequest) -> None:
         completion: Completion | None = None
-        error: Any = None
+        error: ErrorReport | None = None
         try:
             with PluginCall(_KIND, self.engine, "generate"):
                 completion = await self.engine.generate(request)
@@ -230,7 +234,7 @@ class _Server:
         self.engine.pause()
 
     def _resume(self) -> None:
-        """Resume when the requests that came before have reached the engine: each takes turns of the loop for it."""
+        """Resume once the earlier requests have reached the engine, which takes each of them some turns of the loop."""
         self._loop.create_task(self._resume_soon())
 
     async def _resume_soon(self) -> None:
@@ -256,7 +260,7 @@ class _Server:
     # -- its end -----------------------------------------------------------------------------------
 
     def _end(self, died: WorkerDied) -> NoReturn:
-        """A process of the engine is gone, and without it this one is of no use; who waits is answered by its end."""
+        """End this process, since a process of its engine is gone; its end answers everyone who waits."""
         traceback.print_exception(died)  # into the log, of which the driver tells the end
         sys.stderr.flush()
         self._out.put(None)

@@ -14,25 +14,29 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
 from attrs import define
 
 from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
-from nemo_rl_core.infra.engines.host import Served
+from nemo_rl_core.infra.engines.host import EngineHost
 from nemo_rl_core.infra.workers.remote import raised_by
 from nemo_rl_core.machine.arrivals import arrive
 from nemo_rl_core.machine.heartbeat import Heartbeat, keep_alive, shut
 from nemo_rl_core.machine.place import find_place
 from nemo_rl_core.machine.threads import daemon, settle
+from nemo_rl_core.protocols.launcher import on_workers
 
 if TYPE_CHECKING:
-    from nemo_rl_core.protocols.generation_backend import GenerationRequest
+    from nemo_rl_core.infra.workers.remote import ErrorReport
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend, GenerationRequest
     from nemo_rl_core.protocols.launcher import WorkerGroup
     from nemo_rl_core.records.completion import Completion
 
 __all__ = ["EngineLink", "PendingRequest"]
 
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 _ASK_S = 10.0
 """Deadline of asking a launcher what became of a worker."""
 _ASK_SILENT_S = 1.0
@@ -41,7 +45,7 @@ _ASK_SILENT_S = 1.0
 
 @define(eq=False)
 class PendingRequest:
-    """A request whose completion somebody waits for."""
+    """A request that waits for its completion."""
 
     request: GenerationRequest
     future: asyncio.Future[Completion]
@@ -54,6 +58,10 @@ class PendingRequest:
         """Hand over the outcome; called in the loop's thread."""
         if error is not None or completion is not None:
             settle(self.future, completion, error)
+
+
+_Settled = tuple[PendingRequest, "Completion | None", BaseException | None]
+"""A request and its outcome."""
 
 
 class EngineLink:
@@ -83,7 +91,7 @@ class EngineLink:
         self.name = name
         self.group = group
         key = secrets.token_bytes(32)
-        served: Served = group.call("serve", key, find_place(), timeout_s=timeout_s)[0]
+        served = on_workers(group, EngineHost.serve, timeout_s=timeout_s)(key, find_place())[0]
         self.served = served
         self.version = 0
         """Weight version it samples from."""
@@ -113,18 +121,18 @@ class EngineLink:
 
     @property
     def is_late(self) -> bool:
-        """Whether it is slow to show that it lives: better not to give it more to do."""
+        """Whether the engine's heartbeat is late, so that it should get no more work."""
         return self._heartbeat.is_late
 
     @property
     def load(self) -> int:
-        """Requests in flight."""
+        """Number of requests in flight."""
         return len(self.pending)
 
     # -- requests ----------------------------------------------------------------------------------
 
     def generate(self, pending: Sequence[PendingRequest]) -> bool:
-        """Send requests in one message; False if the engine is gone, and then nothing was taken."""
+        """Send requests in one message; return False, having taken none, if the engine is gone."""
         with self._lock:
             if self.lost is not None:
                 return False
@@ -135,21 +143,23 @@ class EngineLink:
         return True
 
     def cancel(self, pending: PendingRequest) -> None:
-        """Give a request up."""
+        """Give up a request."""
         if self.pending.pop(pending.number, None) is not None:
             self._out.put(("cancel", [pending.number]))
 
     def tell(self, word: str) -> None:
-        """`pause` or `resume`, in order with the requests."""
+        """Send `pause` or `resume`, in order with the requests."""
         self._out.put((word,))
 
     # -- calls -------------------------------------------------------------------------------------
 
-    def submit(self, function: Callable[..., Any], /, *args: Any) -> concurrent.futures.Future[Any]:
+    def submit(
+        self, function: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts
+    ) -> concurrent.futures.Future[_R]:
         """Run `function(engine, *args)` in a thread of the engine's process, beside its requests."""
         import cloudpickle
 
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future: concurrent.futures.Future[_R] = concurrent.futures.Future()
         payload = cloudpickle.dumps((function, args))
         with self._lock:
             if self.lost is not None:
@@ -160,17 +170,23 @@ class EngineLink:
             self._out.put(("call", number, payload))
         return future
 
-    def ask(self, method: str, /, *args: Any, timeout_s: float) -> Any:
-        """Call a method of the engine.
+    def submit_method(
+        self, method: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts
+    ) -> concurrent.futures.Future[_R]:
+        """Call a method of the engine, named by that of the contract, as `submit` calls a function."""
+        return self.submit(operator.methodcaller(method.__name__, *args))
+
+    def ask(self, method: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts, timeout_s: float) -> _R:
+        """Call a method of the engine and wait: `ask(GenerationBackend.fingerprint, timeout_s=5.0)`.
 
         Raises:
             DeadlineExceeded: Names this engine and the method.
             WorkerDied: The process is gone.
         """
-        return self.wait(self.submit(operator.methodcaller(method, *args)), what=method, timeout_s=timeout_s)
+        return self.wait(self.submit_method(method, *args), what=method.__name__, timeout_s=timeout_s)
 
-    def wait(self, future: concurrent.futures.Future[Any], *, what: str, timeout_s: float) -> Any:
-        """The result of `submit`; raises as `ask`."""
+    def wait(self, future: concurrent.futures.Future[_R], *, what: str, timeout_s: float) -> _R:
+        """Wait for the result of `submit`; raises what `ask` raises."""
         try:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError as error:
@@ -214,8 +230,8 @@ class EngineLink:
         if not self._closing:
             self._lose()
 
-    def _settle(self, done: Sequence[tuple[int, Completion | None, Any]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[Any]] = {}
+    def _settle(self, done: Sequence[tuple[int, Completion | None, ErrorReport | None]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Settled]] = {}
         for number, completion, described in done:
             pending = self.pending.pop(number, None)
             if pending is not None:
@@ -240,7 +256,7 @@ class EngineLink:
             future.set_exception(raised_by(self.name, 0, value))
 
     def _give_up(self) -> None:
-        """In the heartbeat's thread: the process is silent. What follows is as if it had died, in the reader's."""
+        """Treat the silent process as dead: the reader's thread notices it. This runs in the heartbeat's thread."""
         self._silent = True
         shut(self._connection)
 
@@ -255,11 +271,11 @@ class EngineLink:
         self._on_lost(self, reason)
 
     def _reason(self) -> BaseException:
-        """What became of the process, as its launcher tells it; one that is silent is ended."""
+        """Ask the launcher what became of the process; a silent process is ended."""
         served = self.served
         if self._silent:
             with contextlib.suppress(Exception):  # a worker that misses a deadline is ended by its launcher
-                self.group.call("ping", timeout_s=_ASK_SILENT_S)
+                on_workers(self.group, EngineHost.ping, timeout_s=_ASK_SILENT_S)()
             with contextlib.suppress(Exception):
                 self.group.shutdown()
             return WorkerDied(
@@ -268,12 +284,12 @@ class EngineLink:
                 "or its machine is gone."
             )
         try:
-            self.group.call("ping", timeout_s=_ASK_S)
+            on_workers(self.group, EngineHost.ping, timeout_s=_ASK_S)()
         except Exception as error:  # whatever the launcher says of a worker that is gone
             return WorkerDied(f"The engine {self.name} is gone. {error}".replace(" during ping", ""))
         return WorkerDied(f"The engine {self.name} (pid {served.pid} on {served.place.host}) closed its connection.")
 
 
-def _settle_all(settled: Sequence[tuple[PendingRequest, Any, Any]]) -> None:
+def _settle_all(settled: Sequence[_Settled]) -> None:
     for pending, completion, error in settled:
         pending.settle(completion, error)

@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple, Unpack
 
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.machine.threads import daemon
@@ -15,25 +15,30 @@ from nemo_rl_core.machine.threads import daemon
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend
+
 __all__ = ["Engines", "load_through_driver"]
 
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 _CHUNK_BYTES = 32 << 20
 _numbers = itertools.count()
 _loading: dict[int, _Loading] = {}
+_Chunk = list[tuple[str, "Tensor"]]
 
 
 class Engines(Protocol):
-    """What this needs of the engines."""
+    """The engines, as far as `load_through_driver` uses them."""
 
     timeout_s: float
 
-    def apply(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run `function(engine, *args)` in every engine's process."""
+    def apply(self, function: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts) -> list[_R]:
+        """Run `function(engine, *args)` in every engine's process; return the results by engine."""
         ...
 
 
 def load_through_driver(engines: Engines, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Load `tensors` into every engine; returns when all have them.
+    """Load `tensors`, by name and of any shape [...], into every engine; returns when all have them.
 
     Raises:
         GenerationError: As an engine raises it.
@@ -50,8 +55,9 @@ def load_through_driver(engines: Engines, version: int, tensors: Iterable[tuple[
     engines.apply(_finish, number)
 
 
-def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    chunk: list[tuple[str, Tensor]] = []
+def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[_Chunk]:
+    """Yield copies of the tensors [...] on the CPU, with their names, a few at a time."""
+    chunk: _Chunk = []
     size = 0
     for name, tensor in tensors:
         here = tensor.detach().to("cpu", copy=True)  # the next one may lie where this one did
@@ -65,16 +71,16 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, T
 
 
 class _Loading:
-    """One update under way in the engine's process."""
+    """A weight update in progress in the engine's process."""
 
-    def __init__(self, engine: Any, version: int, timeout_s: float) -> None:
+    def __init__(self, engine: GenerationBackend, version: int, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.chunks: queue.Queue[list[tuple[str, Tensor]] | BaseException | None] = queue.Queue(1)
+        self.chunks: queue.Queue[_Chunk | BaseException | None] = queue.Queue(1)
         self.error: BaseException | None = None
         self.done = threading.Event()
         daemon(self._run, engine, version, name=f"nemo-rl-refit-{version}")
 
-    def _run(self, engine: Any, version: int) -> None:
+    def _run(self, engine: GenerationBackend, version: int) -> None:
         try:
             engine.update_weights(version, self._tensors(), share=False)
         except BaseException as error:  # raised by the next call of the driver
@@ -84,6 +90,7 @@ class _Loading:
             self.chunks.get_nowait()  # wakes a `put` that waits for room
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors [...] with their names, as they arrive from the driver."""
         while True:
             try:
                 chunk = self.chunks.get(timeout=self.timeout_s)
@@ -95,28 +102,28 @@ class _Loading:
                 return
             yield from chunk
 
-    def put(self, chunk: Any) -> None:
+    def put(self, chunk: _Chunk | BaseException | None) -> None:
         if not self.done.is_set():
             self.chunks.put(chunk)  # when `_run` ends it makes room
         elif self.error is not None:
             raise self.error
 
 
-def _begin(engine: Any, number: int, version: int, timeout_s: float) -> None:
+def _begin(engine: GenerationBackend, number: int, version: int, timeout_s: float) -> None:
     _loading[number] = _Loading(engine, version, timeout_s)
 
 
-def _push(engine: Any, number: int, chunk: Any) -> None:
+def _push(engine: GenerationBackend, number: int, chunk: _Chunk) -> None:
     _loading[number].put(chunk)
 
 
-def _abandon(engine: Any, number: int, why: str) -> None:
+def _abandon(engine: GenerationBackend, number: int, why: str) -> None:
     loading = _loading.pop(number, None)
     if loading is not None and not loading.done.is_set():
         loading.put(InterruptedError(f"The weights stopped coming: {why}"))
 
 
-def _finish(engine: Any, number: int) -> None:
+def _finish(engine: GenerationBackend, number: int) -> None:
     loading = _loading.pop(number)
     loading.put(None)
     if not loading.done.wait(loading.timeout_s):

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import operator
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar, TypeVarTuple, Unpack
 
 from attrs import evolve
 
@@ -30,12 +29,15 @@ from nemo_rl_core.protocols.generation_backend import GenerationBackend, Generat
 from nemo_rl_core.records.completion import Completion
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from nemo_rl_core.protocols.launcher import WorkerGroup
 
 __all__ = ["EngineWorkers"]
 
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 _LATE_S = 60.0
 """Slack added to the refit deadline."""
 
@@ -137,17 +139,17 @@ class EngineWorkers(GenerationBackend):
         """Engines that were started again, or should have been."""
         return self._restarts.num
 
-    def setup(self, config: Any, context: Any) -> None:
-        """Nothing: `start` has set the engines up."""
+    def setup(self, config: object, context: object) -> None:
+        """Do nothing: `start` has set the engines up."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> torch.dtype | None:
         """Type of the engines' weights; None if they do not say."""
         return self.links[0].served.dtype
 
     @property
     def capabilities(self) -> frozenset[str]:  # type: ignore[override]
-        """Those of the engines, but for "share_weights": nothing is shared between processes."""
+        """Capabilities of the engines without "share_weights": processes share no tensors."""
         return self.links[0].served.capabilities - {"share_weights"}
 
     # -- requests ----------------------------------------------------------------------------------
@@ -176,14 +178,14 @@ class EngineWorkers(GenerationBackend):
             raise
 
     def pause(self) -> None:
-        """Every engine takes requests but starts on none until `resume`."""
+        """Let every engine accept requests but start none until `resume`."""
         with self._changed:
             self._paused = True
             for link in self.links:
                 link.tell("pause")
 
     def resume(self) -> None:
-        """Every engine starts on what waits."""
+        """Let every engine start its waiting requests."""
         with self._changed:
             self._paused = False
             for loop in list(self._queued):
@@ -196,7 +198,7 @@ class EngineWorkers(GenerationBackend):
             self._send([one for one in self._queued.pop(loop, []) if not one.future.done()])
 
     def _send(self, requests: Sequence[PendingRequest]) -> None:
-        """Give each request to an engine; what finds none that is ready waits for one to come back."""
+        """Give each request to an engine; if none is ready, the request waits until one comes back."""
         ready = {link: None for link in self.links if self._ready(link)}
         chosen: dict[EngineLink, list[PendingRequest]] = {}
         for one in requests:
@@ -222,8 +224,10 @@ class EngineWorkers(GenerationBackend):
 
     # -- everything else ---------------------------------------------------------------------------
 
-    def apply(self, function: Callable[..., Any], /, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        """Run `function(engine, *args)` in every engine's process at once; results by engine.
+    def apply(
+        self, function: Callable[[GenerationBackend, Unpack[_Ts]], _R], /, *args: *_Ts, timeout_s: float | None = None
+    ) -> list[_R]:
+        """Run `function(engine, *args)` in every engine's process at once; return the results by engine.
 
         It runs in a thread beside the engine's requests. Waits for an engine that is being started again.
 
@@ -243,13 +247,13 @@ class EngineWorkers(GenerationBackend):
         ]
 
     def submit_each(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
-    ) -> list[concurrent.futures.Future[Any]]:
-        """Start `function(engine, *arguments[i])` in engine i; one future for each engine, which waits for nothing."""
+        self, function: Callable[[GenerationBackend, Unpack[_Ts]], _R], arguments: Sequence[tuple[*_Ts]]
+    ) -> list[concurrent.futures.Future[_R]]:
+        """Start `function(engine, *arguments[i])` in engine i and return a future for each engine, without waiting."""
         return [link.submit(function, *args) for link, args in zip(self.links, arguments, strict=True)]
 
     def refitted(self, version: int) -> None:
-        """A weight sync has brought every engine to `version`: from now on they take requests."""
+        """Note that a weight sync has brought every engine to `version`: from now on they take requests."""
         with self._changed:
             self.version = version
             self._was_refitted = True
@@ -271,7 +275,7 @@ class EngineWorkers(GenerationBackend):
             return not any(self._ready(link) for link in self.links)
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
-        """Load new weights into every engine, through this process.
+        """Load new weights, by name and of any shape [...], into every engine through this process.
 
         A run uses a weight sync instead, which moves them from worker to worker. `share` is ignored.
         """
@@ -284,23 +288,23 @@ class EngineWorkers(GenerationBackend):
         Raises:
             InvariantViolation: Two engines have other weights.
         """
-        found = self._ask("fingerprint")
+        found = self._ask(GenerationBackend.fingerprint)
         if len(set(found)) > 1:
             listed = ", ".join(f"{link.name} {digest}" for link, digest in zip(self.links, found, strict=True))
             raise InvariantViolation(f"The engines have different weights: {listed}. Refit all of them.")
         return str(found[0])
 
     def metrics(self) -> Mapping[str, float]:
-        """Counters since the last call: summed over the engines, shares averaged, and the restarts so far.
+        """Counters since the last call, summed or (for shares) averaged over the engines, and the restarts so far.
 
         What an engine had counted that died is lost; nobody waits here for one that is being started again.
         """
-        merged = merge_engine_metrics(self._ask("metrics", of_all=False))
+        merged = merge_engine_metrics(self._ask(GenerationBackend.metrics, of_all=False))
         return {**merged, "engines": float(len(self.links)), "engine_restarts": float(self.num_restarts)}
 
     def sleep(self) -> None:
-        """Give back memory in every engine. One that dies in its sleep is started again when the others wake."""
-        self._ask("sleep")
+        """Release memory in every engine. One that dies while asleep is started again when the others wake."""
+        self._ask(GenerationBackend.sleep)
         with self._changed:
             self._asleep = True
 
@@ -309,11 +313,11 @@ class EngineWorkers(GenerationBackend):
         with self._changed:
             self._asleep = False
             self._changed.notify_all()
-        self._ask("wake")
+        self._ask(GenerationBackend.wake)
 
     @property
     def waits_to_start(self) -> bool:
-        """Whether an engine died in its sleep, and is started again when all are woken."""
+        """Whether an engine died while asleep and will be started again when all are woken."""
         with self._changed:
             return self._asleep and self._failure is None and any(link in self._replacing for link in self.links)
 
@@ -326,15 +330,15 @@ class EngineWorkers(GenerationBackend):
             with concurrent.futures.ThreadPoolExecutor(len(self.links)) as pool:
                 list(pool.map(EngineLink.close, self.links))
 
-    def _ask(self, method: str, *, of_all: bool = True) -> list[Any]:
-        """Call a method of every engine, or of those that are there; again if one dies meanwhile and comes back."""
+    def _ask(self, method: Callable[[GenerationBackend], _R], *, of_all: bool = True) -> list[_R]:
+        """Call a method of every engine, or of those that are running; repeat it if one dies and comes back."""
         deadline = Deadline(self.timeout_s)
         while True:
             links = self.wait_alive(deadline.remaining(), of_all=of_all)
             try:
-                asked = [link.submit(operator.methodcaller(method)) for link in links]
+                asked = [link.submit_method(method) for link in links]
                 return [
-                    link.wait(future, what=method, timeout_s=deadline.remaining())
+                    link.wait(future, what=method.__name__, timeout_s=deadline.remaining())
                     for link, future in zip(links, asked, strict=True)
                 ]
             except WorkerDied:
@@ -342,7 +346,7 @@ class EngineWorkers(GenerationBackend):
                     raise
 
     def wait_alive(self, timeout_s: float, *, of_all: bool = True) -> list[EngineLink]:
-        """Every engine, when those that are being started again are there; or without `of_all` those that are now.
+        """Wait for engines that are being started again and return all; without `of_all`, those that run now.
 
         Raises:
             DeadlineExceeded: Names those that are not.
@@ -394,7 +398,7 @@ class EngineWorkers(GenerationBackend):
                     raise DeadlineExceeded(f"The refit of an engine that was started again did not end in {limit:g} s.")
 
     def _on_lost(self, link: EngineLink, reason: BaseException) -> None:
-        """In the thread of the link's reader, which has nothing else to do any more."""
+        """Replace a lost engine. This runs in the thread of the link's reader, which has no other work left."""
         with self._changed:
             if self._closed:
                 return
@@ -421,13 +425,13 @@ class EngineWorkers(GenerationBackend):
                 self._fail(error, [])
 
     def _handle_early(self) -> None:
-        """An engine that died before it was one of `links` is treated as one that dies now."""
+        """Treat an engine that died before it was one of `links` as one that dies now."""
         for link in [link for link in self.links if link in self._lost_early]:
             lost = (link, self._lost_early.pop(link))
             daemon(self._on_lost, *lost, name=f"nemo-rl-{link.name}-lost")
 
     def _start_again(self, index: int, link: EngineLink) -> EngineLink | None:
-        """A new engine in the place of a dead one; None if nobody wants it any more."""
+        """Start a new engine in place of a dead one; None if it is no longer wanted."""
         link.group.shutdown()
         if not self._until_awake():
             return None
@@ -449,7 +453,7 @@ class EngineWorkers(GenerationBackend):
         return fresh
 
     def _until_awake(self) -> bool:
-        """While the engines sleep, others use their devices; False if the end came first."""
+        """Wait until the engines are awake, as others use their devices before; False if they were shut down first."""
         with self._changed:
             self._changed.wait_for(lambda: not self._asleep or self._closed)
             return not self._closed
@@ -489,10 +493,7 @@ class EngineWorkers(GenerationBackend):
         queued = [one for queue in self._queued.values() for one in queue]
         self._queued.clear()
         for one in (*orphans, *stranded, *queued):
-            settle_soon(one.future, None, _copy(reason))
+            # A copy for each waiter: if one exception were raised twice, its traceback would hold both.
+            copy = type(reason)(*reason.args) if isinstance(reason, NemoRLError) else reason
+            settle_soon(one.future, None, copy)
         self._changed.notify_all()
-
-
-def _copy(error: BaseException) -> BaseException:
-    """Each waiter gets an exception of its own: one that is raised twice would grow a traceback of both."""
-    return type(error)(*error.args) if isinstance(error, NemoRLError) else error

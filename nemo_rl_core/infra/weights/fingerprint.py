@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["CachedSums", "Fingerprint", "fingerprint"]
@@ -31,7 +32,13 @@ class Fingerprint:
         self._entries: list[tuple[str, list[Tensor]]] = []
 
     def add(self, name: str, tensor: Tensor, sums: list[Tensor] | None = None) -> None:
-        """Take in a named tensor, on the device that holds it; `sums` are those it is known to have."""
+        """Take in a named tensor of any shape [...], on the device that holds it.
+
+        Args:
+            name: Name of the tensor.
+            tensor: Its values.
+            sums: Its sums, each [num_words], if they are known already.
+        """
         entry_sums = _sums(tensor.detach()) if sums is None else sums
         self._entries.append((f"{name}|{tuple(tensor.shape)}|{tensor.dtype};", entry_sums))
 
@@ -58,16 +65,16 @@ class CachedSums:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Any, list[Tensor]]] = {}
+        self._sums: dict[str, tuple[_State, list[Tensor]]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take in a weight that was just written."""
+        """Take in a weight of any shape [...] that was just written."""
         state = _state(tensor)
         if state is not None:
             self._sums[name] = state, _sums(tensor.detach())
 
     def fingerprint(self, tensors: Iterable[tuple[str, Tensor]]) -> str:
-        """As the function `fingerprint`."""
+        """Digest of named tensors of any shape [...], as the function `fingerprint` gives it."""
         result = Fingerprint()
         for name, tensor in tensors:
             state, sums = self._sums.get(name, (None, []))
@@ -75,8 +82,12 @@ class CachedSums:
         return result.hexdigest()
 
 
-def _state(tensor: Tensor) -> Any:
-    """Differs after any change that torch knows of; None where it counts none."""
+_State = tuple[int, int, "torch.device", "torch.dtype", "torch.Size", tuple[int, ...]]
+"""Counter of changes, address and layout of a tensor."""
+
+
+def _state(tensor: Tensor) -> _State | None:
+    """State of a tensor [...], different after any change that torch knows of; None where torch counts none."""
     if tensor.is_inference():
         return None
     return tensor._version, tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
@@ -88,7 +99,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Computed on the device that holds each tensor; only sums (1 word in 512 or fewer) are moved.
 
     Args:
-        tensors: Name and tensor. Both sides of a comparison must use the same dtype and names.
+        tensors: Name and tensor [...]. Both sides of a comparison must use the same dtype and names.
 
     Returns:
         32 hexadecimal digits.
@@ -100,7 +111,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _sums(tensor: Tensor) -> list[Tensor]:
-    """Row sums, column sums and the unaligned tail of a tensor's bits, each a vector of 64-bit words."""
+    """Row sums, column sums and the unaligned tail of a tensor's bits, each [num_words] of 64-bit words."""
     import torch
 
     flat = tensor.contiguous().reshape(-1)
@@ -122,7 +133,7 @@ def _sums(tensor: Tensor) -> list[Tensor]:
 
 
 def _row_and_column_sums(body: Tensor) -> list[Tensor]:
-    """Column sums and row sums modulo 2**64.
+    """Column sums [num_columns] and row sums [num_rows] of words [num_rows, num_columns], modulo 2**64.
 
     On a CPU NumPy's sums of columns and torch's of rows are the fast ones; the second finds in the caches what the
     first has read.

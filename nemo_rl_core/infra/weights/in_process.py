@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 from attrs import frozen
 
 from nemo_rl_core.infra.weights.transfer import OutgoingWeights, compare_fingerprints, run_until
+from nemo_rl_core.protocols.launcher import items_of_first
+from nemo_rl_core.protocols.training_backend import TrainingBackend
 from nemo_rl_core.protocols.weight_sync import SyncReport
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class InProcessSync:
     def sync(
         self, trainer: WorkerGroup, engine: GenerationBackend, *, version: int, share: bool, timeout_s: float
     ) -> SyncReport:
-        """Bring the engine to the trainer's weights.
+        """Load the trainer's weights into the engine.
 
         Args:
             trainer: The policy's workers.
@@ -64,7 +66,7 @@ class InProcessSync:
         """
         start = time.perf_counter()
         share = share and trainer.local is not None
-        source = trainer.iterate("export_weights", timeout_s=timeout_s)
+        source = items_of_first(trainer, TrainingBackend.export_weights, timeout_s=timeout_s)()
         outgoing = OutgoingWeights(source, getattr(engine, "dtype", None))
 
         def move() -> None:

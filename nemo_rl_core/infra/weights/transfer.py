@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_rl_core.errors import InvariantViolation
 from nemo_rl_core.infra.weights.fingerprint import Fingerprint
@@ -12,18 +12,19 @@ from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_core.machine.threads import in_thread
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["OutgoingWeights", "compare_fingerprints", "run_until"]
 
 
 class OutgoingWeights:
-    """Passes the trainer's tensors on in the engine's dtype, counting them and keeping what to digest.
+    """Passes the trainer's tensors on in the engine's dtype, counts them and takes their digest.
 
     Args:
         source: Name and tensor, as `export_weights` yields them.
-        dtype: Of the engine's weights; None leaves the tensors as they are.
-        digest: Take the digest on the way; otherwise `digest` stays that of nothing, for who takes it elsewhere.
+        dtype: Type of the engine's weights; None leaves the tensors as they are.
+        digest: Whether to take the digest on the way. If not, the attribute `digest` stays that of no tensors.
 
     Attributes:
         num_tensors: Tensors seen.
@@ -33,7 +34,8 @@ class OutgoingWeights:
         waiting_for: The side that has to do something now.
     """
 
-    def __init__(self, source: Iterable[tuple[str, Tensor]], dtype: Any, *, digest: bool = True) -> None:
+    def __init__(self, source: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, *, digest: bool = True) -> None:
+        """Take over the source, whose tensors may have any shape [...]; nothing is read from it yet."""
         self.source = source
         self.dtype = dtype
         self.num_tensors = 0
@@ -44,6 +46,7 @@ class OutgoingWeights:
         self.waiting_for = "the engine (update_weights)"
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each name and its tensor [...] in the engine's dtype."""
         self.waiting_for = "the trainer (export_weights)"
         for name, tensor in self.source:
             out = tensor.detach()
@@ -61,7 +64,7 @@ class OutgoingWeights:
 
 
 def run_until(work: Callable[[], None], outgoing: OutgoingWeights, *, version: int, timeout_s: float) -> None:
-    """Run `work` in a thread until the deadline; what it raises is raised here.
+    """Run `work` in a thread until the deadline, and raise what it raises.
 
     Raises:
         DeadlineExceeded: Names the side that was waited for.
@@ -80,7 +83,7 @@ def run_until(work: Callable[[], None], outgoing: OutgoingWeights, *, version: i
 def compare_fingerprints(
     trainer: str, engine: str, *, version: int, num_tensors: int, name: str = "the engine"
 ) -> None:
-    """Refuse an engine whose weights are not the trainer's.
+    """Check that an engine's weights are the trainer's.
 
     Raises:
         InvariantViolation: The digests differ.

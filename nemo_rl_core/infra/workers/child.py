@@ -11,10 +11,13 @@ import os
 import pickle
 import signal
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_rl_core.infra.workers.remote import adopt_environment, redirect_output, report_error, trace_calls
 from nemo_rl_core.machine.threads import watch_parent
+
+if TYPE_CHECKING:
+    from nemo_rl_core.protocols.launcher import Worker
 
 __all__ = ["run", "verify"]
 
@@ -41,7 +44,6 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
     from nemo_rl_core.infra.workers.wire import receive, send
     from nemo_rl_core.registry import PluginCall
 
-    worker: Any = None
     try:
         factory, config, context = cloudpickle.loads(payload)
         trace_calls(context)
@@ -50,7 +52,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
             import torch
 
             torch.set_num_threads(context.num_threads)
-        worker = make_worker(factory)
+        worker: Worker = make_worker(factory)
         with PluginCall(component_kind, worker, "setup"):
             worker.setup(config, context)
     except BaseException as error:  # reported to the driver, which raises it
@@ -82,7 +84,7 @@ def run(connection: Connection, payload: bytes, environment: dict[str, str], log
 
 
 def verify(connection: Connection, manifest: str) -> bool:
-    """Tell the driver how this process's plugins differ from the manifest's; whether that could be told.
+    """Tell the driver how this process's plugins differ from the manifest's; return whether that worked.
 
     Takes a fraction of a second: neither torch nor a plugin is imported.
     """
@@ -96,8 +98,8 @@ def verify(connection: Connection, manifest: str) -> bool:
     return answer[0] == "result"
 
 
-def _iterate(connection: Connection, worker: Any, method: str, args: tuple[Any, ...], stream: bool) -> None:
-    """Run a generator to its end; send its items, each on request, until the driver wants no more."""
+def _iterate(connection: Connection, worker: object, method: str, args: tuple[Any, ...], stream: bool) -> None:
+    """Run a generator to its end and send its items, each on request, until the driver wants no more."""
     from nemo_rl_core.infra.workers.wire import receive, send
 
     for item in getattr(worker, method)(*args):
@@ -107,7 +109,7 @@ def _iterate(connection: Connection, worker: Any, method: str, args: tuple[Any, 
     send(connection, ("result", None))
 
 
-def _stop(connection: Connection, worker: Any) -> None:
+def _stop(connection: Connection, worker: Worker) -> None:
     from nemo_rl_core.infra.workers.wire import send
 
     try:
@@ -129,7 +131,7 @@ def _leave_terminal() -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process and all that it started when the driver's ends, however that ends, also amid a call."""
+    """End this process and all that it started as soon as the driver's process has ended, even during a call."""
     import multiprocessing
 
     # Daemonic, so that the driver's exit ends it; but an engine in a worker may need processes of its own.

@@ -13,7 +13,7 @@ from nemo_rl_core.errors import ResourceError
 from nemo_rl_core.infra.workers.axes import dispatch
 from nemo_rl_core.infra.workers.making import kind_of, make_worker
 from nemo_rl_core.infra.workers.resources import ResourceManager
-from nemo_rl_core.protocols.launcher import WorkerContext, WorkerGroup, WorkerSpec
+from nemo_rl_core.protocols.launcher import SupportsShutdown, Worker, WorkerContext, WorkerGroup, WorkerSpec, on_workers
 from nemo_rl_core.registry import PluginCall
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class InProcessGroup:
 
     size = 1
 
-    def __init__(self, worker: Any, *, kind: str = "training_backends") -> None:
-        self._worker: Any | None = worker
+    def __init__(self, worker: SupportsShutdown, *, kind: str = "training_backends") -> None:
+        self._worker: SupportsShutdown | None = worker
         self._kind = kind
 
     @property
@@ -51,13 +51,13 @@ class InProcessGroup:
         """The worker."""
         return self._worker
 
-    def _alive(self) -> Any:
+    def _alive(self) -> SupportsShutdown:
         if self._worker is None:
             raise RuntimeError("This worker group has been shut down.")
         return self._worker
 
-    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
-        """`[worker.method(*args, **kwargs)]`."""
+    def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
+        """Return `[worker.method(*args, **kwargs)]`."""
         worker = self._alive()
         with PluginCall(self._kind, worker, method):
             return [getattr(worker, method)(*args, **kwargs)]
@@ -65,7 +65,7 @@ class InProcessGroup:
     def call_each(
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
     ) -> list[Any]:
-        """`[worker.method(*arguments[0])]`."""
+        """Return `[worker.method(*arguments[0])]`."""
         (only,) = arguments
         worker = self._alive()
         with PluginCall(self._kind, worker, method):
@@ -81,18 +81,18 @@ class InProcessGroup:
         over: str | Sequence[str] = "dp",
         timeout_s: float | None = None,
     ) -> list[Any]:
-        """`[worker.method(*shards[0])]`: every axis is of size 1."""
+        """Return `[worker.method(*shards[0])]`: every axis has size 1."""
         dispatch(axes, over, num_ranks=1, num_shards=len(shards), what=method)
         return self.call_each(method, shards)
 
-    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
-        """What the worker's generator yields."""
+    def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[Any]:
+        """Yield the items of the worker's generator."""
         worker = self._alive()
         with PluginCall(self._kind, worker, method):
             yield from getattr(worker, method)(*args)
 
     def check_alive(self) -> None:
-        """Nothing: the worker lives as long as this process does."""
+        """Do nothing: the worker lives as long as this process does."""
 
     def shutdown(self) -> None:
         """Shut the worker down; does nothing the second time."""
@@ -117,7 +117,7 @@ class LocalLauncher:
         self._groups: list[WorkerGroup] = []
 
     def setup(self, cluster: ClusterConfig) -> None:
-        """Look at this machine.
+        """Detect the resources of this machine.
 
         Raises:
             ResourceError: It does not have what `cluster` asks for.
@@ -170,7 +170,7 @@ class LocalLauncher:
         os.environ.update(spec.env)
         worker = make_worker(spec.factory)
         group = InProcessGroup(worker, kind=kind_of(spec.factory))
-        group.call("setup", spec.config, context)
+        on_workers(group, Worker.setup)(spec.config, context)
         return group
 
     def _processes(self, spec: WorkerSpec, contexts: Sequence[WorkerContext]) -> WorkerGroup:

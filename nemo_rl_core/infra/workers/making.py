@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
+from nemo_rl_core.protocols.launcher import Worker, WorkerReference
 from nemo_rl_core.registry import PluginCall
 
 __all__ = ["kind_of", "make_worker"]
 
 
-def kind_of(factory: Any) -> str:
+_W = TypeVar("_W", bound=Worker)
+
+
+def kind_of(factory: object) -> str:
     """The kind of component that a worker's factory makes."""
     return str(getattr(factory, "kind", "training_backends"))
 
 
-def make_worker(factory: Any) -> Any:
+def make_worker(factory: WorkerReference[_W] | Callable[[], _W]) -> _W:
     """Make a worker from a `ComponentRef` (or a class)."""
-    load = None if isinstance(factory, type) else getattr(factory, "load", None)
-    made = load() if callable(load) else factory
+    made = factory.load() if isinstance(factory, WorkerReference) and not isinstance(factory, type) else factory
     with PluginCall(kind_of(factory), factory, "__init__", "made"):
         return made()

@@ -94,7 +94,7 @@ class ProcessGroup:
 
     @property
     def local(self) -> None:
-        """None: the workers live in other processes."""
+        """Always None: the workers live in other processes."""
         return
 
     @property
@@ -102,7 +102,7 @@ class ProcessGroup:
         """Process ids, by rank."""
         return [int(p.pid) for p in self._processes]
 
-    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
         """Call `method` on every worker with the same arguments; results in rank order.
 
         Raises:
@@ -142,7 +142,7 @@ class ProcessGroup:
             results = self._collect(method, timeout_s)
         return [results[rank] for rank in found.heads]
 
-    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
+    def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[Any]:
         """Run a generator method on every worker; yield what rank 0 yields, one item at a time.
 
         The deadline holds for all of it, the caller's own time between items left out. A caller that stops early
@@ -151,7 +151,7 @@ class ProcessGroup:
         with self._taking_turns(method, timeout_s):
             yield from self._iterate(method, args, timeout_s)
 
-    def _iterate(self, method: str, args: tuple[Any, ...], timeout_s: float | None) -> Iterator[Any]:
+    def _iterate(self, method: str, args: tuple[object, ...], timeout_s: float | None) -> Iterator[Any]:
         self._tell([("iterate", method, args, rank == 0) for rank in range(self.size)])
         spent = 0.0
         finished = False
@@ -263,7 +263,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def _taking_turns(self, method: str, timeout_s: float | None) -> Iterator[None]:
-        """Wait for calls of other threads: of two at once, one would be taken for an answer to the other."""
+        """Wait for calls of other threads: answers to two calls at once would be mixed up."""
         limit = self.call_timeout_s if timeout_s is None else timeout_s
         if not self._turn.acquire(timeout=limit):
             raise DeadlineExceeded(
@@ -368,7 +368,7 @@ class ProcessGroup:
     def _overdue(
         self, method: str, ranks: list[int], found: Mapping[int, tuple[str, Any]], timeout_s: float
     ) -> BaseException:
-        """The deadline, or the grace time after an error, has passed: the group cannot go on."""
+        """End the group, since the deadline or the grace time after an error has passed; return the error to raise."""
         names = ", ".join(map(str, ranks))
         for rank, (kind, value) in sorted(found.items()):
             if kind == "error":
@@ -383,7 +383,7 @@ class ProcessGroup:
 
 
 def _end_children(pid: int) -> None:
-    """End what a worker had started that is gone itself: the rest of its session."""
+    """End what a worker that is gone had started: the rest of its session."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -15,7 +15,7 @@ import cloudpickle
 __all__ = ["receive", "send"]
 
 
-def send(connection: Connection, message: Any) -> None:
+def send(connection: Connection, message: object) -> None:
     """Send one message; raises `OSError` if the other side is gone."""
     connection.send_bytes(cloudpickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 

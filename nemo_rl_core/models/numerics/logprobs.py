@@ -14,15 +14,19 @@ only numbers per token pass between them: one exchange in the forward pass, none
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 
+from nemo_rl_core.models.numerics.autograd import AutogradContext
 from nemo_rl_core.models.numerics.output_gradients import OutputGradients
 from nemo_rl_core.models.numerics.products import fast_linear
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LogitTransform", "VocabularyShard", "likeliest", "linear_logprobs", "transformed_logits"]
 
@@ -63,17 +67,25 @@ class VocabularyShard:
 
     start: int
     """Token id of the first row that this rank holds."""
-    group: Any
+    group: ProcessGroup
     """The `torch.distributed` process group of the ranks."""
 
     def locate(self, targets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """The row of each target on this rank (any row for one that is elsewhere), and whether it is here."""
+        """Find the row of each target on this rank, and whether it is here at all.
+
+        Args:
+            targets: [M, K] token ids, or any other shape [...].
+            num_rows: Number of rows that this rank holds.
+
+        Returns:
+            Two tensors in the shape of `targets`: int64 rows (any row for a target that is elsewhere), and bool.
+        """
         rows = targets - self.start
         here = (rows >= 0) & (rows < num_rows)
         return rows.clamp(0, num_rows - 1), here
 
     def gather(self, values: Tensor) -> Tensor:
-        """[ranks, ...] of every rank's `values`."""
+        """Collect the `values` [...] of every rank, [ranks, ...]."""
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, values.contiguous(), group=self.group)
         return torch.stack(parts)
@@ -183,10 +195,17 @@ def _entropy(logits: Tensor, lse: Tensor) -> Tensor:
     return -torch.einsum("cv,cv->c", log_softmax.exp(), log_softmax)
 
 
+class _LogprobsContext(AutogradContext, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+    transform: LogitTransform
+    chunk_size: int
+    with_entropy: bool
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _LogprobsContext,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -223,7 +242,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _LogprobsContext, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden [M, E], weight [V, E] and bias [V], given those of logprobs [M, K] and entropies [M]."""
         hidden, weight, bias, targets, here, lse, entropy, kept = ctx.saved_tensors
         gradients = OutputGradients(hidden, weight, bias, ctx.needs_input_grad[:3])

@@ -16,16 +16,17 @@ __all__ = ["OutputGradients"]
 
 
 class OutputGradients:
-    """Of hidden states, weight and bias, those that are needed; the others are None.
+    """Gradients of hidden states, weight and bias, as far as they are needed; the others are None.
 
     Args:
         hidden: [M, E] inputs of the layer.
         weight: [V, E]
         bias: [V] or None.
-        needed: Whether the gradient of each of the three is.
+        needed: Whether the gradient of each of the three is needed.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> None:
+        """Start with gradients of 0 in the shapes of hidden states [M, E], weight [V, E] and bias [V]."""
         self._inputs = hidden, weight, bias
         self._hidden = torch.empty_like(hidden) if needed[0] else None
         # Chunks add up in float32: a bfloat16 sum over many chunks would lose the small ones.

@@ -9,12 +9,13 @@ a time: the forward pass keeps F numbers per token, and the backward pass comput
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Protocol
 
 import torch
 from attrs import Factory, evolve, frozen
 from torch import Tensor
 
+from nemo_rl_core.models.numerics.autograd import AutogradContext
 from nemo_rl_core.models.numerics.logprobs import LogitTransform, transformed_logits
 from nemo_rl_core.models.numerics.output_gradients import OutputGradients
 
@@ -79,10 +80,18 @@ def _chunk(rows: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
     return {name: values[part] for name, values in rows.items()}
 
 
+class _MapContext(AutogradContext, Protocol):
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None]
+    function: VocabularyFunction
+    rows: dict[str, Tensor]
+    transform: LogitTransform
+    chunk_size: int
+
+
 class _Map(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _MapContext,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -102,7 +111,7 @@ class _Map(torch.autograd.Function):
         return torch.cat(outputs)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _MapContext, d_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden [M, E], weight [V, E] and bias [V], given that of the result [M, F]."""
         hidden, weight, bias = ctx.saved_tensors
         gradients = OutputGradients(hidden, weight, bias, ctx.needs_input_grad[:3])

@@ -14,12 +14,14 @@ again for each call that needs them, and a mask says what a query sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from attrs import define, evolve, frozen
 from torch import Tensor
+
+from nemo_rl_core.models.numerics.autograd import AutogradContext
 
 __all__ = ["Branches", "Packing", "attend_packed", "plan_groups", "runs"]
 
@@ -90,16 +92,17 @@ class Packing:
     def to(self, device: torch.device | str) -> Packing:
         """The same plan with its tensors on `device`."""
 
-        def move(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        def move(tensor: Tensor) -> Tensor:
+            """Copy one of the plan's tensors, of any shape [...]."""
+            return tensor.to(device, non_blocking=True)
 
         return evolve(
             self,
-            pad=move(self.pad),
-            unpad=move(self.unpad),
+            pad=None if self.pad is None else move(self.pad),
+            unpad=None if self.unpad is None else move(self.unpad),
             position_ids=move(self.position_ids),
             branches=tuple(evolve(branch, mask=move(branch.mask)) for branch in self.branches),
-            key_pad=move(self.key_pad),
+            key_pad=None if self.key_pad is None else move(self.key_pad),
         )
 
 
@@ -149,16 +152,24 @@ def runs(lengths: Sequence[int], waste: float = _MAX_WASTE) -> list[list[int]]:
     return grouped
 
 
+class _IndexContext(AutogradContext, Protocol):
+    saved_tensors: tuple[Tensor]
+    num_rows: int
+    """Length of the input's first axis."""
+
+
 class _Pad(torch.autograd.Function):
     """`x[pad]`. The gradient in padding is 0, so its gradient is a selection too, not an addition."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pad: Tensor, unpad: Tensor) -> Tensor:
+    def forward(ctx: _IndexContext, x: Tensor, pad: Tensor, unpad: Tensor) -> Tensor:
+        """Select rows of `x` [N, ...] by `pad` [P]: [P, ...]. `unpad` [N] undoes it."""
         ctx.save_for_backward(unpad)
         return x.index_select(0, pad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _IndexContext, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of `x` [N, ...], given that of the result [P, ...]."""
         (unpad,) = ctx.saved_tensors
         return grad.index_select(0, unpad), None, None
 
@@ -167,13 +178,15 @@ class _Repeat(torch.autograd.Function):
     """`x[places]`, where a row may have many places; its gradient is their sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: _IndexContext, x: Tensor, places: Tensor) -> Tensor:
+        """Select rows of `x` [N, ...] by `places`, one for each place of keys and values: [places, ...]."""
         ctx.save_for_backward(places)
         ctx.num_rows = x.shape[0]
         return x.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _IndexContext, grad: Tensor) -> tuple[Tensor, None]:
+        """Gradient of `x` [N, ...], given that of the result [places, ...]."""
         (places,) = ctx.saved_tensors
         out = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
         return out.index_add_(0, places, grad), None
@@ -183,15 +196,17 @@ class _Unpad(torch.autograd.Function):
     """`x[unpad]`, with gradient 0 in padding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, unpad: Tensor) -> Tensor:
+    def forward(ctx: _IndexContext, x: Tensor, unpad: Tensor) -> Tensor:
+        """Select the rows of `x` [P, ...] that `unpad` [N] names: [N, ...]."""
         ctx.save_for_backward(unpad)
-        ctx.num_places = x.shape[0]
+        ctx.num_rows = x.shape[0]
         return x.index_select(0, unpad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _IndexContext, grad: Tensor) -> tuple[Tensor, None]:
+        """Gradient of `x` [P, ...], given that of the result [N, ...]."""
         (unpad,) = ctx.saved_tensors
-        out = grad.new_zeros(ctx.num_places, *grad.shape[1:])
+        out = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
         return out.index_copy_(0, unpad, grad), None
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nemo_rl_core.models.numerics.autograd import AutogradContext
 
 __all__ = ["fast_linear", "product", "use_fast_linear"]
 
@@ -68,17 +70,24 @@ class _FastLinear(nn.Linear):
     """A linear layer that computes by `fast_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
         return fast_linear(x, self.weight, self.bias)
+
+
+class _LinearContext(AutogradContext, Protocol):
+    saved_tensors: tuple[Tensor, Tensor]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _LinearContext, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[N, O], given `x` [N, I], `weight` [O, I] and `bias` [O]."""
         ctx.save_for_backward(x, weight)
         return _multiply(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: _LinearContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of `x` [N, I], `weight` [O, I] and `bias` [O], given that of the result [N, O]."""
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         grad = grad.contiguous()
@@ -95,6 +104,7 @@ def _multiply(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pays(x: Tensor, y: Tensor) -> bool:
+    """Whether `x @ y.T` of [N, I] and [O, I] is for oneDNN, and large enough to be worth a kernel of its own."""
     return (
         x.shape[0] * y.numel() >= _MIN_WORK
         and x.dtype == y.dtype == torch.float32

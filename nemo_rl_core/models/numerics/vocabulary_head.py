@@ -81,7 +81,7 @@ def differentiable_logits(transform: LogitTransform, logits: Tensor) -> Tensor:
 
 
 def check_ids(ids: Tensor, num_ids: int) -> None:
-    """Refuse `top_ids` of another vocabulary.
+    """Refuse `top_ids` [N, ...] of another vocabulary.
 
     Raises:
         ConfigError: An id is not below `num_ids`.

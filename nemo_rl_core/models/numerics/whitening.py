@@ -41,7 +41,7 @@ def whiten(
 
 
 def _whiten_all(values: Tensor, *, epsilon: float, variance_floor: float, shift_mean: bool) -> Tensor:
-    """The same for values that all count, of which there is one or more."""
+    """`whiten` for values [N] that all count, of which there is at least one."""
     variance, mean = torch.var_mean(values, correction=min(1, values.numel() - 1))
     if variance <= _RELATIVE_NOISE * values.abs().max().square():
         return torch.zeros_like(values) if shift_mean else mean.expand_as(values).clone()

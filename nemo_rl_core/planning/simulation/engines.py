@@ -68,7 +68,7 @@ class _Engine:
         self._admit()
 
     def leave(self, sequence: _Sequence) -> None:
-        """The caller gave up."""
+        """Remove a sequence whose caller gave up."""
         self._catch_up()
         if sequence.version < 0:
             self.waiting.remove(sequence)
@@ -215,7 +215,7 @@ class SimulatedGeneration:
         return first if first.load <= second.load else second
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Any]], *, share: bool = False) -> None:
-        """Stamp what is sampled from now on.
+        """Set the weight version of what is sampled from now on.
 
         Raises:
             InvariantViolation: Requests are in flight, and these engines do not take weights under them.
@@ -239,27 +239,27 @@ class SimulatedGeneration:
                 engine.hold(False)
 
     def pause(self) -> None:
-        """Nothing."""
+        """Do nothing: batches form without a pause."""
 
     def resume(self) -> None:
-        """Nothing."""
+        """Do nothing, as `pause`."""
 
     def fingerprint(self) -> str:
-        """Of the version."""
+        """Return the weight version, which stands for the weights."""
         return str(self.version)
 
     def metrics(self) -> Mapping[str, float]:
-        """Tokens and the share of their time that the engines spent sampling at full speed are asked for otherwise."""
+        """Report nothing: the simulation reads the engines' tokens by `num_tokens`."""
         return {}
 
     def num_tokens(self) -> float:
-        """Tokens sampled so far by all engines."""
+        """Number of tokens sampled so far by all engines."""
         for engine in self.engines:
             engine._catch_up()
         return sum(engine.num_tokens for engine in self.engines)
 
     def shutdown(self) -> None:
-        """Nothing."""
+        """Release nothing."""
 
     def _crash_later(self, every: float) -> None:
         def crash() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from attrs import frozen
 
@@ -19,6 +20,7 @@ from nemo_rl_core.planning.simulation.engines import SimulatedGeneration
 from nemo_rl_core.planning.simulation.spec import SimulatedCluster
 from nemo_rl_core.protocols.algorithm import Update
 from nemo_rl_core.protocols.environment import EnvironmentStep
+from nemo_rl_core.protocols.generation_backend import SamplingParams
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_core.records.message import Message, Task
 from nemo_rl_core.records.rollout import RolloutGroup
@@ -34,6 +36,8 @@ __all__ = [
     "SimulatedSync",
     "environment_of",
 ]
+
+_T = TypeVar("_T")
 
 
 class SimulatedData:
@@ -52,32 +56,32 @@ class SimulatedData:
         return [TaskItem(index=i, epoch=0, row_index=i, task_id=str(i), task={}) for i in ids]
 
     def state_dict(self) -> dict[str, Any]:
-        """How many were given out."""
+        """Return how many prompts were given out."""
         return {"delivered": self.delivered}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a saved state."""
         self.delivered = state["delivered"]
 
 
 class SimulatedChat:
-    """Messages have no text, and no tokens but a mark."""
+    """A chat whose messages have no text and a single token each."""
 
     def initial(self, messages: Sequence[Message]) -> list[int]:
-        """One token."""
+        """Return one token for the prompt."""
         return [0]
 
     def extend(self, messages: Sequence[Message], token_ids: Sequence[int], new: Sequence[Message]) -> Extension:
-        """One more."""
+        """Return one more token."""
         return Extension([0], False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Nothing."""
+        """Return no text."""
         return ""
 
 
 def environment_of(cluster: SimulatedCluster, rng: random.Random) -> Callable[[Any], _Environment]:
-    """Makes environments that answer late, fail and get stuck as the cluster says."""
+    """Return a factory of environments that are late, fail and hang as often as the cluster says."""
     return lambda context: _Environment(cluster, rng)
 
 
@@ -106,7 +110,7 @@ class _Environment:
         return EnvironmentStep(messages=answer, rewards={"reward": self.rng.random()}, terminated=self.left == 0)
 
     def close(self) -> None:
-        """Nothing."""
+        """Release nothing."""
 
 
 class SimulatedRunner:
@@ -115,29 +119,49 @@ class SimulatedRunner:
     def __init__(self, engine: RolloutEngine, clock: VirtualClock) -> None:
         self.engine = engine
         self.clock = clock
-        self.submitted: list[Any] = []
+        self.submitted: list[Future[RolloutGroup]] = []
         """Futures of the groups that were started and have not ended."""
         self.on_submit: Callable[[int], None] = lambda num_under_way: None
 
-    def submit(self, group_id: int, task_id: str, task: Task, **options: Any) -> Any:
-        """As `RolloutRunner.submit`."""
-        future = self.run(self.engine.run_group(group_id, task_id, task, **options))
+    def submit(
+        self,
+        group_id: int,
+        task_id: str,
+        task: Task,
+        *,
+        group_size: int,
+        weight_version: int,
+        sampling: SamplingParams | None = None,
+        on_start: Callable[[int], None] | None = None,
+    ) -> Future[RolloutGroup]:
+        """Start one group, as `RolloutRunner.submit` does."""
+        future = self.run(
+            self.engine.run_group(
+                group_id,
+                task_id,
+                task,
+                group_size=group_size,
+                weight_version=weight_version,
+                sampling=sampling,
+                on_start=on_start,
+            )
+        )
         self.submitted = [f for f in self.submitted if not f.done()] + [future]
         self.on_submit(len(self.submitted))
         return future
 
-    def run(self, work: Any) -> Any:
-        """As `RolloutRunner.run`."""
+    def run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run a coroutine on the virtual loop, as `RolloutRunner.run` does on its own."""
         return asyncio.run_coroutine_threadsafe(work, self.clock.loop)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
-        """Batches are formed alike in every simulation."""
+        """Hold nothing: batches are formed alike in every simulation."""
         yield
 
 
 class _Tokens:
-    """Stands where a batch has its loss mask, of which the run loop asks the sum."""
+    """Stand-in for a batch's loss mask, of which the run loop asks the sum."""
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -147,7 +171,7 @@ class _Tokens:
 
 
 class _Batch:
-    """As much of a batch as the run loop looks at."""
+    """The part of a batch that the run loop reads."""
 
     def __init__(self, groups: Sequence[RolloutGroup], prompt_tokens: int) -> None:
         rollouts = [r for g in groups for r in g.valid]
@@ -176,22 +200,22 @@ class SimulatedAlgorithm:
         self.models: Mapping[str, Any] = {}
 
     def keep_group(self, group: RolloutGroup) -> bool:
-        """Refuse as many as the cluster says."""
+        """Refuse as many groups as the cluster says."""
         return self.rng.random() >= self.cluster.faults.refused
 
-    def build_batch(self, items: Sequence[RolloutGroup]) -> Any:
+    def build_batch(self, items: Sequence[RolloutGroup]) -> _Batch:
         """Count the tokens."""
         return _Batch(items, self.cluster.prompt_tokens)
 
-    def fill_batch(self, batch: Any, models: Mapping[str, Any]) -> None:
-        """Nothing."""
+    def fill_batch(self, batch: _Batch, models: Mapping[str, Any]) -> None:
+        """Add nothing."""
 
-    def finish_batch(self, batch: Any) -> Mapping[str, float]:
-        """Nothing."""
+    def finish_batch(self, batch: _Batch) -> Mapping[str, float]:
+        """Add nothing and report no metrics."""
         return {}
 
-    def updates(self, batch: Any) -> Sequence[Update]:
-        """One."""
+    def updates(self, batch: _Batch) -> Sequence[Update]:
+        """Take one optimizer step on the whole batch."""
         return [Update(range(len(batch)), self.loss)]
 
 
@@ -208,7 +232,7 @@ class SimulatedPolicy:
         self.rng = rng
         self.engines = engines
 
-    def train_step(self, batch: Any, loss: Any) -> dict[str, float]:
+    def train_step(self, batch: _Batch, loss: object) -> dict[str, float]:
         """Let the time of a step pass."""
         cluster = self.cluster
         seconds = cluster.step_s + batch.num_tokens / cluster.train_tokens_per_s
@@ -217,10 +241,10 @@ class SimulatedPolicy:
         return {}
 
     def save(self, path: Path) -> None:
-        """There are no weights."""
+        """Save nothing: there are no weights."""
 
     def load(self, path: Path) -> None:
-        """There are no weights."""
+        """Load nothing: there are no weights."""
 
 
 class SimulatedSync:
@@ -233,8 +257,9 @@ class SimulatedSync:
         self.clock = clock
         self.rng = rng
 
-    def sync(self, trainer: Any, engine: Any, *, version: int, share: bool, timeout_s: float) -> SyncReport:
-        """Let the time pass, then stamp the engines."""
+    def sync(self, trainer: object, engine: object, *, version: int, share: bool, timeout_s: float) -> SyncReport:
+        """Let the time of an update pass, then set the engines' weight version."""
+        assert isinstance(engine, SimulatedGeneration)
         began = self.clock.now()
         with engine.giving_way():
             self.clock.sleep(_jittered(self.cluster.refit_s, self.cluster.jitter, self.rng))
@@ -254,7 +279,7 @@ class _Saved:
     kept: Mapping[str, Any]
 
     def state(self) -> dict[str, Any]:
-        """As `Checkpoint.state`."""
+        """Return the saved state, as `Checkpoint.state` does."""
         return dict(self.kept)
 
 
@@ -266,18 +291,18 @@ class SimulatedStore:
         self.newest: _Saved | None = None
 
     def save(self, step: int, write: Callable[[Path], None], state: Mapping[str, Any]) -> _Saved:
-        """Write the newest."""
+        """Write a checkpoint and keep it as the newest."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder)
         self.newest = _Saved(step, self.folder, state)
         return self.newest
 
     def load(self, resume: str) -> _Saved | None:
-        """The newest."""
+        """Return the newest checkpoint, or None."""
         return self.newest
 
     def list(self) -> list[_Saved]:
-        """The newest, if there is one."""
+        """Return the newest checkpoint, if there is one."""
         return [] if self.newest is None else [self.newest]
 
 

@@ -6,7 +6,6 @@ import math
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from attrs import define, field, frozen
 
@@ -48,12 +47,12 @@ class SimulatedConfig(RunConfig):
 
     @property
     def num_items_per_step(self) -> int:
-        """Groups of one step."""
+        """Number of groups of one step."""
         return self.num_prompts
 
     @property
     def group_size(self) -> int:
-        """Rollouts of one group."""
+        """Number of rollouts of one group."""
         return self.size
 
     @property
@@ -65,14 +64,14 @@ class SimulatedConfig(RunConfig):
 class _Record:
     """A run record that writes nothing."""
 
-    def start(self, *_: Any) -> None:
-        """Nothing."""
+    def start(self, *_: object) -> None:
+        """Write nothing."""
 
-    def log(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
+    def log(self, *_: object, **__: object) -> None:
+        """Write nothing."""
 
-    def finish(self, *_: Any) -> None:
-        """Nothing."""
+    def finish(self, *_: object) -> None:
+        """Write nothing."""
 
 
 @define(kw_only=True)
@@ -155,7 +154,7 @@ class SimulatedRun:
         return cls(cluster=cluster, clock=clock, loop=loop, generation=generation, runner=runner, data=data)
 
     def run(self) -> str:
-        """Run to the end; the status of the result."""
+        """Run to the end and return the status of the result."""
         try:
             return self.loop.run().status
         finally:
@@ -164,7 +163,7 @@ class SimulatedRun:
 
 @frozen(kw_only=True)
 class SimulationResult:
-    """What a simulated run took."""
+    """Times and rates of a simulated run."""
 
     seconds: float
     """Of all steps, in virtual time."""

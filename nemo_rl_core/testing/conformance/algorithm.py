@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.config import finalize, load_config
+from nemo_rl_core.config.run_components import RunComponents
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import load_tokenizer
 from nemo_rl_core.protocols.algorithm import Algorithm, AlgorithmContext, ModelRole, Update, feed_of
 from nemo_rl_core.records.batch import BatchedDataDict
-from nemo_rl_core.schema import ComponentChoice, RunConfig
+from nemo_rl_core.schema import RunConfig
 from nemo_rl_core.testing.conformance.cases.algorithm_case import AlgorithmCase, StandIn, handmade_groups, is_sampled
 from nemo_rl_core.testing.conformance.frame.declared import overlaid
 from nemo_rl_core.testing.conformance.frame.kit import Contract
@@ -319,12 +320,8 @@ class AlgorithmContract(Contract):
 
     def make(self, case: AlgorithmCase) -> Algorithm:
         """Make the algorithm, with the components that its configuration names."""
-        from nemo_rl_core.registry import get_registry
-
-        def resolve(kind: str, choice: ComponentChoice) -> object:
-            return get_registry().resolve(kind, choice.name).load()(choice.options)
-
-        context = AlgorithmContext(tokenizer=load_tokenizer(self.model_name), resolve=resolve, max_sequence_length=64)
+        tokenizer, resolve = load_tokenizer(self.model_name), RunComponents().build
+        context = AlgorithmContext(tokenizer=tokenizer, resolve=resolve, max_sequence_length=64)
         make: Callable[..., Algorithm] = case.component
         return make(self.config(case), context)
 

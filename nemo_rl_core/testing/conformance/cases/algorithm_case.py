@@ -13,7 +13,7 @@ from nemo_rl_core.models.numerics.over_vocabulary import OutputLayer
 from nemo_rl_core.protocols.algorithm import Algorithm
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_core.records.rollout import Rollout, RolloutError, RolloutGroup, Turn
-from nemo_rl_core.records.shared_value import SharedValue
+from nemo_rl_core.records.shared_value import Movable, SharedValue
 
 if TYPE_CHECKING:
     from nemo_rl_core.rollouts.context import EnvironmentFactory
@@ -87,7 +87,7 @@ class StandIn:
         """Return a layer of the kit's vocabulary that has the same numbers each time."""
         return OutputLayer(weight=torch.linspace(-1, 1, 104 * 4).view(104, 4))
 
-    def keep(self, value: object) -> SharedValue:
+    def keep(self, value: Movable) -> SharedValue:
         """Return a handle of the value, which stays in this process."""
         return SharedValue(value)
 
