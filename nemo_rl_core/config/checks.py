@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import attrs
 
@@ -35,7 +34,7 @@ def check_tree(config: RunConfig) -> list[Mistake]:
     return [*mistakes, *_evaluation(config), *_own_checks(config)]
 
 
-def _own_checks(node: Any) -> Iterator[Mistake]:
+def _own_checks(node: object) -> Iterator[Mistake]:
     """What the classes of the tree check themselves."""
     check = getattr(node, "check", None)
     if callable(check):

@@ -29,7 +29,7 @@ class Reference(Protocol):
 class Resolver(Protocol):
     """What configuration needs of the registry."""
 
-    def resolve(self, kind: str, choice: Any, *, plugins: Mapping[str, str] | None = None) -> Reference:
+    def resolve(self, kind: str, choice: object, *, plugins: Mapping[str, str] | None = None) -> Reference:
         """The component of that name or object, names settled by `plugins`. Raises a `PluginError`."""
         ...
 
@@ -50,7 +50,7 @@ def default_resolver() -> Resolver:
     return resolver
 
 
-def find(resolver: Resolver, kind: str, name: Any, pins: Mapping[str, str]) -> Reference:
+def find(resolver: Resolver, kind: str, name: object, pins: Mapping[str, str]) -> Reference:
     """The component of that name or object; `pins` is only for a resolver that knows of conflicts."""
     return resolver.resolve(kind, name, plugins=pins) if pins else resolver.resolve(kind, name)
 
@@ -140,7 +140,7 @@ class _Pass:
             mistakes += found
         return (attrs.evolve(node, **changes) if changes else node), mistakes
 
-    def pair(self, node: Any, f: attrs.Attribute[Any]) -> tuple[dict[str, Any], list[Mistake]]:
+    def pair(self, node: object, f: attrs.Attribute[Any]) -> tuple[dict[str, Any], list[Mistake]]:
         """Two fields: the name of a component and its options."""
         kind, selector = f.metadata["options_of"]
         name, options = getattr(node, selector), getattr(node, f.name)
@@ -158,7 +158,7 @@ class _Pass:
             return {}, []  # nobody chose it: the run says so if it needs it
         return {selector: chosen, f.name: structured}, mistakes
 
-    def choices(self, kind: str, value: Any, name: str) -> tuple[Any, list[Mistake]]:
+    def choices(self, kind: str, value: object, name: str) -> tuple[Any, list[Mistake]]:
         """A `ComponentChoice`, or a tuple of them."""
         if isinstance(value, tuple):
             pairs = [self.choice(kind, item, (name, i)) for i, item in enumerate(value)]
@@ -180,7 +180,7 @@ class _Pass:
         return ComponentChoice(name=name, options=options), [m.under(*at) for m in mistakes]
 
     def options(
-        self, kind: str, name: Any, options: Any, name_at: tuple[Key, ...], options_at: tuple[Key, ...]
+        self, kind: str, name: object, options: object, name_at: tuple[Key, ...], options_at: tuple[Key, ...]
     ) -> tuple[Any, list[Mistake]]:
         """Structure `options` by the class of the component; mistakes of finding it are mistakes too."""
         try:
@@ -200,10 +200,10 @@ class _Pass:
         structured, mistakes = structure(given, config_class)
         return (options, mistakes) if mistakes else self.tree(structured)
 
-    def find(self, kind: str, name: Any) -> Reference:
+    def find(self, kind: str, name: object) -> Reference:
         return find(self.resolver, kind, name, self.pins)
 
-    def is_component(self, kind: str, name: Any) -> bool:
+    def is_component(self, kind: str, name: object) -> bool:
         """Whether `name` is a component of `kind` and not, as in `data.train.source`, data."""
         if not isinstance(name, str):
             return isinstance(name, type) or (callable(name) and hasattr(name, "config_class"))
@@ -217,14 +217,14 @@ class _Pass:
             return False
         return True
 
-    def not_found(self, kind: str, name: Any, error: PluginError, at: tuple[Key, ...]) -> Mistake:
+    def not_found(self, kind: str, name: object, error: PluginError, at: tuple[Key, ...]) -> Mistake:
         text = str(error)
         meant = None
         if isinstance(name, str) and isinstance(error, PluginNotFound) and "did you mean" not in text.lower():
             meant = suggest(name, self.resolver.names(kind))
         return Mistake(keys=at, problem=text.rstrip(".") if meant else text, suggestion=meant, error=error)
 
-    def no_default(self, kind: str, options: Any, options_name: str, selector: str) -> list[Mistake]:
+    def no_default(self, kind: str, options: object, options_name: str, selector: str) -> list[Mistake]:
         if not options:
             return []
         names = ", ".join(self.resolver.names(kind)) or "none is installed"
@@ -233,7 +233,7 @@ class _Pass:
         return [Mistake(keys=(options_name,), problem=problem, fix=f"Set `{selector}` beside it.")]
 
 
-def _is_config(f: attrs.Attribute[Any], value: Any) -> bool:
+def _is_config(f: attrs.Attribute[Any], value: object) -> bool:
     """Whether the field is declared as a configuration class, not as anything."""
     from nemo_rl_core.schema.fields import config_class_of
 

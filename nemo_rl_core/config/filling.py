@@ -63,14 +63,14 @@ def filled(config: RunConfig) -> tuple[RunConfig, list[Mistake]]:
     return config, mistakes
 
 
-def value_at(config: Any, path: Iterable[str]) -> Any:
+def value_at(config: object, path: Iterable[str]) -> Any:
     """The value at `path`."""
     for name in path:
         config = getattr(config, name)
     return config
 
 
-def _with_default(config: Any, path: Sequence[str]) -> tuple[Any, Any]:
+def _with_default(config: object, path: Sequence[str]) -> tuple[Any, Any]:
     """The value at `path` and the default of its field."""
     *parents, name = path
     node = value_at(config, parents)

@@ -74,7 +74,7 @@ def override_layers(overrides: Overrides) -> tuple[list[Layer], list[Mistake]]:
     return layers, mistakes
 
 
-def plain_tree(value: Any) -> Any:
+def plain_tree(value: object) -> Any:
     """A copy of nested mappings as dicts; every other object stays what it is."""
     if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections", "types"):
         return {key: plain_tree(child) for key, child in value.items()}
@@ -148,7 +148,7 @@ def _parse(file: Path) -> tuple[Any, Positions, list[Mistake]]:
     return failed(f"unknown file type {suffix!r}", "Name it .yaml, .yml, .json or .toml.")
 
 
-def _dotted(path: str, value: Any, position: Position) -> Layer:
+def _dotted(path: str, value: object, position: Position) -> Layer:
     keys: tuple[Key, ...] = tuple(path.split("."))
     tree: Any = value
     for key in reversed(keys):
@@ -158,7 +158,7 @@ def _dotted(path: str, value: Any, position: Position) -> Layer:
     return Layer(tree, positions)
 
 
-def _paths(value: Any) -> Iterable[tuple[Key, ...]]:
+def _paths(value: object) -> Iterable[tuple[Key, ...]]:
     """The paths of all settings inside `value`."""
     for key, child in value.items() if isinstance(value, dict) else ():
         yield (key,)
@@ -166,7 +166,7 @@ def _paths(value: Any) -> Iterable[tuple[Key, ...]]:
             yield (key, *more)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else repr(value)
 
 

@@ -141,7 +141,7 @@ def _root_class(
 
 
 def _class_of_algorithm(
-    name: Any, pins: Mapping[str, str], resolver: Resolver
+    name: object, pins: Mapping[str, str], resolver: Resolver
 ) -> tuple[type[RunConfig], list[Mistake]]:
     keys: tuple[Key, ...] = ("algorithm",)
     try:
@@ -178,5 +178,5 @@ def _touches(m: Mistake, keys: tuple[Key, ...]) -> bool:
     return False
 
 
-def _plain_name(name: Any) -> Any:
+def _plain_name(name: object) -> Any:
     return name.rpartition(":")[2] if isinstance(name, str) else name

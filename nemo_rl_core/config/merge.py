@@ -95,7 +95,7 @@ class _Merged:
             result[key] = self.value(result.get(key), value, types.get(key), (*at, key))
         return result
 
-    def value(self, base: Any, over: Any, cls: type | None, at: tuple[Key, ...]) -> Any:
+    def value(self, base: object, over: object, cls: type | None, at: tuple[Key, ...]) -> Any:
         """What `over` makes of the value `base`."""
         if cls is ComponentChoice and isinstance(over, dict) and base is not None and _opened(base) is None:
             base = {"name": base}
@@ -128,7 +128,7 @@ def _contradictions(layer: Layer, cls: type) -> Iterable[Mistake]:
             )
 
 
-def _sets(tree: Any, path: tuple[str, ...], cls: type) -> bool:
+def _sets(tree: object, path: tuple[str, ...], cls: type) -> bool:
     """Whether a layer sets the value at `path`, by its name or by a shorthand."""
     names = [path, *((short,) for short, long in shorthands(cls).items() if long == path)]
     return any(_get(tree, name) is not _MISSING for name in names)
@@ -152,7 +152,7 @@ def _opened(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def _get(tree: Any, keys: Sequence[Key]) -> Any:
+def _get(tree: object, keys: Sequence[Key]) -> Any:
     for key in keys:
         opened = _opened(tree)
         if opened is None or key not in opened:

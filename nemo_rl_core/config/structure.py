@@ -45,7 +45,7 @@ def structure(tree: Any, cls: Any) -> tuple[Any, list[Mistake]]:
         return None, list(refused.mistakes)
 
 
-def structure_partially(tree: Any, cls: Any) -> tuple[Any, list[Mistake]]:
+def structure_partially(tree: object, cls: object) -> tuple[Any, list[Mistake]]:
     """As `structure`, but values that do not fit are left at their defaults where that is possible."""
     built, mistakes = structure(tree, cls)
     if not mistakes or not isinstance(tree, Mapping):
@@ -96,7 +96,7 @@ def _scalar_hook(value: Any, tp: Any) -> Any:
     raise Refused(Mistake(problem=_expected(tp, value), fix=_conversion(tp, value)))
 
 
-def _conversion(tp: Any, value: Any) -> str | None:
+def _conversion(tp: object, value: object) -> str | None:
     """How a value of the wrong type was probably meant."""
     if isinstance(value, str) and tp in (int, float, bool):
         text = value.strip().lower()
@@ -126,7 +126,7 @@ def _instance_hook(value: Any, tp: Any) -> Any:
     raise Refused(Mistake(problem=_expected(tp, value)))
 
 
-def _callable_hook(value: Any, tp: Any) -> Any:
+def _callable_hook(value: object, tp: object) -> Any:
     if callable(value):
         return value
     raise Refused(Mistake(problem=f"expected a Python callable, found {_show(value)}"))
@@ -138,17 +138,17 @@ def _enum_hook(value: Any, tp: Any) -> Any:
     return tp(_one_of(value, [member.value for member in tp]))
 
 
-def _path_hook(value: Any, tp: Any) -> Any:
+def _path_hook(value: object, tp: object) -> Any:
     if isinstance(value, (str, os.PathLike)):
         return Path(value)
     raise Refused(Mistake(problem=f"expected a path, found {_show(value)}"))
 
 
-def _literal_hook(value: Any, tp: Any) -> Any:
+def _literal_hook(value: object, tp: object) -> Any:
     return _one_of(value, get_args(tp))
 
 
-def _one_of(value: Any, allowed: Sequence[Any]) -> Any:
+def _one_of(value: object, allowed: Sequence[Any]) -> Any:
     for choice in allowed:
         if choice == value and type(choice) is type(value):
             return choice
@@ -159,24 +159,24 @@ def _one_of(value: Any, allowed: Sequence[Any]) -> Any:
 # -- containers -------------------------------------------------------------------------------------------
 
 
-def _is_mapping(tp: Any) -> bool:
+def _is_mapping(tp: object) -> bool:
     base = get_origin(tp) or tp
     return isinstance(base, type) and issubclass(base, Mapping)
 
 
-def _is_sequence(tp: Any) -> bool:
+def _is_sequence(tp: object) -> bool:
     base = get_origin(tp) or tp
     return isinstance(base, type) and issubclass(base, (Sequence, set, frozenset)) and base not in (str, bytes)
 
 
-def _is_callable(tp: Any) -> bool:
+def _is_callable(tp: object) -> bool:
     return (get_origin(tp) or tp) is Callable
 
 
-def _mapping_hook(tp: Any, converter: Converter) -> Hook:
+def _mapping_hook(tp: object, converter: Converter) -> Hook:
     args = get_args(tp) or (Any, Any)
 
-    def hook(value: Any, _: Any) -> Any:
+    def hook(value: object, _: object) -> Any:
         if not isinstance(value, Mapping):
             raise Refused(Mistake(problem=_expected(tp, value)))
         result: dict[Any, Any] = {}
@@ -196,7 +196,7 @@ def _sequence_hook(tp: Any, converter: Converter) -> Hook:
     fixed = base is tuple and bool(args) and args[-1] is not Ellipsis
     make: Callable[[Any], Any] = next((t for t in (tuple, frozenset, set) if issubclass(base, t)), list)
 
-    def hook(value: Any, _: Any) -> Any:
+    def hook(value: object, _: object) -> Any:
         if not isinstance(value, (list, tuple, set, frozenset)):
             fix = f"Write a list: [{_show(value).strip(chr(39))}]." if isinstance(value, _SCALARS[:-1]) else None
             raise Refused(Mistake(problem=_expected(tp, value), fix=fix))
@@ -221,11 +221,11 @@ def _try(converter: Converter, value: Any, tp: Any, key: Key, into: dict[Any, An
     return []
 
 
-def _union_hook(tp: Any, converter: Converter) -> Hook:
+def _union_hook(tp: object, converter: Converter) -> Hook:
     arms = alternatives(tp)
     others = [arm for arm in arms if arm is not type(None)]
 
-    def hook(value: Any, _: Any) -> Any:
+    def hook(value: object, _: object) -> Any:
         if value is None and len(others) < len(arms):
             return None
         refusals: list[Refused] = []
@@ -248,7 +248,7 @@ def _union_hook(tp: Any, converter: Converter) -> Hook:
 def _choice_hook(converter: Converter) -> Hook:
     fields = _class_hook(ComponentChoice, converter)
 
-    def hook(value: Any, _: Any) -> Any:
+    def hook(value: object, _: object) -> Any:
         if value is None or isinstance(value, (bool, int, float, list)):
             if value is None:
                 return ComponentChoice()
@@ -299,7 +299,7 @@ def _build(cls: Any, given: Mapping[Any, Any], converter: Converter) -> tuple[An
         return None, [Mistake(problem=str(error), error=error)]
 
 
-def _over_default(f: attrs.Attribute[Any], value: Any) -> Any:
+def _over_default(f: attrs.Attribute[Any], value: object) -> Any:
     """A choice without a name, or with the name that stands by default, keeps the default's options under its own."""
     default = default_of(f)
     if "kind" not in f.metadata or not isinstance(default, ComponentChoice) or default.name is None:
@@ -314,7 +314,7 @@ def _over_default(f: attrs.Attribute[Any], value: Any) -> Any:
     return {**value, "name": default.name, "options": {**below, **(above or {})}}
 
 
-def _field(f: attrs.Attribute[Any], value: Any, converter: Converter, into: dict[str, Any]) -> list[Mistake]:
+def _field(f: attrs.Attribute[Any], value: object, converter: Converter, into: dict[str, Any]) -> list[Mistake]:
     if f.converter is None:
         return _try(converter, value, f.type or Any, f.name, into)
     try:
@@ -363,14 +363,14 @@ def _problem(validator: Any, draft: Any, f: attrs.Attribute[Any], value: Any) ->
     return None
 
 
-def _unknown(key: Any, cls: Any, fields: Mapping[str, Any]) -> Mistake:
+def _unknown(key: Any, cls: object, fields: Mapping[str, Any]) -> Mistake:
     meant = suggest(key, fields)
     fix = f"Write `{meant}`, or remove it." if meant else "Remove it."
     known = None if meant else ", ".join(fields) or "nothing; it has no settings"
     return Mistake(keys=(key,), problem="unknown key", allowed=known, suggestion=meant, fix=fix)
 
 
-def _annotate(m: Mistake, cls: Any, f: attrs.Attribute[Any]) -> Mistake:
+def _annotate(m: Mistake, cls: object, f: attrs.Attribute[Any]) -> Mistake:
     """Add what the field allows, if the mistake is in this very field."""
     if len(m.keys) != 1 or m.allowed is not None:
         return m
@@ -401,11 +401,11 @@ def first_sentence(doc: str) -> str:
     return doc.rstrip(".")
 
 
-def _expected(tp: Any, value: Any) -> str:
+def _expected(tp: object, value: object) -> str:
     return f"expected {type_name(tp)}, found {_show(value)}"
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     """A value as it may be written, cut to one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -413,7 +413,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def without(tree: Any, keys: Sequence[Key]) -> Any:
+def without(tree: object, keys: Sequence[Key]) -> Any:
     """A copy of `tree` without the value at `keys`."""
     if not keys:
         return {}

@@ -23,7 +23,7 @@ class ComponentChoice:
     """Options of the component, structured by its `config_class`."""
 
 
-def component(kind: str, default: str | None = None, **options: Any) -> Any:
+def component(kind: str, default: str | None = None, **options: object) -> Any:
     """Make an attrs field that chooses a component of `kind`, by default `default` with these options.
 
     Options that are configured without a name, or with this name, override these one by one.

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["field_docs"]
 
 
-def field_docs(cls: Any) -> dict[str, str]:
+def field_docs(cls: object) -> dict[str, str]:
     """Map each field, inherited ones included, to the docstring under it as one line.
 
     The result is empty if there is no source, as for classes typed into an interpreter.

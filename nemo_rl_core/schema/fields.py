@@ -13,7 +13,7 @@ from nemo_rl_core.errors import ConfigError
 __all__ = ["alternatives", "config_class_of", "default_of", "fields_of", "same", "shorthands", "type_name"]
 
 
-def fields_of(cls: Any) -> tuple[attrs.Attribute[Any], ...]:
+def fields_of(cls: object) -> tuple[attrs.Attribute[Any], ...]:
     """Return the fields of an attrs class that its constructor takes, with annotations resolved."""
     return _fields_of(cls)
 
@@ -30,18 +30,18 @@ def _fields_of(cls: Any) -> tuple[attrs.Attribute[Any], ...]:
     return tuple(f for f in attrs.fields(cls) if f.init)
 
 
-def alternatives(tp: Any) -> tuple[Any, ...]:
+def alternatives(tp: object) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself if it is no union."""
     return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
 
 
-def config_class_of(tp: Any) -> type | None:
+def config_class_of(tp: object) -> type | None:
     """Return the attrs class in a field's type, such as `X` in `X | None`; None unless there is exactly one."""
     classes = [arm for arm in alternatives(tp) if isinstance(arm, type) and attrs.has(arm)]
     return classes[0] if len(classes) == 1 else None
 
 
-def shorthands(cls: Any) -> dict[str, tuple[str, ...]]:
+def shorthands(cls: object) -> dict[str, tuple[str, ...]]:
     """Map the name of each shorthand field to the path of the value that it sets."""
     named = ((f.name, f.metadata.get("shorthand_for")) for f in fields_of(cls))
     return {name: tuple(long.split(".")) for name, long in named if long}
@@ -55,7 +55,7 @@ def default_of(attribute: attrs.Attribute[Any]) -> Any:
     return default
 
 
-def same(left: Any, right: Any) -> bool:
+def same(left: object, right: object) -> bool:
     """Compare two values, arrays and tables included, whose `==` returns another array."""
     if left is right:
         return True
@@ -65,7 +65,7 @@ def same(left: Any, right: Any) -> bool:
         return False
 
 
-def type_name(tp: Any) -> str:
+def type_name(tp: object) -> str:
     """Describe a type in words that a reader of YAML knows: `integer or null`, `list of text`."""
     if tp is Any:
         return "anything"
@@ -91,7 +91,7 @@ def type_name(tp: Any) -> str:
     return str(tp).replace("typing.", "").replace("collections.abc.", "")
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return str(value) if isinstance(value, str) else "null" if value is None else str(value).lower()
 
 

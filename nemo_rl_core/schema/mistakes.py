@@ -127,7 +127,7 @@ def path_of(keys: Sequence[Key]) -> str:
     return text
 
 
-def suggest(name: Any, known: Iterable[Any]) -> str | None:
+def suggest(name: object, known: Iterable[Any]) -> str | None:
     """Return the known name that `name` probably means; None if none is close."""
     by_lower = {str(k).lower(): str(k) for k in known}
     wanted = str(name).lower().replace("-", "_")

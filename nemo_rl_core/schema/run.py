@@ -183,7 +183,7 @@ class RunConfig:
     plugins: dict[str, str] = Factory(dict)
     """Qualified `dist:name` of a bare name that two distributions provide, such as `{grpo: my-dist:grpo}`."""
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
+    def __init_subclass__(cls, **keywords: object) -> None:
         """Refuse a class whose settings the run would pass over.
 
         Raises:

@@ -31,7 +31,7 @@ class _Bound:
     compare_op: str
     bound: float
 
-    def __call__(self, instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    def __call__(self, instance: object, attribute: Attribute[Any], value: object) -> None:
         try:
             holds = _OPERATORS[self.compare_op](value, self.bound)
         except TypeError:
@@ -46,7 +46,7 @@ class _OneOf:
 
     options: tuple[Any, ...]
 
-    def __call__(self, instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    def __call__(self, instance: object, attribute: Attribute[Any], value: object) -> None:
         if value not in self.options:
             allowed = ", ".join(map(repr, self.options))
             raise ConfigError(f"{attribute.name} must be one of {allowed}, found {value!r}.")
@@ -58,7 +58,7 @@ class _Optional:
 
     validator: Any
 
-    def __call__(self, instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    def __call__(self, instance: object, attribute: Attribute[Any], value: object) -> None:
         if value is not None:
             for validator in self.validator if isinstance(self.validator, list) else [self.validator]:
                 validator(instance, attribute, value)
@@ -84,17 +84,17 @@ def lt(bound: float) -> Any:
     return _Bound("<", bound)
 
 
-def one_of(*options: Any) -> Any:
+def one_of(*options: object) -> Any:
     """Require one of `options`."""
     return _OneOf(options)
 
 
-def optional(validator: Any) -> Any:
+def optional(validator: object) -> Any:
     """Allow None, or a value that `validator` (or each of a list of them) allows."""
     return _Optional(validator)
 
 
-def limits(validator: Any) -> list[tuple[str, float]]:
+def limits(validator: object) -> list[tuple[str, float]]:
     """Return the bounds that a validator sets, such as `[(">", 0), ("<=", 1)]`; validators of attrs work too."""
     bounds: list[tuple[str, float]] = []
     for part in _parts(validator):
@@ -104,7 +104,7 @@ def limits(validator: Any) -> list[tuple[str, float]]:
     return bounds
 
 
-def choices(validator: Any) -> tuple[Any, ...] | None:
+def choices(validator: object) -> tuple[Any, ...] | None:
     """Return the values that a validator allows, or None if it does not list them."""
     for part in _parts(validator):
         options = getattr(part, "options", None)
@@ -113,7 +113,7 @@ def choices(validator: Any) -> tuple[Any, ...] | None:
     return None
 
 
-def _parts(validator: Any) -> list[Any]:
+def _parts(validator: object) -> list[Any]:
     """The simple validators inside `optional`, lists and `and_`."""
     if validator is None:
         return []

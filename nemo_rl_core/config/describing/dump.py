@@ -18,7 +18,7 @@ from nemo_rl_core.schema.fields import default_of, fields_of, same
 __all__ = ["Difference", "diff", "to_dict", "to_yaml"]
 
 
-def to_dict(config: Any, *, defaults: bool = True) -> dict[str, Any]:
+def to_dict(config: object, *, defaults: bool = True) -> dict[str, Any]:
     """Plain data that `load_config` turns back into an equal configuration.
 
     Python objects become `module:attr`; those without an importable name become a note in angle brackets.
@@ -42,7 +42,7 @@ def to_dict(config: Any, *, defaults: bool = True) -> dict[str, Any]:
     return result
 
 
-def to_yaml(config: Any, *, docs: bool = False, defaults: bool = True) -> str:
+def to_yaml(config: object, *, docs: bool = False, defaults: bool = True) -> str:
     """`to_dict` as YAML; with `docs` each setting has its documentation above it."""
     lines = [""]
     for text in _yaml_lines(config, docs, defaults, ""):
@@ -108,7 +108,7 @@ def _plain(value: Any, defaults: bool) -> Any:
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
-def _key(key: Any) -> Any:
+def _key(key: object) -> Any:
     return key if isinstance(key, (str, int)) else str(key)
 
 
@@ -118,7 +118,7 @@ def _name(value: Any) -> str:
     return f"<{name}>" if module is None or "<" in name else f"{module}:{name}"
 
 
-def _flat(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _flat(value: object, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(value, Mapping) and (value or not keys):
         for key, child in value.items():
             yield from _flat(child, (*keys, str(key)))
@@ -126,11 +126,11 @@ def _flat(value: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
         yield keys, value
 
 
-def _same(left: Any, right: Any) -> bool:
+def _same(left: object, right: object) -> bool:
     return type(left) is type(right) and bool(left == right or (left != left and right != right))
 
 
-def _yaml_lines(config: Any, docs: bool, defaults: bool, indent: str) -> Iterator[str]:
+def _yaml_lines(config: object, docs: bool, defaults: bool, indent: str) -> Iterator[str]:
     """One mapping, field by field, so that comments can stand above the fields."""
     from nemo_rl_core.schema.field_docs import field_docs
 
@@ -154,13 +154,13 @@ def _comment(doc: str, indent: str) -> Iterator[str]:
         yield f"{indent}# {line}"
 
 
-def _dump(value: Any) -> str:
+def _dump(value: object) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Quotes text that either YAML 1.1 or 1.2 would read as something else."""
 
-        def ignore_aliases(self, data: Any) -> bool:
+        def ignore_aliases(self, data: object) -> bool:
             return True
 
     def text_node(dumper: Dumper, text: str) -> yaml.ScalarNode:

@@ -91,7 +91,7 @@ def _default(f: attrs.Attribute[Any]) -> Any:
     return _plain(default)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, ComponentChoice):
         return value.name
     if isinstance(value, tuple):
@@ -140,7 +140,7 @@ def _component(f: attrs.Attribute[Any]) -> dict[str, Any]:
 _SIMPLE = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
 
 
-def _schema(tp: Any) -> dict[str, Any]:
+def _schema(tp: object) -> dict[str, Any]:
     if tp in _SIMPLE:
         return {"type": _SIMPLE[tp]}
     arms = alternatives(tp)
