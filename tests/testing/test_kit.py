@@ -213,7 +213,15 @@ def speaker():
     return Speaker()
 
 
-@pytest.mark.parametrize("given", [Speaker, Speaker(), speaker, partial(SpeakerWithOptions, Words())], ids=repr)
+GIVEN = {
+    "a class": Speaker,
+    "an object": Speaker(),
+    "a function": speaker,
+    "a partial": partial(SpeakerWithOptions, Words()),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
 def test_a_kit_takes_a_class_an_object_or_a_function_that_makes_one(given):
     assert run_kit(Speaks, given).passed
 

@@ -358,7 +358,7 @@ class KillsAtOnce(Group):
     """Ends the processes without asking the workers to shut down."""
 
     def shutdown(self):
-        self.group._end("it was shut down")
+        self.group.end("it was shut down")
 
 
 class ShutsDownOnce(Group):

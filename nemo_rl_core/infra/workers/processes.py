@@ -11,19 +11,20 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve
 
-from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
+from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.workers import child as _worker
 from nemo_rl_core.infra.workers.axes import dispatch
+from nemo_rl_core.infra.workers.group import Answers, RemoteGroup
 from nemo_rl_core.infra.workers.remote import (
     expected_plugins,
     log_folder,
     log_tail,
-    raised_by,
     status_text,
     worker_environment,
 )
@@ -42,22 +43,17 @@ _VERIFY_GRACE_S = 5.0
 """Once a worker has told that its plugins differ, how long the others may take to tell whether theirs do."""
 
 
-class ProcessGroup:
+class ProcessGroup(RemoteGroup[Connection]):
     """Running worker processes of one role. Make it with `ProcessGroup.start`.
 
-    After a worker died, hung or left the others waiting, the whole group is ended: what remains of a collective
-    cannot go on. Calls from several threads take turns.
+    Calls from several threads take turns.
     """
 
     def __init__(self, role: str, *, size: int, failure_grace_s: float, call_timeout_s: float) -> None:
-        self.role = role
-        self.size = size
-        self.call_timeout_s = call_timeout_s
-        self.failure_grace_s = failure_grace_s
-        self._processes: list[Any] = []
-        self._connections: list[Connection] = []
+        super().__init__(role, size=size, failure_grace_s=failure_grace_s, call_timeout_s=call_timeout_s)
+        self._processes: list[SpawnProcess] = []
+        self._connections: dict[int, Connection] = {}
         self._logs: list[Path] = []
-        self._ended: str | None = None
         self._turn = threading.Lock()
         self._turn_of = ""
 
@@ -86,21 +82,16 @@ class ProcessGroup:
             for context in contexts:
                 group._spawn(spec, evolve(context, master_port=port), folder)
             group._verify(start_timeout_s)
-            group._collect("setup", start_timeout_s)
+            group.collect("setup", group._connections, start_timeout_s)
         except BaseException:
-            group._end("its start failed")
+            group.end("its start failed")
             raise
         return group
 
     @property
-    def local(self) -> None:
-        """Always None: the workers live in other processes."""
-        return
-
-    @property
     def pids(self) -> list[int]:
         """Process ids, by rank."""
-        return [int(p.pid) for p in self._processes]
+        return [process.pid or 0 for process in self._processes]
 
     def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
         """Call `method` on every worker with the same arguments; results in rank order.
@@ -112,17 +103,16 @@ class ProcessGroup:
         """
         with self._taking_turns(method, timeout_s):
             self._tell([("call", method, args, kwargs)] * self.size)
-            return self._collect(method, timeout_s)
+            return self.collect(method, self._connections, timeout_s)
 
     def call_each(
         self, method: str, arguments: Sequence[tuple[Any, ...]], /, *, timeout_s: float | None = None
     ) -> list[Any]:
         """Call `method` on worker r with the positional arguments `arguments[r]`; raises as `call`."""
-        if len(arguments) != self.size:
-            raise ValueError(f"{method}: {len(arguments)} tuples of arguments for {self.size} {self.role} workers.")
+        self._check_one_each(method, arguments)
         with self._taking_turns(method, timeout_s):
             self._tell([("call", method, args, {}) for args in arguments])
-            return self._collect(method, timeout_s)
+            return self.collect(method, self._connections, timeout_s)
 
     def call_sharded(
         self,
@@ -139,7 +129,7 @@ class ProcessGroup:
         kinds = ["call" if rank in found.heads else "run" for rank in range(self.size)]
         with self._taking_turns(method, timeout_s):
             self._tell([(k, method, shards[s], {}) for k, s in zip(kinds, found.shards, strict=True)])
-            results = self._collect(method, timeout_s)
+            results = self.collect(method, self._connections, timeout_s)
         return [results[rank] for rank in found.heads]
 
     def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[Any]:
@@ -159,7 +149,7 @@ class ProcessGroup:
             while True:
                 started = time.monotonic()
                 left = None if timeout_s is None else timeout_s - spent
-                found = self._gather(method, {0: self._connections[0]}, left)
+                found = self._gather(method, {0}, {0: self._connections[0]}, {}, left)
                 spent += time.monotonic() - started
                 kind, value = found[0]
                 if kind != "item":
@@ -168,11 +158,12 @@ class ProcessGroup:
                 del value, found  # free the memory of the item before the next
                 self._reply("next")
             finished = True
-            self._collect(method, None if timeout_s is None else timeout_s - spent, answered={0: (kind, value)})
+            rest = None if timeout_s is None else timeout_s - spent
+            self.collect(method, self._connections, rest, answered={0: (kind, value)})
         except GeneratorExit:
             if not finished and self._ended is None:
                 self._reply("enough")
-                self._collect(method, timeout_s)
+                self.collect(method, self._connections, timeout_s)
             raise
 
     def check_alive(self) -> None:
@@ -181,9 +172,10 @@ class ProcessGroup:
             return  # a call is under way, which notices it
         try:
             self._check_not_ended()
-            sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
-            for sentinel in wait(list(sentinels), 0):
-                raise self._died(sentinels[sentinel], "between two calls")
+            ended = wait([process.sentinel for process in self._processes], 0)
+            for rank, process in enumerate(self._processes):
+                if process.sentinel in ended:
+                    raise self._died(rank, "between two calls")
         finally:
             self._turn.release()
 
@@ -193,13 +185,13 @@ class ProcessGroup:
             return
         try:
             self._tell([("stop",)] * self.size)
-            self._collect("shutdown", _SHUTDOWN_S)
+            self.collect("shutdown", self._connections, _SHUTDOWN_S)
         except Exception as error:  # the processes are ended all the same
             _log.warning("Shutting down the %s workers: %s", self.role, error)
         else:
             for process in self._processes:  # let each leave by itself and release what it holds
                 process.join(_SHUTDOWN_S)
-        self._end("it was shut down")
+        self.end("it was shut down")
 
     # -- starting and ending --------------------------------------------------------------------
 
@@ -220,21 +212,19 @@ class ProcessGroup:
             process.start()
         there.close()
         self._processes.append(process)
-        self._connections.append(here)
+        self._connections[context.rank] = here
         self._logs.append(log_path)
 
     def _verify(self, timeout_s: float) -> None:
         """Compare every worker's plugins with those of this process; one that is stuck does not hold back the table."""
-        left = dict(enumerate(self._connections))
-        answered: dict[int, tuple[str, Any]] = {}
+        left = dict(self._connections)
+        answered: Answers = {}
         deadline = Deadline(timeout_s)
         while left:
             ready = wait(list(left.values()), deadline.remaining())
             for rank in [rank for rank, connection in left.items() if connection in ready]:
-                answered |= self._gather("start", {rank: left.pop(rank)}, timeout_s)
-                kind, value = answered[rank]
-                if kind == "error":
-                    raise raised_by(self.role, rank, value)
+                self._gather("start", {rank}, {rank: left.pop(rank)}, answered, timeout_s)
+                self._raise_first(answered)
             differ = any(differences for _, differences in answered.values())
             if not ready and differ:
                 break
@@ -244,10 +234,8 @@ class ProcessGroup:
                 deadline.shorten(_VERIFY_GRACE_S)
         check_nodes([difference for rank in sorted(answered) for difference in answered[rank][1]])
 
-    def _end(self, reason: str) -> None:
-        """End every process, at once for those that hang, and whatever these had started."""
-        if self._ended is None:
-            self._ended = reason
+    def _end_workers(self) -> None:
+        """End every process, and whatever these had started."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -255,8 +243,8 @@ class ProcessGroup:
             if process.is_alive():
                 process.kill()
                 process.join()
-            _end_children(process.pid)
-        for connection in self._connections:
+            _end_children(process.pid or 0)
+        for connection in self._connections.values():
             connection.close()
 
     # -- talking --------------------------------------------------------------------------------
@@ -276,13 +264,9 @@ class ProcessGroup:
         finally:
             self._turn.release()
 
-    def _check_not_ended(self) -> None:
-        if self._ended is not None:
-            raise WorkerDied(f"The {self.role} workers are gone: {self._ended}. Start the run again to go on.")
-
     def _tell(self, messages: Sequence[Any]) -> None:
         self._check_not_ended()
-        for rank, (connection, message) in enumerate(zip(self._connections, messages, strict=True)):
+        for (rank, connection), message in zip(self._connections.items(), messages, strict=True):
             try:
                 send(connection, message)
             except OSError as error:
@@ -292,58 +276,40 @@ class ProcessGroup:
         with contextlib.suppress(OSError):  # a dead worker is noticed by the wait that follows
             send(self._connections[0], word)
 
-    def _collect(
-        self, method: str, timeout_s: float | None, *, answered: Mapping[int, tuple[str, Any]] | None = None
-    ) -> list[Any]:
-        """Wait for every worker's answer; raise the first error among them."""
-        known = dict(answered or {})
-        waiting = {r: c for r, c in enumerate(self._connections) if r not in known}
-        known |= self._gather(method, waiting, timeout_s, failed=known)
-        while stray := [rank for rank, (kind, _) in known.items() if kind == "item"]:
-            for rank in stray:  # items of an iteration that its caller has left
-                known |= self._gather(method, {rank: self._connections[rank]}, timeout_s)
-        for rank in range(self.size):
-            kind, value = known[rank]
-            if kind == "error":
-                raise raised_by(self.role, rank, value)
-        return [known[rank][1] for rank in range(self.size)]
-
-    def _gather(
+    def collect(
         self,
         method: str,
-        waiting: Mapping[int, Connection],
+        handles: Mapping[int, Connection],
         timeout_s: float | None,
         *,
-        failed: Mapping[int, tuple[str, Any]] | None = None,
-    ) -> dict[int, tuple[str, Any]]:
-        """One message from each of `waiting`. Once a worker has raised, the others get the grace time."""
-        left = dict(waiting)
-        found: dict[int, tuple[str, Any]] = dict(failed or {})
-        limit = self.call_timeout_s if timeout_s is None else timeout_s
-        deadline = Deadline(limit)
-        if any(kind == "error" for kind, _ in found.values()):
-            deadline.shorten(self.failure_grace_s)
-        while left:
-            gone = {r for r, (kind, _) in found.items() if kind == "error" or method == "shutdown"}
-            sentinels = {p.sentinel: r for r, p in enumerate(self._processes) if r not in gone}
-            ready = wait([*left.values(), *sentinels], deadline.remaining())
-            if not ready:
-                raise self._overdue(method, sorted(left), found, limit)
-            for rank, connection in list(left.items()):
-                if connection in ready:
-                    found[rank] = self._take(rank, method)
-                    del left[rank]
-                    if found[rank][0] == "error":
-                        deadline.shorten(self.failure_grace_s)
-            for rank in (sentinels[s] for s in ready if s in sentinels):
-                if rank in left and left[rank].poll():
-                    continue  # its last message is still to be read
-                if method != "shutdown":
-                    if found.get(rank, ("", None))[0] != "error":
-                        raise self._died(rank, f"during {method}")
-                elif left.pop(rank, None) is not None:
-                    found[rank] = ("result", None)
-        return found
+        answered: Answers | None = None,
+    ) -> list[Any]:
+        """As `RemoteGroup.collect`; items of an iteration that its caller has left are passed over."""
+        found = self._gather(method, set(handles), handles, dict(answered or {}), timeout_s)
+        while stray := {rank: handles[rank] for rank, (kind, _) in found.items() if kind == "item"}:
+            rest = {rank: answer for rank, answer in found.items() if rank not in stray}
+            found = self._gather(method, stray, stray, rest, timeout_s)
+        return super().collect(method, handles, timeout_s, answered=found)
+
+    def _answers(
+        self, method: str, handles: Mapping[int, Connection], found: Answers, timeout_s: float
+    ) -> Answers | None:
+        gone = {rank for rank, (kind, _) in found.items() if kind == "error" or method == "shutdown"}
+        sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes) if rank not in gone}
+        ready = wait([*handles.values(), *sentinels], timeout_s)
+        if not ready:
+            return None
+        answers = {rank: self._take(rank, method) for rank, connection in handles.items() if connection in ready}
+        for rank in (sentinels[sentinel] for sentinel in ready if isinstance(sentinel, int)):
+            waited_for = rank in handles and rank not in answers
+            if waited_for and handles[rank].poll():
+                continue  # its last message is still to be read
+            if method != "shutdown":
+                if {**found, **answers}.get(rank, ("", None))[0] != "error":
+                    raise self._died(rank, f"during {method}")
+            elif waited_for:
+                answers[rank] = ("result", None)
+        return answers
 
     def _take(self, rank: int, method: str) -> tuple[str, Any]:
         try:
@@ -354,32 +320,15 @@ class ProcessGroup:
 
     # -- errors ---------------------------------------------------------------------------------
 
-    def _died(self, rank: int, when: str) -> WorkerDied:
-        process = self._processes[rank]
-        process.join(5.0)
-        status = status_text(process.exitcode)
-        message = (
-            f"The {self.role} worker of rank {rank} {status} {when}. Its log is {self._logs[rank]}; "
-            f"the end of it:\n{log_tail(self._logs[rank])}"
-        )
-        self._end(f"rank {rank} {status} {when}")
-        return WorkerDied(message)
+    def _place(self, rank: int) -> str:
+        return f"rank {rank}"
 
-    def _overdue(
-        self, method: str, ranks: list[int], found: Mapping[int, tuple[str, Any]], timeout_s: float
-    ) -> BaseException:
-        """End the group, since the deadline or the grace time after an error has passed; return the error to raise."""
-        names = ", ".join(map(str, ranks))
-        for rank, (kind, value) in sorted(found.items()):
-            if kind == "error":
-                self._end(f"rank {rank} raised in {method} while ranks {names} waited for it")
-                return raised_by(self.role, rank, value)
-        tails = "\n".join(f"rank {rank} ({self._logs[rank]}):\n{log_tail(self._logs[rank])}" for rank in ranks[:4])
-        self._end(f"ranks {names} did not answer {method}")
-        return DeadlineExceeded(
-            f"{method} on the {self.role} workers passed its deadline of {timeout_s:g} s; no answer from rank(s) "
-            f"{names} of {self.size}. The group was ended. The end of their logs:\n{tails}"
-        )
+    def _how_it_ended(self, rank: int, error: BaseException | None) -> str:
+        self._processes[rank].join(5.0)
+        return status_text(self._processes[rank].exitcode)
+
+    def _log(self, rank: int) -> tuple[Path, str]:
+        return self._logs[rank], log_tail(self._logs[rank])
 
 
 def _end_children(pid: int) -> None:

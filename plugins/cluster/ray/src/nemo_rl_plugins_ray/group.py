@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import RayError, TaskCancelledError
 
-from nemo_rl_core.errors import DeadlineExceeded, WorkerDied
 from nemo_rl_core.infra.workers.axes import dispatch
-from nemo_rl_core.infra.workers.remote import raised_by
-from nemo_rl_core.machine.deadline import Deadline
+from nemo_rl_core.infra.workers.group import Answers, RemoteGroup
 from nemo_rl_plugins_ray.members import Member, kill
 from nemo_rl_plugins_ray.wire import Packet, decode, encode
 
@@ -23,14 +23,9 @@ _log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10.0
 _INLINE_BYTES = 64 * 1024
 
-Answers = dict[int, tuple[str, Any]]
 
-
-class RayWorkerGroup:
+class RayWorkerGroup(RemoteGroup["ObjectRef[Any]"]):
     """Running actors of one role. Made by the launcher.
-
-    After a worker died, hung or left the others waiting, the whole group is ended: what remains of a collective
-    cannot go on.
 
     Args:
         role: Name of the role.
@@ -40,22 +35,8 @@ class RayWorkerGroup:
     """
 
     def __init__(self, role: str, members: list[Member], *, failure_grace_s: float, call_timeout_s: float) -> None:
-        self.role = role
+        super().__init__(role, size=len(members), failure_grace_s=failure_grace_s, call_timeout_s=call_timeout_s)
         self.members = members
-        self.size = len(members)
-        self.failure_grace_s = failure_grace_s
-        self.call_timeout_s = call_timeout_s
-        self._ended: str | None = None
-
-    @property
-    def local(self) -> Any:
-        """None: the workers live in other processes."""
-        return None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it has not been ended."""
-        return self._ended is None
 
     @property
     def pids(self) -> list[int]:
@@ -84,8 +65,7 @@ class RayWorkerGroup:
         Ranks that are given the same tuple (the peers of one data-parallel shard) read it from one place in the object
         store: it is pickled and stored once.
         """
-        if len(arguments) != self.size:
-            raise ValueError(f"{method}: {len(arguments)} tuples of arguments for {self.size} {self.role} workers.")
+        self._check_one_each(method, arguments)
         self._check_not_ended()
         stored: dict[int, Any] = {}
         for args in arguments:
@@ -185,30 +165,10 @@ class RayWorkerGroup:
 
     # -- sending, receiving, ending -------------------------------------------------------------
 
-    def _check_not_ended(self) -> None:
-        """Raise if the group has been ended.
-
-        Raises:
-            WorkerDied: With the reason.
-        """
-        if self._ended is not None:
-            raise WorkerDied(f"The {self.role} workers are gone: {self._ended}. Start the run again to go on.")
-
     def _put(self, value: Any) -> Any:
         """What to pass to actors for a value: a packet, or a reference to one that is stored once."""
         packet = encode(value)
         return packet if packet.num_bytes <= _INLINE_BYTES else ray.put(packet)
-
-    def collect(
-        self, method: str, refs: Mapping[int, Any], timeout_s: float | None, *, answered: Answers | None = None
-    ) -> list[Any]:
-        """Wait for the answers of `refs` (by rank); raise the first error among them."""
-        found = self._gather(method, set(refs), refs, dict(answered or {}), timeout_s)
-        for rank in sorted(refs):
-            kind, value = found[rank]
-            if kind == "error":
-                raise raised_by(self.role, rank, value)
-        return [found[rank][1] for rank in sorted(refs)]
 
     def _head(
         self, method: str, ref: Any, others: Mapping[int, Any], answered: Answers, timeout_s: float | None
@@ -221,49 +181,17 @@ class RayWorkerGroup:
             self.collect(method, {0: ref, **others}, timeout_s, answered=found)  # raises it
         return found.pop(0)[1]
 
-    def end(self, reason: str) -> None:
-        """End every actor, at once for those that hang."""
-        if self._ended is None:
-            self._ended = reason
-            kill(self.members)
-
-    def _died(self, rank: int, when: str, error: BaseException) -> WorkerDied:
-        """The error of a worker whose actor is gone; ends the group."""
-        member = self.members[rank]
-        ending = member.ending(error)
-        message = (
-            f"The {self.role} worker of rank {rank} on {member.host} {ending} {when}. Its log is "
-            f"{member.log}; the end of it:\n{member.tail()}"
-        )
-        self.end(f"rank {rank} on {member.host} {ending} {when}")
-        return WorkerDied(message)
+    def _end_workers(self) -> None:
+        kill(self.members)
 
     # -- waiting --------------------------------------------------------------------------------
 
-    def _gather(
-        self, method: str, wanted: set[int], refs: Mapping[int, Any], found: Answers, timeout_s: float | None
-    ) -> Answers:
-        """Answers of `wanted` into `found`, and of others of `refs` that come earlier.
-
-        Once a worker has raised, the others get the grace time.
-        """
-        limit = self.call_timeout_s if timeout_s is None else timeout_s
-        deadline = Deadline(limit)
-        rank_of = {ref: rank for rank, ref in refs.items() if rank not in found}
-        failed = any(kind == "error" for kind, _ in found.values())
-        if failed:
-            deadline.shorten(self.failure_grace_s)
-        while missing := wanted & set(rank_of.values()):
-            ready, _ = ray.wait(list(rank_of), num_returns=1, timeout=deadline.remaining())
-            if not ready:
-                raise self._overdue(method, sorted(missing), found, limit)
-            for ref in ready:
-                rank = rank_of.pop(ref)
-                found[rank] = self._take(rank, method, ref)
-                if found[rank][0] == "error" and not failed:
-                    failed = True
-                    deadline.shorten(self.failure_grace_s)
-        return found
+    def _answers(
+        self, method: str, handles: Mapping[int, ObjectRef[Any]], found: Answers, timeout_s: float
+    ) -> Answers | None:
+        rank_of = {handle: rank for rank, handle in handles.items()}
+        ready, _ = ray.wait(list(rank_of), num_returns=1, timeout=timeout_s)
+        return {rank_of[ref]: self._take(rank_of[ref], method, ref) for ref in ready} or None
 
     def _take(self, rank: int, method: str, ref: Any) -> tuple[str, Any]:
         try:
@@ -279,21 +207,16 @@ class RayWorkerGroup:
         kind, value = decode(packet)
         return kind, value
 
-    def _overdue(self, method: str, ranks: list[int], found: Answers, limit_s: float) -> BaseException:
-        """The deadline, or the grace time after an error, has passed: the group cannot go on."""
-        names = ", ".join(map(str, ranks))
-        for rank, (kind, value) in sorted(found.items()):
-            if kind == "error":
-                self.end(f"rank {rank} raised in {method} while ranks {names} waited for it")
-                return raised_by(self.role, rank, value)
-        late = [self.members[rank] for rank in ranks]
-        tails = "\n".join(f"{member.place} ({member.log}):\n{member.tail()}" for member in late[:4])
-        nodes = ", ".join(dict.fromkeys(member.host for member in late))
-        self.end(f"ranks {names} did not answer {method}")
-        return DeadlineExceeded(
-            f"{method} on the {self.role} workers passed its deadline of {limit_s:g} s; no answer from rank(s) {names} "
-            f"of {self.size} (on {nodes}). The group was ended. The end of their logs:\n{tails}"
-        )
+    # -- errors ---------------------------------------------------------------------------------
+
+    def _place(self, rank: int) -> str:
+        return self.members[rank].place
+
+    def _how_it_ended(self, rank: int, error: BaseException | None) -> str:
+        return self.members[rank].ending(error)
+
+    def _log(self, rank: int) -> tuple[Path, str]:
+        return self.members[rank].log, self.members[rank].tail()
 
 
 def _is_one(column: Sequence[Any]) -> bool:

@@ -48,7 +48,7 @@ class Member:
         """The end of its log, read on its machine."""
         return self._look()[0]
 
-    def ending(self, error: BaseException) -> str:
+    def ending(self, error: BaseException | None) -> str:
         """How its process ended: by Ray's word, by the status that it left, or by what C libraries wrote last."""
         told = re.search(r"exit code (-?\d+)", str(error))
         if told:
