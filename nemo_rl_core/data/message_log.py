@@ -162,7 +162,7 @@ class ChatFormatter:
 
 
 def apply_template(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, **options: Any
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, **options: object
 ) -> Any:
     """`tokenizer.apply_chat_template`, with an error that says what to do.
 
@@ -201,7 +201,7 @@ def _key(messages: Sequence[Message]) -> Any:
     return tuple(parts)
 
 
-def _remember(cache: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+def _remember(cache: OrderedDict[Any, Any], key: object, value: object) -> None:
     cache[key] = value
     if len(cache) > _CACHE_SIZE:
         cache.popitem(last=False)

@@ -227,7 +227,7 @@ class DataModule:
         return _stateful_loader(rows, sampler=order)
 
 
-def _stateful_loader(rows: Any, **options: Any) -> Any:
+def _stateful_loader(rows: object, **options: object) -> Any:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     # The loader draws a seed that nothing here uses; without its own generator it would draw from the global one.

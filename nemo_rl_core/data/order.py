@@ -188,7 +188,7 @@ class _StreamIterator:
         has_state = hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
         return self._order.buffer_size == 0 and has_state
 
-    def _open(self, source_state: Any = None) -> _NumberedRows:
+    def _open(self, source_state: object = None) -> _NumberedRows:
         """Start this epoch's iteration at `self._position`."""
         rows, self._source = self._stream.start(self._epoch)
         if source_state is not None and self._resumable():

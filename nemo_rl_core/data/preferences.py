@@ -182,7 +182,7 @@ def _prompt(row: Mapping[str, Any], where: str) -> list[Message]:
     return _conversation(value, "prompt", where)
 
 
-def _answer(value: Any, prompt: Sequence[Message], column: str, where: str) -> list[Message]:
+def _answer(value: object, prompt: Sequence[Message], column: str, where: str) -> list[Message]:
     """The messages that answer; a whole conversation loses the prompt it repeats."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
@@ -194,7 +194,7 @@ def _answer(value: Any, prompt: Sequence[Message], column: str, where: str) -> l
     return messages
 
 
-def _conversation(value: Any, column: str, where: str) -> list[Message]:
+def _conversation(value: object, column: str, where: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         fix = " Give the `prompt` beside it." if isinstance(value, str) else ""
         raise DataError(

@@ -135,12 +135,12 @@ class RowFormat:
             f"does not have. It has: {_names(task)}. A literal brace is written twice: {{{{ and }}}}."
         )
 
-    def _prompt(self, value: Any, where: str) -> str | list[Message]:
+    def _prompt(self, value: object, where: str) -> str | list[Message]:
         if isinstance(value, str):
             return value
         return self._messages(value, "prompt", where)
 
-    def _messages(self, value: Any, column: str, where: str) -> list[Message]:
+    def _messages(self, value: object, column: str, where: str) -> list[Message]:
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise DataError(
                 f"Column {column!r} of {_at(where, self.source, first=False)} is a {type(value).__name__}; expected "
@@ -272,7 +272,7 @@ def _message(raw: Mapping[str, Any]) -> Message:
     return cast(Message, message)
 
 
-def _arguments(value: Any) -> Any:
+def _arguments(value: object) -> Any:
     """Arguments of a function call as templates take them: an object; text that is not JSON stays text."""
     try:
         return json.loads(value) if isinstance(value, str) else value

@@ -101,7 +101,7 @@ class RowStream:
 LoadedRows = TableRows | RowStream
 
 
-def load_rows(config: DatasetConfig, *, registry: Any = None) -> LoadedRows:
+def load_rows(config: DatasetConfig, *, registry: object = None) -> LoadedRows:
     """Find and load the rows that a dataset's configuration names.
 
     `config.source` is, in this order: rows in Python (a sequence, an iterable, a function that returns
@@ -126,7 +126,7 @@ def load_rows(config: DatasetConfig, *, registry: Any = None) -> LoadedRows:
     return _limited(_open(_loaded(source), config.options, name=_described(source)), config.limit)
 
 
-def _open(source: Any, options: Any, *, name: str) -> LoadedRows:
+def _open(source: object, options: Any, *, name: str) -> LoadedRows:
     """Rows from a component, a function or Python rows."""
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):  # a data frame indexes by column
         source = source.to_dict("records")
@@ -217,7 +217,7 @@ def _find(source: str, options: Any, registry: Any) -> tuple[Any, Any]:
     raise _not_found(source, names, exists=os.path.exists(path)) from unknown
 
 
-def _chosen(registry: Any, ref: Any) -> Any:
+def _chosen(registry: object, ref: object) -> Any:
     """Tell a registry that keeps a record which component is used."""
     if hasattr(registry, "chosen"):
         registry.chosen(ref)
@@ -275,11 +275,11 @@ def _loaded(component: Any) -> Any:
     return component.load() if is_reference else component
 
 
-def _called(source: str, options: Any) -> str:
+def _called(source: str, options: object) -> str:
     inside = options.get("path") if isinstance(options, Mapping) else getattr(options, "path", None)
     return f"{source} ({inside})" if inside else repr(source)
 
 
-def _described(source: Any) -> str:
+def _described(source: object) -> str:
     what = getattr(source, "__name__", None) or type(source).__name__
     return f"the dataset ({what})"

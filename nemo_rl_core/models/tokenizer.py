@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], **kwargs: Any
+        self, conversation: Sequence[Mapping[str, Any]], **kwargs: object
     ) -> str | list[int] | Mapping[str, Any]:
         """Render messages by the template, to text or token ids."""
         ...

@@ -73,7 +73,7 @@ class Lookup(Protocol):
         """The installed hook plugins, imported at the first use."""
         ...
 
-    def resolve(self, kind: str, choice: Any) -> Known:
+    def resolve(self, kind: str, choice: object) -> Known:
         """The component of that name or object. Raises a `PluginError`."""
         ...
 

@@ -48,14 +48,14 @@ SPECS: dict[str, tuple[str, ...]] = {
 class _Listeners(pluggy.PluginManager):
     """Takes an undecorated method that has a hook's name for an implementation of it."""
 
-    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
         options = super().parse_hookimpl_opts(plugin, name)
         if options is None and name in SPECS and _is_own_function(plugin, name):
             return dict(_DEFAULT_OPTIONS)
         return options
 
 
-def _is_own_function(listener: Any, name: str) -> bool:
+def _is_own_function(listener: object, name: str) -> bool:
     found = inspect.getattr_static(listener, name, None)
     if isinstance(listener, ModuleType):  # what a module imports is not its own
         return inspect.isfunction(found) and found.__module__ == listener.__name__
@@ -114,7 +114,7 @@ class HookPlugins:
         """
         return cls([_load(registry, entry)])
 
-    def call_each(self, hook: str, /, **arguments: Any) -> Iterator[tuple[HookPlugin, Any]]:
+    def call_each(self, hook: str, /, **arguments: object) -> Iterator[tuple[HookPlugin, Any]]:
         """Call every listener of a hook; yield who answered and what, without the Nones.
 
         A listener that raises is named in one warning and passed over, unless it is critical: then its
@@ -191,7 +191,7 @@ class RunHooks(HookPlugins):
         own = registry.hooks.plugins if installed else ()
         super().__init__([*own, *(_callback(registry, each) for each in callbacks)])
 
-    def call(self, hook: str, /, **arguments: Any) -> list[Any]:
+    def call(self, hook: str, /, **arguments: object) -> list[Any]:
         """Call every listener of a hook; return what they answered, without the Nones.
 
         Raises:
@@ -200,7 +200,7 @@ class RunHooks(HookPlugins):
         return [result for _, result in self.call_each(hook, **arguments)]
 
 
-def _callback(registry: Lookup, choice: Any) -> HookPlugin:
+def _callback(registry: Lookup, choice: object) -> HookPlugin:
     name, dist = "", None
     if isinstance(choice, str | ComponentRef):
         ref = registry.resolve("callbacks", choice)
@@ -211,7 +211,7 @@ def _callback(registry: Lookup, choice: Any) -> HookPlugin:
     return HookPlugin(f"callback {cls.__module__}.{cls.__qualname__}", listener, dist, name, is_callback=True)
 
 
-def _answer(plugin: HookPlugin, hook: str, answer: Any) -> Any:
+def _answer(plugin: HookPlugin, hook: str, answer: object) -> Any:
     """What a listener answered; those who hand something over must do so by name."""
     if hook.startswith("nemo_rl_") and answer is not None and not isinstance(answer, Mapping):
         raise PluginError(

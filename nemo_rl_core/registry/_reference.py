@@ -201,7 +201,7 @@ class ComponentRef(Generic[T_co]):
         found = getattr(self.load(), "config_class", None)
         return found if isinstance(found, type) else None
 
-    def _shortcoming(self, component: Any) -> str | None:
+    def _shortcoming(self, component: object) -> str | None:
         try:
             return shortcoming(self.kind, component)
         except BaseException as error:  # such as a metaclass that raises
@@ -318,7 +318,7 @@ def import_path(value: str) -> Any:
     return found
 
 
-def is_importable(value: str, component: Any) -> bool:
+def is_importable(value: str, component: object) -> bool:
     """Whether importing `value` in another process gives `component`."""
     module_name, _, attributes = value.partition(":")
     if module_name in _MAIN or "<" in value or module_name not in sys.modules:

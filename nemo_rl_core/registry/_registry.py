@@ -305,7 +305,7 @@ class Registry(Resolves):
             f"To use it as `dist:name`, install {left}; as `module:attr`, run from its folder or install it."
         )
 
-    def _of_object(self, kind: Kind, component: Any) -> ComponentRef:
+    def _of_object(self, kind: Kind, component: object) -> ComponentRef:
         for registered, _ in self._registered.values():
             if registered.kind == kind.name and registered._status.component is component:
                 return registered
@@ -351,7 +351,7 @@ class Registry(Resolves):
             ]
         return self._provided[kind]
 
-    def _of_provision(self, kind: Kind, dist: Distribution | None, name: str, target: Any) -> ComponentRef:
+    def _of_provision(self, kind: Kind, dist: Distribution | None, name: str, target: object) -> ComponentRef:
         if isinstance(target, str):
             ref = ComponentRef(kind=kind.name, name=name, value=target, origin="hook", api_version=kind.api_version)
         else:
@@ -362,7 +362,7 @@ class Registry(Resolves):
 
         return evolve(ref, distribution=dist.name, version=dist.version, editable=dist.editable)
 
-    def register(self, kind: str, name: str, component: Any, *, override: bool = False) -> ComponentRef:
+    def register(self, kind: str, name: str, component: object, *, override: bool = False) -> ComponentRef:
         """Register a component from user code; the decorators call this.
 
         Args:
@@ -414,7 +414,7 @@ def _is_module(name: str) -> bool:
         return name == "__main__"
 
 
-def _reference_to(kind: Kind, component: Any, *, name: str | None, origin: Origin) -> ComponentRef:
+def _reference_to(kind: Kind, component: object, *, name: str | None, origin: Origin) -> ComponentRef:
     module, qualname = getattr(component, "__module__", None), getattr(component, "__qualname__", None)
     value = f"{module}:{qualname}" if module and qualname else None
     if origin != "decorator" and value is not None and not is_importable(value, component):

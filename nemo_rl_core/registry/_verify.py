@@ -33,7 +33,7 @@ class Contract:
         self.class_attributes = tuple(k for k, v in annotations.items() if "ClassVar" in str(v))
         self.stubs = frozenset(_stubs(protocol))
 
-    def missing(self, component: Any) -> list[str]:
+    def missing(self, component: object) -> list[str]:
         """Members that the component lacks, in the protocol's order."""
         cls = component if isinstance(component, type) else type(component)
         if _is_dynamic(cls):
@@ -47,7 +47,7 @@ class Contract:
             found.update(getattr(component, "__dict__", {}))
         return [name for name in (*self.class_attributes, *self.methods) if not self._provided(name, found)]
 
-    def misfit(self, component: Any) -> str | None:
+    def misfit(self, component: object) -> str | None:
         """The first method that cannot be called as the protocol says, or None."""
         cls = component if isinstance(component, type) else type(component)
         for name in self.methods:
@@ -101,7 +101,7 @@ def contract(kind: str) -> Contract | None:
     return Contract(getattr(importlib.import_module(module), attribute))
 
 
-def shortcoming(kind: str, component: Any) -> str | None:
+def shortcoming(kind: str, component: object) -> str | None:
     """What keeps `component` from being of this kind, or None.
 
     A function is taken as a factory or as the component itself; only classes and instances can be
@@ -133,7 +133,7 @@ def _a(label: str) -> str:
     return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
 
 
-def _config_class(component: Any) -> str | None:
+def _config_class(component: object) -> str | None:
     """What is wrong with the class of its options."""
     found = inspect.getattr_static(component, "config_class", None)
     if found is None or isinstance(found, property | types.MemberDescriptorType):
@@ -153,7 +153,7 @@ _CONSTRUCTED_WITH = {
 """What the core makes a component with."""
 
 
-def _construction(kind: str, component: Any) -> str | None:
+def _construction(kind: str, component: object) -> str | None:
     """How its constructor differs from the call that the core makes."""
     arguments = _CONSTRUCTED_WITH.get(kind)
     if arguments is None or not isinstance(component, type):

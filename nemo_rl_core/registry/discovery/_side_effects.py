@@ -71,7 +71,7 @@ def _read(part: _Part) -> Iterator[Any]:
         yield part.read()
 
 
-def _restored(part: _Part, before: Any) -> bool:
+def _restored(part: _Part, before: object) -> bool:
     if part.restore is None:
         return False
     try:

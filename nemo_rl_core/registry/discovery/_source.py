@@ -56,7 +56,7 @@ def _files(module: str, whole_package: bool) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def source_file(component: Any) -> str | None:
+def source_file(component: object) -> str | None:
     """The file of user code, so that a later run can say which one to run again."""
     code = component if inspect.isroutine(component) or isinstance(component, type) else type(component)
     try:

@@ -153,7 +153,7 @@ def _finding(registry: Registry, which: Probe, answer: Answer) -> Finding:
     return evolve(found, problem="hook plugin") if which.kind == "hooks" and not answer.incompatible else found
 
 
-def _of_error(registry: Registry, subject: str, error: Any, distribution: str | None, incompatible: bool) -> Finding:
+def _of_error(registry: Registry, subject: str, error: object, distribution: str | None, incompatible: bool) -> Finding:
     """A component that is broken or does not fit, with what helps: nobody can disable the core or user code."""
     if distribution is None:
         fix = "correct that code"

@@ -63,7 +63,7 @@ class PackedAttention(nn.Module):
         attention_mask: Tensor | None,
         *,
         packed_seq_params: PackedRow,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """[N, H, D] queries, [N, K, D] keys and values; returns [N, H * D]."""
         if packed_seq_params.share is None:

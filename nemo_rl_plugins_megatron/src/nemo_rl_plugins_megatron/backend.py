@@ -92,7 +92,7 @@ class MegatronBackend(TorchBackend):
         yield from size_mistakes(hf_config, policy)
 
     @staticmethod
-    def memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+    def memory(policy: PolicyConfig, model: object) -> ModelMemory:
         """Weights and float32 gradients lie on every data-parallel worker, the optimizer is shared out."""
         return model_memory(policy, model)
 
@@ -347,6 +347,6 @@ class MegatronBackend(TorchBackend):
             self.__dict__.pop(name, None)
 
 
-def _sum_gradients(model: list[Any], num_tokens: Tensor | None, **options: Any) -> None:
+def _sum_gradients(model: list[Any], num_tokens: Tensor | None, **options: object) -> None:
     """Reduce over the ranks without the division by tokens, which the core has done."""
     finalize_model_grads(model, None, **options)

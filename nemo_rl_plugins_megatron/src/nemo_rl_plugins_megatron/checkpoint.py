@@ -43,7 +43,7 @@ _LAYOUT: dict[str, Any] = {"singleton_local_shards": True}
 class _SaveInProcess(torch_strategy.TorchDistSaveShardedStrategy):
     """Megatron-core's writer without the processes that it forks, for which it would wait without an end."""
 
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+    def save(self, sharded_state_dict: object, checkpoint_dir: str | Path) -> None:
         """Write, and return on every rank when all have written, or raise on every rank."""
         by_key, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
@@ -53,7 +53,7 @@ class _SaveInProcess(torch_strategy.TorchDistSaveShardedStrategy):
         )
 
 
-def save(path: Path, model: PolicyModel, optimizer: Optimizer, identity: Mapping[str, Any], rng: Any) -> None:
+def save(path: Path, model: PolicyModel, optimizer: Optimizer, identity: Mapping[str, Any], rng: object) -> None:
     """Write a checkpoint into the existing folder `path`, which all ranks see; a collective.
 
     Args:
@@ -208,7 +208,7 @@ def _whole(share: Share, name: str, number: int) -> Tensor | None:
     return flat.view_as(share.weight).cpu() if dist.get_rank() == writer else None
 
 
-def _like(place: Any, name: str, data: Tensor, replica: Any) -> Any:
+def _like(place: Any, name: str, data: Tensor, replica: object) -> Any:
     """A tensor of the optimizer at the place of its weight."""
     changes: dict[str, Any] = {
         "key": f"optimizer.state.{name}.{place.key}",
@@ -231,7 +231,7 @@ def _empty(place: Any, name: str | None = None) -> Any:
 # -- ranks ------------------------------------------------------------------------------------
 
 
-def _gathered(value: Any) -> list[Any]:
+def _gathered(value: object) -> list[Any]:
     """Of all ranks, in order."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)

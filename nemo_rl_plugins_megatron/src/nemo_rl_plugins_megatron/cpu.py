@@ -54,9 +54,9 @@ class _Stream:
     def __enter__(self) -> _Stream:
         return self
 
-    def __exit__(self, *exception: Any) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
-    def wait_stream(self, other: Any) -> None: ...
+    def wait_stream(self, other: object) -> None: ...
 
     def record_event(self) -> _Stream:
         return self
@@ -67,12 +67,12 @@ class _Stream:
 _STREAM = _Stream()
 
 
-def _plain(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+def _plain(tensor: object, as_numpy: bool = False, **kwargs: object) -> Any:
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(module: object, name: str, value: object) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, value)
     try:

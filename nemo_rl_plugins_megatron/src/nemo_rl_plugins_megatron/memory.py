@@ -27,7 +27,7 @@ class _Stage:
     experts: float = 0.0
 
 
-def model_memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+def model_memory(policy: PolicyConfig, model: object) -> ModelMemory:
     """See `TrainingBackend.memory`."""
     options: MegatronConfig = policy.options
     tp, pp, cp = policy.tensor_parallel_size, options.pipeline_parallel_size, options.context_parallel_size

@@ -107,7 +107,7 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
 class PolicyModel(GPTModel):
     """Gives the hidden states that the output layer would see; the output layer is applied chunk by chunk elsewhere."""
 
-    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
         return hidden_states
 
     def with_scalar_head(self) -> PolicyModel:
@@ -117,7 +117,7 @@ class PolicyModel(GPTModel):
             self.score = nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
         return self
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> Any:
         """The weights with their places in the whole model, for distributed checkpoints."""
         if not hasattr(self, "output_layer") and self.post_process:
             return super(LanguageModule, self).sharded_state_dict(*args, **kwargs)  # without its rules for that layer
@@ -145,7 +145,7 @@ def fusions(device: torch.device, *, trained: bool) -> dict[str, bool]:
     }
 
 
-def transformer_config(hf_config: Any, policy: PolicyConfig, options: MegatronConfig, ranks: Ranks) -> Any:
+def transformer_config(hf_config: object, policy: PolicyConfig, options: MegatronConfig, ranks: Ranks) -> Any:
     """Megatron-core's configuration of the model on these ranks."""
     dtype = torch.bfloat16 if policy.precision == "bfloat16" else torch.float32
     recompute = (
@@ -233,12 +233,12 @@ def freeze_embedding_of(model: PolicyModel, token: int | None, ranks: Ranks) -> 
     model.embedding.register_forward_hook(hook, with_kwargs=True)
 
 
-def _rope(hf_config: Any) -> dict[str, Any]:
+def _rope(hf_config: object) -> dict[str, Any]:
     found = getattr(hf_config, "rope_parameters", None) or {}
     return {"rope_type": "default", "rope_theta": getattr(hf_config, "rope_theta", 10000.0), **found}
 
 
-def check_rope(hf_config: Any) -> None:
+def check_rope(hf_config: object) -> None:
     """Refuse a position embedding that the layers do not do.
 
     Raises:

@@ -203,6 +203,6 @@ def _state_names(config: Any) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq") if config.optimizer == "adam" else ("momentum_buffer",) * bool(config.sgd_momentum)
 
 
-def _counts_per_tensor(optimizer: Any) -> bool:
+def _counts_per_tensor(optimizer: object) -> bool:
     """PyTorch's Adam keeps the number of steps with each tensor; Transformer Engine's with each group."""
     return isinstance(optimizer, torch.optim.Adam)  # AdamW is one

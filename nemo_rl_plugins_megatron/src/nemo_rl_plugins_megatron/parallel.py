@@ -125,7 +125,7 @@ class Ranks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return bool(found.item())
 
-    def from_last_stage(self, value: Any) -> Any:
+    def from_last_stage(self, value: object) -> Any:
         """What the last pipeline stage passes; the other stages pass anything."""
         if self.pp_size == 1:
             return value

@@ -25,7 +25,7 @@ _TENSOR, _PIPELINE, _CONTEXT = (
 _EXPERT, _EXPERT_TENSOR = "options.expert_parallel_size", "options.expert_tensor_parallel_size"
 
 
-def check_sizes(hf_config: Any, policy: PolicyConfig, *, role: str) -> None:
+def check_sizes(hf_config: object, policy: PolicyConfig, *, role: str) -> None:
     """Refuse the first size that does not fit.
 
     Raises:
@@ -35,7 +35,7 @@ def check_sizes(hf_config: Any, policy: PolicyConfig, *, role: str) -> None:
         raise ConfigError(f"{role}.{found.path}: {found.problem}. {found.fix}")
 
 
-def size_mistakes(hf_config: Any, policy: PolicyConfig) -> Iterator[Mistake]:
+def size_mistakes(hf_config: object, policy: PolicyConfig) -> Iterator[Mistake]:
     """Sizes that do not divide the model or the workers, by path within `policy`.
 
     Args:

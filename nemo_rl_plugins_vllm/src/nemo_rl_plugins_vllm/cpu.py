@@ -114,7 +114,7 @@ def _storages(model_runner: Any) -> list[Any]:
     return list(storages.values())
 
 
-def release_cache(model_runner: Any) -> int:
+def release_cache(model_runner: object) -> int:
     """Free the memory of the KV cache; returns the number of bytes."""
     sizes = []
     for storage in _storages(model_runner):
@@ -124,7 +124,7 @@ def release_cache(model_runner: Any) -> int:
     return sum(sizes)
 
 
-def restore_cache(model_runner: Any) -> None:
+def restore_cache(model_runner: object) -> None:
     """Give the KV cache its memory again, with zeros in it."""
     import torch
 

@@ -44,7 +44,7 @@ class StepCounter(StatLoggerBase):
         self._counters = counters
 
     def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: object = None, engine_idx: int = 0
     ) -> None:
         """Add a step."""
         if scheduler_stats is not None:

@@ -16,13 +16,13 @@ __all__ = ["evaluate", "train"]
 
 def train(
     model: str | None = None,
-    dataset: Any = None,
+    dataset: object = None,
     reward_fn: Reward | None = None,
     *,
     algorithm: str = "grpo",
     config: Any = None,
-    environment: Any = None,
-    validation_dataset: Any = None,
+    environment: object = None,
+    validation_dataset: object = None,
     callbacks: Sequence[Any] = (),
     **fields: Any,
 ) -> RunResult:
@@ -59,12 +59,12 @@ def train(
 
 def evaluate(
     model: str | None = None,
-    dataset: Any = None,
+    dataset: object = None,
     reward_fn: Reward | None = None,
     *,
     algorithm: str = "grpo",
     config: Any = None,
-    environment: Any = None,
+    environment: object = None,
     **fields: Any,
 ) -> dict[str, float]:
     """Sample every row of a dataset and score the responses, without training.

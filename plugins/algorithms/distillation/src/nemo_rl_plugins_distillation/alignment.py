@@ -30,8 +30,8 @@ def align(
     teacher_ids: Sequence[int],
     teacher_mask: Sequence[bool],
     *,
-    student_tokenizer: Any,
-    teacher_tokenizer: Any,
+    student_tokenizer: object,
+    teacher_tokenizer: object,
 ) -> Alignment:
     """Align the trained stretches of a conversation, the first with the first, and so on.
 

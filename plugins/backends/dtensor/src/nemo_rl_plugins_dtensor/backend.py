@@ -83,7 +83,7 @@ class DTensorBackend(TorchBackend):
                 yield mistake("tensor_parallel_size", problem, "Use a size that divides all heads.")
 
     @staticmethod
-    def memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+    def memory(policy: PolicyConfig, model: object) -> ModelMemory:
         """Sharded over data-parallel workers; tensor-parallel ones split the linear layers of the decoder."""
         return model_memory(policy, model)
 
@@ -138,7 +138,7 @@ class DTensorBackend(TorchBackend):
         self.gives, self.vocab_size = self.network.gives, self.network.head.weight.shape[0]
         self._closed = False
 
-    def _adapt(self, model: Any, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
+    def _adapt(self, model: object, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
         """Put LoRA adapters into the model."""
         if self.config.tensor_parallel_size > 1:
             raise ConfigError(
@@ -283,7 +283,7 @@ class DTensorBackend(TorchBackend):
         return OutputLayer(weight=weight, bias=bias, transform=self.network.transform)
 
     def _forward_only(
-        self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], names: Iterable[str], **options: Any
+        self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], names: Iterable[str], **options: object
     ) -> dict[str, Tensor]:
         """These outputs of the network for each token of the batch."""
         collected = PerToken(batch)

@@ -22,7 +22,7 @@ _WHOLE, _SPLIT = 5 / 17, 12 / 17
 """Of a layer's activations, what tensor-parallel ranks each hold and what they share (arXiv:2205.05198 eq. 1)."""
 
 
-def model_memory(policy: PolicyConfig, model: Any) -> ModelMemory:
+def model_memory(policy: PolicyConfig, model: object) -> ModelMemory:
     """See `TrainingBackend.memory`."""
     options: DTensorConfig = policy.options
     tp = policy.tensor_parallel_size

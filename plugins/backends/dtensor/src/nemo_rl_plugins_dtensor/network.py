@@ -358,7 +358,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
 
 
-def _windows_missing(config: Any, layer_types: list[str], recorded: list[int | None]) -> str:
+def _windows_missing(config: object, layer_types: list[str], recorded: list[int | None]) -> str:
     """Why the windows that attention was told are not those of the configuration; empty if they are."""
     if not recorded:
         return "its layers do not call the attention interface"

@@ -53,7 +53,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[Tensor]) -> tor
         ) from error
 
 
-def _same_shape(default: Any, value: Any) -> bool:
+def _same_shape(default: object, value: object) -> bool:
     """Whether an argument means what ours does: Adafactor's `eps` is a pair, some `betas` are triples."""
     if isinstance(value, tuple):
         return isinstance(default, (tuple, list)) and len(default) == len(value)
@@ -98,7 +98,7 @@ def optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
     return {"state": state, "param_groups": saved["param_groups"]}
 
 
-def _like(parameter: Tensor, value: Any) -> Any:
+def _like(parameter: Tensor, value: object) -> Any:
     """A state tensor laid out as its parameter; a count or a number as it is."""
     if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim() > 0):
         return value

@@ -227,7 +227,7 @@ class Mesh(OneProcess):
             dist.destroy_process_group()
 
 
-def undivided_heads(config: Any, size: int) -> dict[str, int]:
+def undivided_heads(config: object, size: int) -> dict[str, int]:
     """Numbers of heads of a Hugging Face text configuration that so many ranks cannot share out."""
     heads = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
     return {name: count for name, count in heads.items() if count is not None and count % size}

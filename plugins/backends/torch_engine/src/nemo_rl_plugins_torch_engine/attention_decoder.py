@@ -45,7 +45,7 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention function as transformers calls it: query [1, H, N, D] packed, or [B, H, 1, D]."""
     for name in ("s_aux", "position_bias"):

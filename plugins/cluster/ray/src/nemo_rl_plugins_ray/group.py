@@ -45,7 +45,7 @@ class RayWorkerGroup(RemoteGroup["ObjectRef[Any]"]):
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def call(self, method: str, /, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> list[Any]:
+    def call(self, method: str, /, *args: object, timeout_s: float | None = None, **kwargs: object) -> list[Any]:
         """Call `method` on every worker with the same arguments, which are stored once; results in rank order.
 
         Raises:
@@ -102,7 +102,7 @@ class RayWorkerGroup(RemoteGroup["ObjectRef[Any]"]):
         results = self.collect(method, refs, timeout_s)
         return [results[rank] for rank in dispatched.heads]
 
-    def iterate(self, method: str, /, *args: Any, timeout_s: float | None = None) -> Iterator[Any]:
+    def iterate(self, method: str, /, *args: object, timeout_s: float | None = None) -> Iterator[Any]:
         """Run a generator method on every worker; yield what rank 0 yields, one item at a time.
 
         The next items are fetched while the caller works on the last. The deadline holds for all of it, the caller's
@@ -165,7 +165,7 @@ class RayWorkerGroup(RemoteGroup["ObjectRef[Any]"]):
 
     # -- sending, receiving, ending -------------------------------------------------------------
 
-    def _put(self, value: Any) -> Any:
+    def _put(self, value: object) -> Any:
         """What to pass to actors for a value: a packet, or a reference to one that is stored once."""
         packet = encode(value)
         return packet if packet.num_bytes <= _INLINE_BYTES else ray.put(packet)

@@ -41,7 +41,7 @@ class Packet:
         return len(self.header) + sum(buffer.nbytes for buffer in self.buffers)
 
 
-def encode(value: Any) -> Packet:
+def encode(value: object) -> Packet:
     """Pickle a value. Its buffers are those of its tensors and arrays: send it before they change."""
     buffers: list[Any] = []
 

@@ -72,7 +72,7 @@ class Wire:
     def __attrs_post_init__(self) -> None:
         limit_waits(self.connection, max(self.deadline.remaining(), 0.001))
 
-    def send(self, message: Any) -> None:
+    def send(self, message: object) -> None:
         """Send a small message."""
         with self._told():
             self.connection.send(message)
@@ -164,7 +164,7 @@ class Hub:
             self.wires.append(wire)
         self.wires.sort(key=lambda wire: names.index(wire.peer))
 
-    def tell(self, message: Any) -> None:
+    def tell(self, message: object) -> None:
         """Send a message to every engine."""
         for wire in self.wires:
             wire.send(message)

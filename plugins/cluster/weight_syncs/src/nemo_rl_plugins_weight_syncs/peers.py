@@ -141,6 +141,6 @@ def _all_done(futures: _Futures, timeout_s: float) -> set[concurrent.futures.Fut
         concurrent.futures.wait(pending, deadline.remaining(), concurrent.futures.FIRST_COMPLETED)
 
 
-def _find(backend: Any, rank: int) -> Place | None:
+def _find(backend: object, rank: int) -> Place | None:
     everywhere = "exports_on_every_rank" in getattr(backend, "capabilities", ())
     return place_of(backend) if rank == 0 or everywhere else None

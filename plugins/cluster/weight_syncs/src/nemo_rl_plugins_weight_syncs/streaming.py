@@ -111,7 +111,7 @@ class Received:
     fingerprint: str | None
 
 
-def open_hub(backend: Any, rank: int, transfer: Transfer, addresses: Mapping[int, str | None]) -> Rendezvous | None:
+def open_hub(backend: object, rank: int, transfer: Transfer, addresses: Mapping[int, str | None]) -> Rendezvous | None:
     """On every rank of the trainer: those that serve engines listen for them.
 
     Args:

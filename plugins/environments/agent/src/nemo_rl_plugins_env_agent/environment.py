@@ -177,7 +177,7 @@ def agent_environment(
     return made
 
 
-def register_agent(name: str, **options: Any) -> Callable[[_F], _F]:
+def register_agent(name: str, **options: object) -> Callable[[_F], _F]:
     """Make a function an environment of this name, for `environment: <name>` where the code that defines it has run.
 
     Args:

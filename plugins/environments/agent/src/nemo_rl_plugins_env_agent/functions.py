@@ -22,7 +22,7 @@ __all__ = ["load_function", "name_of", "run_function"]
 _GIVEN = ("task", "base_url", "api_key", "model", "seed")
 
 
-def load_function(agent: Any) -> Callable[..., Any]:
+def load_function(agent: object) -> Callable[..., Any]:
     """The function that `agent` is or names as `module:function`.
 
     Raises:
@@ -124,7 +124,7 @@ class _AgentThread(threading.Thread):
                 with contextlib.suppress(RuntimeError):  # its loop has ended
                     self._loop.call_soon_threadsafe(self._task.cancel)
 
-    def _tell(self, value: Any, error: BaseException | None) -> None:
+    def _tell(self, value: object, error: BaseException | None) -> None:
         if self.result.done():
             return
         if error is None:

@@ -25,7 +25,7 @@ class Outcome:
     truncated: bool = False
 
 
-def outcome_of(value: Any, agent: str) -> Outcome:
+def outcome_of(value: object, agent: str) -> Outcome:
     """Read what an agent returned.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nemo_rl_core.errors import DataError
 from nemo_rl_plugins_env_math.scoring import score_math
 
@@ -11,7 +9,7 @@ __all__ = ["math_verify_reward"]
 
 
 def math_verify_reward(
-    response: str, answer: Any = None, expected_answer: Any = None, solution: Any = None
+    response: str, answer: object = None, expected_answer: object = None, solution: object = None
 ) -> dict[str, float]:
     """1 if the response is mathematically equivalent to the row's answer, else 0, under the name `correct`.
 

@@ -8,7 +8,6 @@ switched off here: call these functions where they can be killed.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from attrs import frozen
 
@@ -27,7 +26,7 @@ class MathScore:
 
 
 def score_math(
-    response: str, expected: Any, *, strict_boxed: bool = False, max_characters: int | None = None
+    response: str, expected: object, *, strict_boxed: bool = False, max_characters: int | None = None
 ) -> MathScore:
     r"""Compare the answer in a response with the expected one by math-verify.
 
@@ -81,7 +80,7 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _gold(expected: Any) -> str:
+def _gold(expected: object) -> str:
     text = str(expected).strip()
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip()
