@@ -11,6 +11,7 @@ import typer
 from nemo_rl_core.cli._boundary import switch_on_debug
 
 if TYPE_CHECKING:
+    from nemo_rl_core.schema import RunConfig
     from nemo_rl_core.training.evaluation import EvaluationResult
 
 __all__ = ["evaluate", "train"]
@@ -149,7 +150,7 @@ def _order(name: str) -> tuple[int, str, int]:
     return (0 if name == "accuracy" else 1 if k else 2, stem, int(k or 0))
 
 
-def _check_models(config: Any) -> None:
+def _check_models(config: RunConfig) -> None:
     """Whether the models fit their backends, as far as can be told without starting a worker."""
     from nemo_rl_core.errors import ConfigError
     from nemo_rl_core.schema import InvalidConfig
@@ -163,7 +164,7 @@ def _check_models(config: Any) -> None:
         typer.echo(f"Whether the sizes of the models fit is not checked. {error}", err=True)
 
 
-def _show_plan(config: Any, as_json: bool) -> None:
+def _show_plan(config: RunConfig, as_json: bool) -> None:
     """The resolved configuration and the arithmetic of one step."""
     from nemo_rl_core.config import arithmetic, to_dict, to_yaml
 

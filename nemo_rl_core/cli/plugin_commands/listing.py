@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,9 @@ from nemo_rl_core.registry import KINDS, ComponentRef, Registry, get_registry
 from nemo_rl_core.registry.discovery._distributions import normalize
 from nemo_rl_core.registry.discovery._index import Entry, Selection
 from nemo_rl_core.registry.explaining._hook_source import implemented_hooks
+
+if TYPE_CHECKING:
+    from typer._click.core import Command, Context
 
 __all__ = ["app", "list_plugins", "show"]
 
@@ -33,10 +36,10 @@ _MORE: dict[str, CoreCommand] = {
 class _Commands(TyperGroup):
     """`list` and `show`, which stand here, and those that are imported when they are invoked."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: Context) -> list[str]:
         return [*super().list_commands(ctx), *_MORE]
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
         found = _MORE.get(cmd_name)
         if found is None:
             return super().get_command(ctx, cmd_name)
@@ -91,7 +94,7 @@ def _print_aligned(rows: Sequence[Sequence[str]]) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
@@ -184,7 +187,7 @@ def _raise_not_found(registry: Registry, name: str, kind: str | None) -> None:
 
 
 def _details(ref: ComponentRef) -> dict[str, Any]:
-    component: Any = None
+    component: object = None
     with contextlib.suppress(PluginError):  # the state and the traceback tell
         component = ref.load()
     config_class = getattr(component, "config_class", None)
@@ -200,7 +203,7 @@ def _details(ref: ComponentRef) -> dict[str, Any]:
     }
 
 
-def _options(config_class: Any, *, shared: type | None) -> list[dict[str, Any]]:
+def _options(config_class: object, *, shared: type | None) -> list[dict[str, Any]]:
     """A row for each setting of a component; those that every configuration of its kind has are left out."""
     import attrs
 

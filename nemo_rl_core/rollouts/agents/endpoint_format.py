@@ -14,7 +14,7 @@ __all__ = ["answer_body", "call_of", "error_body", "events_of"]
 Body = Mapping[str, Any]
 
 
-def call_of(body: Any, *, chat: bool) -> PolicyCall:
+def call_of(body: object, *, chat: bool) -> PolicyCall:
     """What a body asks for.
 
     Raises:
@@ -67,28 +67,30 @@ def _whole(body: Body, name: str) -> int | None:
     raise DataError(f"{name} must be a whole number; found {value!r:.80}.")
 
 
-def _stop(value: Any) -> tuple[str, ...]:
+def _stop(value: object) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise DataError(f"stop must be a string or a list of strings; found {value!r:.80}.")
     return tuple(texts)
 
 
-def _tools(value: Any) -> Sequence[Body]:
+def _tools(value: object) -> Sequence[Body]:
     tools = value or []
-    named = isinstance(tools, list) and all(
-        isinstance(tool, Mapping)
-        and tool.get("type", "function") == "function"
-        and isinstance(tool.get("function"), Mapping)
-        and isinstance(tool["function"].get("name"), str)
-        for tool in tools
-    )
-    if not named:
+    if not isinstance(tools, list) or not all(map(_is_named_tool, tools)):
         raise DataError('tools must be a list of {"type": "function", "function": {"name": ..., "parameters": ...}}.')
     return list(tools)
 
 
-def _prompt(value: Any) -> str | list[int]:
+def _is_named_tool(tool: object) -> bool:
+    return (
+        isinstance(tool, Mapping)
+        and tool.get("type", "function") == "function"
+        and isinstance(tool.get("function"), Mapping)
+        and isinstance(tool["function"].get("name"), str)
+    )
+
+
+def _prompt(value: object) -> str | list[int]:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
     if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value)):

@@ -6,8 +6,8 @@ import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 from nemo_rl_core.errors import ConfigError, RewardError
 from nemo_rl_core.machine.threads import ThreadCalls
@@ -21,6 +21,7 @@ __all__ = ["RewardEnvironment", "RewardEnvironmentFactory", "reward_environment"
 _log = logging.getLogger(__name__)
 _KNOWN = ("prompt", "response", "messages", "task", "completion_ids")
 _NUM_THREADS = 8
+_R = TypeVar("_R")
 
 Isolation = Literal["process", "thread", "inline"]
 
@@ -91,7 +92,7 @@ class RewardEnvironmentFactory:
             raise RewardError(self._missing(missing, row))
         return found
 
-    async def call(self, context: EnvironmentContext, arguments: dict[str, Any]) -> Any:
+    async def call(self, context: EnvironmentContext, arguments: dict[str, Any]) -> object:
         """Score one response, where `isolation` says."""
         timeout_s: float = getattr(context, "reward_timeout_s", 30.0)
         if self.is_async:
@@ -120,7 +121,7 @@ class RewardEnvironmentFactory:
                 )
         return self._shippable
 
-    async def _await(self, result: Any, timeout_s: float) -> Any:
+    async def _await(self, result: Awaitable[_R], timeout_s: float) -> _R:
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 return await result
@@ -193,19 +194,19 @@ class RewardEnvironment:
         """Nothing is held."""
 
 
-def _contained(reward_fn: Any, arguments: Mapping[str, Any]) -> Any:
+def _contained(reward_fn: Callable[..., _R], arguments: Mapping[str, Any]) -> _R:
     """Call it in a thread, which hands exceptions to a future: that takes no StopIteration, and nothing that exits."""
     with contained("rewards", reward_fn, "call"):
         return reward_fn(**arguments)
 
 
-async def _run_in_pool(context: EnvironmentContext, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+async def _run_in_pool(context: EnvironmentContext, function: Callable[..., _R], arguments: dict[str, Any]) -> _R:
     """Send one call; arguments whose names `run_in_pool` takes for itself travel in a partial."""
     own = {name: arguments.pop(name) for name in ("function", "timeout_s", "self") if name in arguments}
     return await context.run_in_pool(functools.partial(function, **own) if own else function, **arguments)
 
 
-def _parameters(function: Callable[..., Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+def _parameters(function: Callable[..., object], name: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     """Names of the required and the optional arguments, and whether it takes any other."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -224,12 +225,12 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[tuple[str, ...
     return required, optional, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def _is_async(function: Callable[..., object]) -> bool:
     inner = function.func if isinstance(function, functools.partial) else function
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def _name_of(function: Callable[..., object]) -> str:
     inner = function.func if isinstance(function, functools.partial) else function
     return str(getattr(inner, "__qualname__", None) or type(inner).__name__)
 
@@ -241,6 +242,6 @@ def _last_user_text(messages: Sequence[Message]) -> str:
     return str(messages[-1].get("content", "")) if messages else ""
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

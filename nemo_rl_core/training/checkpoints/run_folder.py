@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.machine.deadline import Deadline
@@ -53,7 +53,7 @@ def check_run_folder(groups: Iterable[WorkerGroup], run_dir: Path) -> None:
         )
 
 
-def _look(backend: Any, token: str, patience_s: float) -> str | None:
+def _look(backend: object, token: str, patience_s: float) -> str | None:
     """In a worker: None if it sees the file, else the name of its machine."""
     deadline = Deadline(patience_s)
     while not os.path.exists(token):

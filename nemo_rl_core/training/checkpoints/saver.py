@@ -180,7 +180,7 @@ class RunSaver:
             export_model(self.parts.policy, self.parts.tokenizer, self.run.run_dir / "model")
 
 
-def _mark(feed: Any) -> Callable[[], dict[str, Any]]:
+def _mark(feed: ExampleFeed | RolloutFeed | RecordedFeed) -> Callable[[], dict[str, Any]]:
     """The feed's state, turned into plain data only when it is saved if the feed can do that."""
     if hasattr(feed, "mark"):
         mark: Callable[[], dict[str, Any]] = feed.mark()
@@ -198,8 +198,8 @@ def _read_loop_state(checkpoint: Checkpoint) -> Mapping[str, Any]:
         raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}.") from error
 
 
-def _state_of(algorithm: Algorithm) -> Any:
-    """What the algorithm keeps from step to step, copied; None if it keeps nothing."""
+def _state_of(algorithm: Algorithm) -> object:
+    """Return a copy of what the algorithm keeps from step to step; None if it keeps nothing."""
     return copy.deepcopy(algorithm.state_dict()) if isinstance(algorithm, KeepsState) else None
 
 

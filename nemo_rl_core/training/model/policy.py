@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerGroup
     from nemo_rl_core.protocols.loss import Loss
     from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.shared_value import Movable
 
 __all__ = ["InitialModel", "Policy"]
 
@@ -125,7 +126,7 @@ class Policy:
         layer: OutputLayer = self.group.call("get_output_layer")[0]
         return evolve(layer, transform=evolve(layer.transform, temperature=self.temperature))
 
-    def keep(self, value: Any) -> SharedValue:
+    def keep(self, value: Movable) -> SharedValue:
         """Give every worker a large value once; in this process it is shared."""
         shared = SharedValue(value)
         if self.group.local is None:
@@ -172,7 +173,7 @@ class Policy:
     # -- sharding -------------------------------------------------------------------------------
 
     def _forward(self, method: str, batch: BatchedDataDict, *options: Any) -> tuple[Tensor, ...]:
-        """A method of the backend on every shard; its per-token tensors in the order of the batch."""
+        """Call a method of the backend on every shard; return its tensors [N, ...] in the order of the batch."""
         self.before_use()
         shards = self._plan(batch)
         arguments = [(self._take(batch, shard), *options, shard.micro_batches) for shard in shards]
@@ -236,7 +237,7 @@ class InitialModel:
         """The output layer, which no adapter changes."""
         return self._policy.output_layer()
 
-    def keep(self, value: Any) -> SharedValue:
+    def keep(self, value: Movable) -> SharedValue:
         """Give the policy's workers a large value once."""
         return self._policy.keep(value)
 
@@ -255,7 +256,7 @@ def _nothing(*, stepping: bool = False, saving: bool = False) -> None:
 
 
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:
-    """Put per-token values, joined in the order of the sequences in `order`, back into the batch's order."""
+    """Put per-token values [N, ...], joined in the order of the sequences in `order`, back into the batch's order."""
     out = torch.empty(batch.num_tokens, *joined.shape[1:], dtype=joined.dtype)
     offsets = batch.offsets
     lengths = batch.lengths

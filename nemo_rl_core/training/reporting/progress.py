@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from nemo_rl_core.registry import active_table, is_first_party
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
     from nemo_rl_core.records.run_state import RunState
 
 __all__ = ["BarProgress", "JsonProgress", "LineProgress", "Progress", "make_progress", "summary"]
@@ -80,7 +83,7 @@ class JsonProgress(Progress):
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
 
-    def _write(self, event: str, **fields: Any) -> None:
+    def _write(self, event: str, **fields: object) -> None:
         self.stream.write(json.dumps({"event": event, **fields}) + "\n")
         self.stream.flush()
 
@@ -113,15 +116,15 @@ class BarProgress(Progress):
     """A rich progress bar with the newest numbers beside it."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
 
     def start(self, run: RunState) -> None:
         """Draw the bar."""
         from rich import progress
         from rich.console import Console
 
-        self._bar = progress.Progress(
+        bar = self._bar = progress.Progress(
             progress.TextColumn("[bold]{task.description}"),
             progress.BarColumn(bar_width=24),
             progress.MofNCompleteColumn(),
@@ -130,13 +133,14 @@ class BarProgress(Progress):
             progress.TextColumn("{task.fields[numbers]}"),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task(run.algorithm, total=run.max_steps, completed=run.step, numbers="")
-        self._bar.console.print(active_table(run.manifest), highlight=False, markup=False, soft_wrap=True)
-        self._bar.start()
+        self._task = bar.add_task(run.algorithm, total=run.max_steps, completed=run.step, numbers="")
+        bar.console.print(active_table(run.manifest), highlight=False, markup=False, soft_wrap=True)
+        bar.start()
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
         """Advance."""
-        self._bar.update(self._task, completed=run.step, total=run.max_steps, numbers=summary(metrics))
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=run.step, total=run.max_steps, numbers=summary(metrics))
 
     def note(self, text: str) -> None:
         """A line above the bar."""

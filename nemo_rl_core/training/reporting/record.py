@@ -72,10 +72,10 @@ class RunRecord:
         for label, backend in list(self._loggers):
             self._guarded(label, backend, "finish", status)
 
-    def _write_json(self, name: str, data: Any) -> None:
+    def _write_json(self, name: str, data: object) -> None:
         (self.run_dir / name).write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
 
-    def _guarded(self, label: str, backend: Logger, method: str, *args: Any, **kwargs: Any) -> None:
+    def _guarded(self, label: str, backend: Logger, method: str, *args: object, **kwargs: object) -> None:
         try:
             with PluginCall("loggers", backend, method):
                 getattr(backend, method)(*args, **kwargs)
