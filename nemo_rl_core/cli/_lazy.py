@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, Protocol
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -13,10 +13,16 @@ from typer.main import get_command as typer_command
 
 from nemo_rl_core.registry.discovery._index import Entry, Index, Selection
 
-if TYPE_CHECKING:
-    from typer._click.core import Command, Context
+__all__ = ["CORE_COMMANDS", "Command", "CoreCommand", "LazyCommand", "LazyGroup", "as_command", "load_core"]
 
-__all__ = ["CORE_COMMANDS", "CoreCommand", "LazyCommand", "LazyGroup", "as_command", "load_core"]
+
+class Command(Protocol):
+    """What typer and click both have for a command; the classes of typer's commands are private to it."""
+
+    @property
+    def make_context(self) -> Callable[..., Any]:
+        """Method that parses the arguments of a call."""
+        ...
 
 
 class CoreCommand(NamedTuple):
@@ -44,9 +50,7 @@ class LazyCommand(TyperCommand):
         super().__init__(name=name, help=help, short_help=help)
         self._load = load
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: Context | None = None, **extra: object
-    ) -> Context:
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: object) -> Any:
         """Import the real command and return its context."""
         return self._load().make_context(info_name, args, parent=parent, **extra)
 
@@ -73,7 +77,7 @@ class LazyGroup(TyperGroup):
         names = ", ".join(f"{entry.distribution.name} {entry.distribution.version}" for entry in providers)
         return LazyCommand(cmd_name, f"(from {names})", lambda: _load_plugin(cmd_name))
 
-    def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Find the command as typer does; if its plugin is not installed, say which package to install."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             from nemo_rl_core.registry._messages import known_package
@@ -101,7 +105,7 @@ def as_command(found: typer.Typer | Command | Callable[..., object], name: str |
     """Return the command object of a typer app, a command, or a plain function with annotated parameters."""
     if isinstance(found, typer.Typer):
         app = found
-    elif _is_command(found):
+    elif hasattr(found, "make_context"):
         return found
     else:
         app = typer.Typer(rich_markup_mode=None)
@@ -110,8 +114,3 @@ def as_command(found: typer.Typer | Command | Callable[..., object], name: str |
     # A typer app offers to install completion for itself; only the root can.
     command.params = [p for p in command.params if p.name not in ("install_completion", "show_completion")]
     return command
-
-
-def _is_command(found: Command | Callable[..., object]) -> TypeGuard[Command]:
-    """Whether it is a command already; plugins may bring those of click, which share no class with typer's."""
-    return hasattr(found, "make_context")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,9 +17,6 @@ from nemo_rl_core.registry import KINDS, ComponentRef, Registry, get_registry
 from nemo_rl_core.registry.discovery._distributions import normalize
 from nemo_rl_core.registry.discovery._index import Entry, Selection
 from nemo_rl_core.registry.explaining._hook_source import implemented_hooks
-
-if TYPE_CHECKING:
-    from typer._click.core import Command, Context
 
 __all__ = ["app", "list_plugins", "show"]
 
@@ -36,10 +33,10 @@ _MORE: dict[str, CoreCommand] = {
 class _Commands(TyperGroup):
     """`list` and `show`, which stand here, and those that are imported when they are invoked."""
 
-    def list_commands(self, ctx: Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *_MORE]
 
-    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         found = _MORE.get(cmd_name)
         if found is None:
             return super().get_command(ctx, cmd_name)

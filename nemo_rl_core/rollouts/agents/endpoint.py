@@ -108,7 +108,7 @@ class PolicyEndpoint:
             await runner.cleanup()
 
     def url(self, session: str | None = None) -> str:
-        """Base URL of a session (letters, digits, `-` and `_`), or that of calls that name it by their API key."""
+        """Return the base URL of a session (letters, digits, `-`, `_`), or of calls that name theirs by API key."""
         path = "" if session is None else f"/s/{session}"
         return f"http://{self._host}:{self._port}{path}/v1"
 
@@ -131,7 +131,7 @@ class PolicyEndpoint:
             del self._sessions[name]
 
     def _session(self, name: str | None, key: str | None) -> PolicySession:
-        """The session of a call, from its URL or its API key.
+        """Return the session of a call, from its URL or its API key.
 
         Raises:
             CallRefused: There is no such session.
@@ -244,7 +244,7 @@ class RecordingEndpoint(PolicyEndpoint):
         self._seed = seed
 
     def take(self, session: str = _DEFAULT_SESSION) -> list[list[Turn]]:
-        """What was sampled in a session, which is forgotten: a list of turns for each training sequence."""
+        """Return what was sampled in a session, a list of turns for each training sequence, and forget the session."""
         ended = self._sessions.pop(session, None)
         if ended is None:
             return []

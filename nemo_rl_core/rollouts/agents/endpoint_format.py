@@ -15,7 +15,7 @@ Body = Mapping[str, Any]
 
 
 def call_of(body: object, *, chat: bool) -> PolicyCall:
-    """What a body asks for.
+    """Return the call that a body asks for.
 
     Raises:
         DataError: It is malformed, or asks for something that cannot be given.
@@ -39,7 +39,7 @@ def call_of(body: object, *, chat: bool) -> PolicyCall:
 
 
 def _refuse_unserved(body: Body, *, chat: bool) -> None:
-    """What would change the answer and is not there is an error; what only steers the sampling is the run's."""
+    """Refuse what is not served and would change the answer; what only steers the sampling is up to the run."""
     choice = body.get("tool_choice")
     wanted = body.get("response_format")
     unserved = {
@@ -104,7 +104,7 @@ def _prompt(value: object) -> str | list[int]:
 def answer_body(
     answer: PolicyAnswer, body: Body, *, chat: bool, model: str, session: str, decode: Callable[[int], str]
 ) -> dict[str, Any]:
-    """The body of an answer.
+    """Return the body of an answer.
 
     Args:
         answer: To the call.
@@ -157,7 +157,7 @@ def _choice(index: int, choice: PolicyChoice, *, chat: bool, decode: Callable[[i
 
 
 def events_of(answer: Mapping[str, Any], body: Body, *, chat: bool) -> Iterator[dict[str, Any]]:
-    """The same answer as the events of a stream: each choice in one piece, then its end, then the usage if asked.
+    """Yield the same answer as the events of a stream: each choice in one piece, then its end, then the usage if asked.
 
     Args:
         answer: From `answer_body`.
@@ -186,5 +186,5 @@ def _delta(message: Body) -> dict[str, Any]:
 
 
 def error_body(kind: str, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as clients of the chat API read it."""
+    """Return an error in the form that clients of the chat API read."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -43,7 +43,7 @@ def reward_environment(reward_fn: Callable[..., Any], *, isolation: Isolation = 
 
 
 class RewardEnvironmentFactory:
-    """Called with the context of an episode, makes its `RewardEnvironment`."""
+    """Makes the `RewardEnvironment` of each episode from the context of the episode."""
 
     def __init__(self, reward_fn: Callable[..., Any], *, isolation: Isolation) -> None:
         if not callable(reward_fn):
@@ -59,7 +59,7 @@ class RewardEnvironmentFactory:
         self._shippable: bool | None = None
 
     def __call__(self, context: EnvironmentContext) -> RewardEnvironment:
-        """The environment of one episode."""
+        """Return the environment of one episode."""
         return RewardEnvironment(self, context)
 
     def check(self, row: Task) -> None:
@@ -73,7 +73,7 @@ class RewardEnvironmentFactory:
             raise ConfigError(self._missing(missing, row))
 
     def arguments(self, known: Mapping[str, Any], row: Task) -> dict[str, Any]:
-        """The arguments for one call, by name.
+        """Return the arguments for one call, by name.
 
         Raises:
             RewardError: A required argument is neither known nor a column of this row.
@@ -109,7 +109,7 @@ class RewardEnvironmentFactory:
         return await self._await(result, timeout_s) if inspect.isawaitable(result) else result
 
     def _can_ship(self, context: EnvironmentContext) -> bool:
-        """Whether a worker process can take the function; says so once if not."""
+        """Return whether a worker process can take the function; if not, warn once."""
         if self._shippable is None:
             check = getattr(context, "can_run_in_pool", None)
             self._shippable = check is None or bool(check(self.reward_fn))
@@ -151,7 +151,7 @@ class RewardEnvironment:
         self._prompt: list[Message] = []
 
     def reset(self, task: Task, seed: int) -> Sequence[Message]:
-        """The row's `prompt`, as one user message if it is a string."""
+        """Return the row's `prompt`, as one user message if it is a string."""
         if "prompt" not in task:
             raise RewardError(
                 f"The row has no column 'prompt'. Columns: {', '.join(sorted(map(str, task))) or 'none'}. "
@@ -163,7 +163,7 @@ class RewardEnvironment:
         return list(self._prompt)
 
     async def step(self, message: Message) -> EnvironmentStep:
-        """Score the response; the episode ends.
+        """Score the response and end the episode.
 
         Raises:
             RewardError: The function raised, passed its deadline, or did not return finite numbers.
@@ -191,7 +191,7 @@ class RewardEnvironment:
                 raise RewardError(f"reward {factory.name} returned {_short(result)}: {error}") from error
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Release nothing: the environment holds nothing."""
 
 
 def _contained(reward_fn: Callable[..., _R], arguments: Mapping[str, Any]) -> _R:
@@ -207,7 +207,7 @@ async def _run_in_pool(context: EnvironmentContext, function: Callable[..., _R],
 
 
 def _parameters(function: Callable[..., object], name: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Names of the required and the optional arguments, and whether it takes any other."""
+    """Return the names of the required and of the optional arguments, and whether the function takes any other."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:

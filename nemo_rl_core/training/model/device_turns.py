@@ -178,7 +178,7 @@ class DeviceTurns:
 
 
 def share_devices(config: RunConfig) -> bool:
-    """Whether trainer and engine are placed on the same devices."""
+    """Return whether trainer and engine are placed on the same devices."""
     return config.cluster.colocated or not config.cluster.roles
 
 
@@ -231,7 +231,7 @@ def make_turns(
 
 
 def _on_accelerator(policy: Policy | InitialModel) -> bool:
-    """Whether the policy computes elsewhere than on a CPU; the driver's own machine may have no such device."""
+    """Return whether the policy computes on an accelerator; the driver's own machine may have none."""
     assert not isinstance(policy, InitialModel)
     place: Place = policy.group.call("apply", place_of)[0]
     return not place.device.startswith("cpu")

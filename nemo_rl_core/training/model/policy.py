@@ -72,7 +72,7 @@ class Policy:
         self.num_shards = self.axes.get("dp", 1)
 
     def train_step(self, batch: BatchedDataDict, loss: Loss, *, update: bool = True) -> dict[str, float]:
-        """One optimizer step on the whole of `batch` (or, without `update`, only the loss and metrics).
+        """Take one optimizer step on the whole of `batch` (or, without `update`, only the loss and metrics).
 
         Returns:
             Metrics by name, `grad_norm` and `lr` with them when the weights were updated.
@@ -119,18 +119,18 @@ class Policy:
         return ids, logprobs
 
     def hidden_states(self, batch: BatchedDataDict) -> Tensor:
-        """[N, E] what the output layer makes each token's distribution of."""
+        """[N, E] inputs of the output layer that predict each token."""
         (hidden,) = self._forward(TrainingBackend.get_hidden_states, batch)
         return hidden
 
     def output_layer(self) -> OutputLayer:
-        """The output layer, at the sampling temperature, on the CPU."""
+        """Return the output layer, at the sampling temperature, on the CPU."""
         self.before_use()
         layer = on_workers(self.group, TrainingBackend.get_output_layer)()[0]
         return evolve(layer, transform=evolve(layer.transform, temperature=self.temperature))
 
     def keep(self, value: Movable) -> SharedValue:
-        """Give every worker a large value once; in this process it is shared."""
+        """Send a large value to every worker once; a worker in this process shares it."""
         shared = SharedValue(value)
         if self.group.local is None:
             self.group.call("apply", hold, shared.key, value)
@@ -163,7 +163,7 @@ class Policy:
         self.group.check_alive()
 
     def offload(self) -> None:
-        """Move it out of its devices' memory."""
+        """Move the model out of the memory of its devices."""
         on_workers(self.group, TrainingBackend.offload)()
 
     def reload(self) -> None:
@@ -211,7 +211,7 @@ class Policy:
     def _on_shards(
         self, method: Callable[[TrainingBackend, Unpack[_Ts]], _R]
     ) -> Callable[[Sequence[tuple[*_Ts]]], list[_R]]:
-        """Return what calls a method of the backend with the arguments of each shard, for one result each."""
+        """Return a function that calls a method of the backend with the arguments of each shard: one result each."""
         over = ["dp"] if "dp" in self.axes else []
         return on_shards(self.group, method, axes=self.axes, over=over)
 
@@ -242,16 +242,16 @@ class InitialModel:
             return model.top_logprobs(batch, k)
 
     def hidden_states(self, batch: BatchedDataDict) -> Tensor:
-        """[N, E] what the output layer makes each token's distribution of under the initial weights."""
+        """[N, E] inputs of the output layer that predict each token, under the initial weights."""
         with self._initial() as model:
             return model.hidden_states(batch)
 
     def output_layer(self) -> OutputLayer:
-        """The output layer, which no adapter changes."""
+        """Return the output layer, which no adapter changes."""
         return self._policy.output_layer()
 
     def keep(self, value: Movable) -> SharedValue:
-        """Give the policy's workers a large value once."""
+        """Send a large value to the policy's workers once."""
         return self._policy.keep(value)
 
     @contextmanager
@@ -266,7 +266,7 @@ class InitialModel:
 
 
 def _nothing(*, stepping: bool = False, saving: bool = False) -> None:
-    """The model is always in place."""
+    """Do nothing: the model is always in place."""
 
 
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:

@@ -27,7 +27,7 @@ _SHOWN = (
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """One line: reward, loss, tokens/s, mismatch, and the time of each stage."""
+    """Return one line: reward, loss, tokens/s, mismatch, and the time of each stage."""
     parts = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
     stages = {name.removeprefix("timing/"): value for name, value in metrics.items() if name.startswith("timing/")}
     total = stages.pop("step", None)
@@ -38,23 +38,23 @@ def summary(metrics: dict[str, float]) -> str:
 
 
 class Progress:
-    """Shows nothing; base of the others."""
+    """Progress that shows nothing; base class of the others."""
 
     def start(self, run: RunState) -> None:
-        """The run begins."""
+        """Show that the run begins."""
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """A step has ended."""
+        """Show that a step has ended."""
 
     def note(self, text: str) -> None:
-        """Something worth a line happened (checkpoint, validation, resume)."""
+        """Show a line about an event, such as a checkpoint, a validation or a resume."""
 
     def finish(self, run: RunState, status: str) -> None:
-        """The run has ended."""
+        """Show that the run has ended."""
 
 
 class LineProgress(Progress):
-    """One line a step; for logs and pipes."""
+    """Progress as one line per step, for logs and pipes."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -64,21 +64,21 @@ class LineProgress(Progress):
         self.stream.flush()
 
     def start(self, run: RunState) -> None:
-        """The plugins of the run."""
+        """Write which plugins the run uses."""
         self._write(active_table(run.manifest))
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """`step 3/100 | reward ...`."""
+        """Write `step 3/100 | reward ...`."""
         of = f"/{run.max_steps}" if run.max_steps else ""
         self._write(f"step {run.step}{of} | {summary(metrics)}")
 
     def note(self, text: str) -> None:
-        """The text on its own line."""
+        """Write the text on its own line."""
         self._write(text)
 
 
 class JsonProgress(Progress):
-    """One JSON object a line on standard output; for machines."""
+    """Progress as one JSON object per line on standard output, for programs."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
@@ -88,7 +88,7 @@ class JsonProgress(Progress):
         self.stream.flush()
 
     def start(self, run: RunState) -> None:
-        """`{"event": "start", ...}`."""
+        """Write `{"event": "start", ...}`."""
         rows = [{**row, "third_party": not is_first_party(row["distribution"])} for row in run.manifest]
         self._write(
             "start",
@@ -100,15 +100,15 @@ class JsonProgress(Progress):
         )
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """`{"event": "step", "step": n, "metrics": {...}}`."""
+        """Write `{"event": "step", "step": n, "metrics": {...}}`."""
         self._write("step", step=run.step, metrics=metrics)
 
     def note(self, text: str) -> None:
-        """`{"event": "note", "text": ...}`."""
+        """Write `{"event": "note", "text": ...}`."""
         self._write("note", text=text)
 
     def finish(self, run: RunState, status: str) -> None:
-        """`{"event": "end", ...}`."""
+        """Write `{"event": "end", ...}`."""
         self._write("end", status=status, step=run.step)
 
 
@@ -138,12 +138,12 @@ class BarProgress(Progress):
         bar.start()
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """Advance."""
+        """Advance the bar and show the newest numbers."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=run.step, total=run.max_steps, numbers=summary(metrics))
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
 
@@ -154,7 +154,7 @@ class BarProgress(Progress):
 
 
 def make_progress(kind: str) -> Progress:
-    """`auto` is a bar on a terminal and lines elsewhere."""
+    """Make the progress of a kind; `auto` is a bar on a terminal and lines elsewhere."""
     if kind == "auto":
         kind = "bar" if sys.stderr.isatty() else "lines"
     makers: dict[str, type[Progress]] = {

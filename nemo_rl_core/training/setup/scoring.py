@@ -16,7 +16,7 @@ __all__ = ["make_environment"]
 
 
 def make_environment(config: RunConfig, inputs: RunInputs, components: RunComponents) -> EnvironmentFactory:
-    """The episode factory: an environment, or a reward function wrapped as one."""
+    """Return what makes the environment of each episode: the environment's class, or a wrapped reward function."""
     given = [
         name
         for name, value in (
