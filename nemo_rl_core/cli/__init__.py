@@ -22,7 +22,10 @@ Importing this package imports neither typer nor a plugin.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_rl_core.cli._boundary import RootCommand
 
 __all__ = ["main"]
 
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from nemo_rl_core.cli._boundary import run
 
-    def root() -> Any:  # within the boundary, as all that may fail
+    def root() -> RootCommand:  # within the boundary, as all that may fail
         from nemo_rl_core.cli._app import command
 
         return command()

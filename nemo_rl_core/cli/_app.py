@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.main import get_command
 
 from nemo_rl_core._version import __version__
-from nemo_rl_core.cli._boundary import switch_on_debug
+from nemo_rl_core.cli._boundary import RootCommand, switch_on_debug
 from nemo_rl_core.cli._lazy import LazyGroup
 from nemo_rl_core.registry.discovery._index import ALLOW_VARIABLE, DEBUG_VARIABLE, STRICT_VARIABLE
 
@@ -77,6 +77,6 @@ def root(
     switch_on_debug(bool(os.environ.get(DEBUG_VARIABLE)))
 
 
-def command() -> Any:
-    """The root command object."""
+def command() -> RootCommand:
+    """Return the root command."""
     return get_command(app)

@@ -6,17 +6,25 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 from nemo_rl_core.errors import NemoRLError
 from nemo_rl_core.registry.discovery._index import DEBUG_VARIABLE, DENY_VARIABLE
 
-__all__ = ["run", "switch_on_debug"]
+__all__ = ["RootCommand", "run", "switch_on_debug"]
 
 UNEXPECTED, INTERRUPTED = 70, 130
 
 
-def run(argv: Sequence[str] | None, command: Callable[[], Any]) -> int:
+class RootCommand(Protocol):
+    """The root of a command line, as typer makes it."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *, standalone_mode: bool) -> object:
+        """Run the command that the arguments name and return what it returns."""
+        ...
+
+
+def run(argv: Sequence[str] | None, command: Callable[[], RootCommand]) -> int:
     """Run a command; see `nemo_rl_core.cli.main`.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -160,8 +160,8 @@ def _final(file: Path, overrides: list[str] | None) -> RunConfig:
     return finalize(load_config(file, overrides=overrides or ()))
 
 
-def _class_of(algorithm: str | None, kind: str | None, name: str | None) -> Any:
-    """The configuration class that the options of `schema` name; by default what every run has."""
+def _class_of(algorithm: str | None, kind: str | None, name: str | None) -> type:
+    """Return the configuration class that the options of `schema` name; by default the one that every run has."""
     import attrs
 
     from nemo_rl_core.registry import get_registry
@@ -177,13 +177,13 @@ def _class_of(algorithm: str | None, kind: str | None, name: str | None) -> Any:
     return config_class
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     from nemo_rl_core.config.describing.dump import NOT_SET
 
     return None if value is NOT_SET else value
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     from nemo_rl_core.config.describing.dump import NOT_SET
 
     return "-" if value is NOT_SET else json.dumps(value, default=str)

@@ -11,6 +11,7 @@ import typer
 from nemo_rl_core.cli._boundary import switch_on_debug
 
 if TYPE_CHECKING:
+    from nemo_rl_core.schema import RunConfig
     from nemo_rl_core.training.evaluation import EvaluationResult
 
 __all__ = ["evaluate", "train"]
@@ -110,12 +111,12 @@ def evaluate(
 
 
 def _on(launcher: str) -> str:
-    """The override for `--cluster`."""
+    """Return the override for `--cluster`."""
     return f"cluster.launcher={json.dumps(launcher)}"
 
 
 def _result_as_dict(result: EvaluationResult) -> dict[str, Any]:
-    """`metrics` (means over the runs), `std`, `runs`, and by subset `subsets` and `subset_std`."""
+    """Return `metrics` (means over the runs), `std`, `runs`, and by subset `subsets` and `subset_std`."""
     names = ("metrics", "std", "runs", "subsets", "subset_std")
     return {name: getattr(result, name) for name in names}
 
@@ -144,13 +145,13 @@ def _print_result(result: EvaluationResult) -> None:
 
 
 def _order(name: str) -> tuple[int, str, int]:
-    """Scores first, pass@2 before pass@10."""
+    """Return a sorting key: scores first, pass@2 before pass@10."""
     stem, _, k = name.partition("@")
     return (0 if name == "accuracy" else 1 if k else 2, stem, int(k or 0))
 
 
-def _check_models(config: Any) -> None:
-    """Whether the models fit their backends, as far as can be told without starting a worker."""
+def _check_models(config: RunConfig) -> None:
+    """Check that the models fit their backends, as far as that can be told without starting a worker."""
     from nemo_rl_core.errors import ConfigError
     from nemo_rl_core.schema import InvalidConfig
     from nemo_rl_core.training.setup.model_checks import check_models, configured_models
@@ -163,8 +164,8 @@ def _check_models(config: Any) -> None:
         typer.echo(f"Whether the sizes of the models fit is not checked. {error}", err=True)
 
 
-def _show_plan(config: Any, as_json: bool) -> None:
-    """The resolved configuration and the arithmetic of one step."""
+def _show_plan(config: RunConfig, as_json: bool) -> None:
+    """Print the resolved configuration and the arithmetic of one step."""
     from nemo_rl_core.config import arithmetic, to_dict, to_yaml
 
     rows = arithmetic(config)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from nemo_rl_core.machine.task_deadlines import TaskDeadline
 from nemo_rl_core.protocols.environment import Environment, EnvironmentContext
 from nemo_rl_core.rollouts.scoring.process_pool import ProcessPool
 
 __all__ = ["EnvironmentFactory", "EpisodeContext"]
+
+_R = TypeVar("_R")
 
 EnvironmentFactory = Callable[[EnvironmentContext], Environment]
 """Makes the environment of one episode; called once per rollout, so keep it cheap."""
@@ -35,13 +37,13 @@ class EpisodeContext:
         self.deadline: TaskDeadline | None = None
         """Deadline of the step under way, set by the engine."""
 
-    def can_run_in_pool(self, function: Callable[..., Any]) -> bool:
-        """Whether `function` can be sent to a worker process."""
+    def can_run_in_pool(self, function: Callable[..., object]) -> bool:
+        """Return whether `function` can be sent to a worker process."""
         return self._pool.can_ship(function)
 
     async def run_in_pool(
-        self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any
-    ) -> Any:
+        self, function: Callable[..., _R], *args: object, timeout_s: float | None = None, **kwargs: object
+    ) -> _R:
         """Run a picklable function in a worker process; see `ProcessPool.run`."""
         budget = self.reward_timeout_s if timeout_s is None else timeout_s
         deadline = self.deadline

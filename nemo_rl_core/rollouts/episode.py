@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar, TypeVarTuple, Unpack
 
 from attrs import frozen
 
@@ -38,6 +38,7 @@ __all__ = ["Episode", "EpisodeSettings"]
 _log = logging.getLogger(__name__)
 _Stage = Literal["reset", "generate", "step", "score", "close"]
 _T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 _DEADLINE_OF_TURNS = "rollouts.max_turns x (generation_timeout_s + environment_timeout_s)"
 
 
@@ -315,14 +316,16 @@ class Episode:
 
     # -- calls into the environment -----------------------------------------------------------------
 
-    async def _call(self, stage: _Stage, method: Any, *args: Any, limit_s: float | None = None) -> Any:
+    async def _call(
+        self, stage: _Stage, method: Callable[[Unpack[_Ts]], object], *args: *_Ts, limit_s: float | None = None
+    ) -> object:
         """Call a method of the environment, sync or async, under the environment's deadline or another."""
         self._stage = stage
         started = self._now()
         try:
             with PluginCall("environments", getattr(method, "__self__", self.settings.environment), stage):
                 result = method(*args)
-                if hasattr(result, "__await__"):
+                if _is_awaitable(result):
                     result = await self._in_time(stage, result, limit_s)
                 return result
         finally:
@@ -366,7 +369,11 @@ class Episode:
         _log.debug("%s failed in %s: %s: %s", self.name, stage, type(error).__name__, message)
 
 
-def _checked_prompt(found: Any, method: Any) -> list[Message]:
+def _is_awaitable(found: object) -> TypeGuard[Awaitable[object]]:
+    return hasattr(found, "__await__")
+
+
+def _checked_prompt(found: object, method: Callable[..., object]) -> list[Message]:
     if isinstance(found, Sequence) and all(isinstance(message, Mapping) for message in found):
         return list(found)
     raise EnvironmentFailure(
@@ -375,7 +382,7 @@ def _checked_prompt(found: Any, method: Any) -> list[Message]:
     )
 
 
-def _checked_step(found: Any, method: Any) -> EnvironmentStep:
+def _checked_step(found: object, method: Callable[..., object]) -> EnvironmentStep:
     if isinstance(found, EnvironmentStep):
         return found
     raise EnvironmentFailure(

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import fsum, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
 
@@ -15,7 +15,7 @@ from nemo_rl_core.records.run_state import Sample
 from nemo_rl_core.rollouts.metrics import rollout_metrics
 from nemo_rl_core.rollouts.scores import Scoring, score_groups
 from nemo_rl_core.training.setup.assemble import assemble
-from nemo_rl_core.training.setup.parts import RunInputs, RunParts, sampling_params
+from nemo_rl_core.training.setup.parts import RunInputs, RunParts, SamplingChanges, sampling_params
 from nemo_rl_core.training.steps.validation import sample_groups
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _sample(parts: RunParts, items: Sequence[TaskItem], run: int) -> list[Rollou
     assert parts.runner is not None
     config = parts.config
     options, validation = config.evaluation, config.validation
-    changes: dict[str, Any] = {
+    changes: SamplingChanges = {
         "temperature": validation.temperature if options.temperature is None else options.temperature
     }
     if max_new_tokens := options.max_new_tokens or validation.max_new_tokens:

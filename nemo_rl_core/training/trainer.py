@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -14,6 +14,8 @@ from nemo_rl_core.training.run import run
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.reward import Reward
+    from nemo_rl_core.records.rollout import RolloutGroup
+    from nemo_rl_core.rollouts.engine import EnvironmentFactory
     from nemo_rl_core.rollouts.recorded import RecordedRollouts
     from nemo_rl_core.training.evaluation import EvaluationResult
 
@@ -36,7 +38,7 @@ class Trainer:
     algorithm: ClassVar[str | None] = None
     """Name of the algorithm; subclasses set it."""
 
-    def __init__(self, config: RunConfig | Mapping[str, Any] | str | Path, **fields: Any) -> None:
+    def __init__(self, config: RunConfig | Mapping[str, Any] | str | Path, **fields: object) -> None:
         if isinstance(config, Mapping) and self.algorithm is not None:
             config = {"algorithm": self.algorithm, **config}
         self.config: RunConfig = finalize(load_config(config, overrides=fields))
@@ -47,7 +49,7 @@ class Trainer:
             )
 
     @classmethod
-    def from_pretrained(cls: type[Self], model: str | Path, **fields: Any) -> Self:
+    def from_pretrained(cls: type[Self], model: str | Path, **fields: object) -> Self:
         """Make a trainer with the defaults of its algorithm for one model.
 
         Args:
@@ -62,13 +64,13 @@ class Trainer:
 
     def fit(
         self,
-        train_dataset: Any = None,
+        train_dataset: object = None,
         reward_fn: Reward | None = None,
         *,
-        dataset: Any = None,
-        environment: Any = None,
-        validation_dataset: Any = None,
-        rollouts: Any = None,
+        dataset: object = None,
+        environment: EnvironmentFactory | type | None = None,
+        validation_dataset: object = None,
+        rollouts: str | Path | RecordedRollouts | Iterable[RolloutGroup] | None = None,
         callbacks: Sequence[Any] = (),
         debug: bool | None = None,
     ) -> RunResult:
@@ -109,10 +111,10 @@ class Trainer:
 
     def evaluate(
         self,
-        dataset: Any = None,
+        dataset: object = None,
         reward_fn: Reward | None = None,
         *,
-        environment: Any = None,
+        environment: EnvironmentFactory | type | None = None,
         output: str | Path | None = None,
     ) -> EvaluationResult:
         """Sample every row of a dataset with the configured model and score it, without training.
@@ -132,17 +134,17 @@ class Trainer:
         inputs = RunInputs(validation_rows=rows, reward=reward_fn, environment=environment)
         return evaluate(config, inputs, output=None if output is None else Path(output))
 
-    def _with_data(self, rows: Any) -> tuple[RunConfig, Any]:
+    def _with_data(self, rows: object) -> tuple[RunConfig, object]:
         if isinstance(rows, (str, Path)):
             return _set(self.config, "data.train.source", str(rows)), None
         return self.config, rows
 
 
-def _set(config: RunConfig, path: str, value: Any) -> RunConfig:
+def _set(config: RunConfig, path: str, value: object) -> RunConfig:
     return finalize(load_config(config, overrides={path: value}))
 
 
-def _recorded(rollouts: Any) -> RecordedRollouts:
+def _recorded(rollouts: str | Path | RecordedRollouts | Iterable[RolloutGroup]) -> RecordedRollouts:
     from nemo_rl_core.rollouts.recorded import RecordedRollouts, read_recorded
 
     if isinstance(rollouts, (str, Path)):

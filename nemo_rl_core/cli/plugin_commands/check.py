@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from nemo_rl_core.registry import ComponentRef
+    from nemo_rl_core.registry import ComponentRef, Registry
     from nemo_rl_core.testing.conformance.frame.kit import KitReport
 
 __all__ = ["check"]
@@ -43,7 +43,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _component(registry: Any, name: str, kind: str | None) -> ComponentRef:
+def _component(registry: Registry, name: str, kind: str | None) -> ComponentRef:
     from nemo_rl_core.cli.plugin_commands.why import any_kind
     from nemo_rl_core.errors import PluginConflict
     from nemo_rl_core.registry.explaining._why import kinds_with
@@ -51,8 +51,7 @@ def _component(registry: Any, name: str, kind: str | None) -> ComponentRef:
     kinds = [kind] if kind is not None else kinds_with(registry, name) or any_kind(registry, name)
     if len(kinds) > 1:
         raise PluginConflict(f"{name!r} is the name of {', '.join(kinds)}. Say which with --kind.")
-    ref: ComponentRef = registry.resolve(kinds[0], name)
-    return ref
+    return registry.resolve(kinds[0], name)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

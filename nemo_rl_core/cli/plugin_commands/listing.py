@@ -91,7 +91,7 @@ def _print_aligned(rows: Sequence[Sequence[str]]) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
@@ -184,7 +184,7 @@ def _raise_not_found(registry: Registry, name: str, kind: str | None) -> None:
 
 
 def _details(ref: ComponentRef) -> dict[str, Any]:
-    component: Any = None
+    component: object = None
     with contextlib.suppress(PluginError):  # the state and the traceback tell
         component = ref.load()
     config_class = getattr(component, "config_class", None)
@@ -200,7 +200,7 @@ def _details(ref: ComponentRef) -> dict[str, Any]:
     }
 
 
-def _options(config_class: Any, *, shared: type | None) -> list[dict[str, Any]]:
+def _options(config_class: object, *, shared: type | None) -> list[dict[str, Any]]:
     """A row for each setting of a component; those that every configuration of its kind has are left out."""
     import attrs
 

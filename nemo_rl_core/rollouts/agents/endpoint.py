@@ -23,6 +23,8 @@ from nemo_rl_core.rollouts.agents.endpoint_format import answer_body, call_of, e
 from nemo_rl_core.rollouts.agents.session import EngineSession
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.records.rollout import Turn
 
@@ -55,7 +57,7 @@ class PolicyEndpoint:
         self.model_name = model_name
         self._host, self._port = host, port
         self._sessions: dict[str, PolicySession] = {}
-        self._runner: Any = None
+        self._runner: web.AppRunner | None = None
 
     # -- its life ------------------------------------------------------------------------------------------
 
@@ -106,7 +108,7 @@ class PolicyEndpoint:
             await runner.cleanup()
 
     def url(self, session: str | None = None) -> str:
-        """Base URL of a session (letters, digits, `-` and `_`), or that of calls that name it by their API key."""
+        """Return the base URL of a session (letters, digits, `-`, `_`), or of calls that name theirs by API key."""
         path = "" if session is None else f"/s/{session}"
         return f"http://{self._host}:{self._port}{path}/v1"
 
@@ -129,7 +131,7 @@ class PolicyEndpoint:
             del self._sessions[name]
 
     def _session(self, name: str | None, key: str | None) -> PolicySession:
-        """The session of a call, from its URL or its API key.
+        """Return the session of a call, from its URL or its API key.
 
         Raises:
             CallRefused: There is no such session.
@@ -149,17 +151,17 @@ class PolicyEndpoint:
     def _model(self) -> dict[str, Any]:
         return {"id": self.model_name, "object": "model", "created": 0, "owned_by": "nemo-rl"}
 
-    async def _serve_models(self, request: Any) -> Any:
+    async def _serve_models(self, request: web.Request) -> web.Response:
         from aiohttp import web
 
         return web.json_response({"object": "list", "data": [self._model()]})
 
-    async def _serve_model(self, request: Any) -> Any:
+    async def _serve_model(self, request: web.Request) -> web.Response:
         from aiohttp import web
 
         return web.json_response({**self._model(), "id": request.match_info["model"]})
 
-    async def _serve_nothing(self, request: Any) -> Any:
+    async def _serve_nothing(self, request: web.Request) -> web.Response:
         return _error(
             404,
             "invalid_request_error",
@@ -167,13 +169,13 @@ class PolicyEndpoint:
             "/v1/models.",
         )
 
-    async def _serve_chat(self, request: Any) -> Any:
+    async def _serve_chat(self, request: web.Request) -> web.StreamResponse:
         return await self._serve(request, chat=True)
 
-    async def _serve_text(self, request: Any) -> Any:
+    async def _serve_text(self, request: web.Request) -> web.StreamResponse:
         return await self._serve(request, chat=False)
 
-    async def _serve(self, request: Any, *, chat: bool) -> Any:
+    async def _serve(self, request: web.Request, *, chat: bool) -> web.StreamResponse:
         name = request.match_info.get("session")
         key = request.headers.get("Authorization", "").removeprefix("Bearer ").strip() or None
         try:
@@ -242,7 +244,7 @@ class RecordingEndpoint(PolicyEndpoint):
         self._seed = seed
 
     def take(self, session: str = _DEFAULT_SESSION) -> list[list[Turn]]:
-        """What was sampled in a session, which is forgotten: a list of turns for each training sequence."""
+        """Return what was sampled in a session, a list of turns for each training sequence, and forget the session."""
         ended = self._sessions.pop(session, None)
         if ended is None:
             return []
@@ -265,8 +267,8 @@ class RecordingEndpoint(PolicyEndpoint):
 
 
 async def _deliver(
-    request: Any, answer: PolicyAnswer, found: dict[str, Any], body: Mapping[str, Any], *, chat: bool
-) -> Any:
+    request: web.Request, answer: PolicyAnswer, found: dict[str, Any], body: Mapping[str, Any], *, chat: bool
+) -> web.StreamResponse:
     """Send an answer, and have it recorded unless the client is gone."""
     from aiohttp import web
 
@@ -292,7 +294,7 @@ async def _deliver(
     return response
 
 
-def _error(status: int, kind: str, message: str, code: str | None = None) -> Any:
+def _error(status: int, kind: str, message: str, code: str | None = None) -> web.Response:
     from aiohttp import web
 
     return web.json_response(error_body(kind, message, code), status=status)

@@ -14,8 +14,8 @@ __all__ = ["answer_body", "call_of", "error_body", "events_of"]
 Body = Mapping[str, Any]
 
 
-def call_of(body: Any, *, chat: bool) -> PolicyCall:
-    """What a body asks for.
+def call_of(body: object, *, chat: bool) -> PolicyCall:
+    """Return the call that a body asks for.
 
     Raises:
         DataError: It is malformed, or asks for something that cannot be given.
@@ -39,7 +39,7 @@ def call_of(body: Any, *, chat: bool) -> PolicyCall:
 
 
 def _refuse_unserved(body: Body, *, chat: bool) -> None:
-    """What would change the answer and is not there is an error; what only steers the sampling is the run's."""
+    """Refuse what is not served and would change the answer; what only steers the sampling is up to the run."""
     choice = body.get("tool_choice")
     wanted = body.get("response_format")
     unserved = {
@@ -67,28 +67,30 @@ def _whole(body: Body, name: str) -> int | None:
     raise DataError(f"{name} must be a whole number; found {value!r:.80}.")
 
 
-def _stop(value: Any) -> tuple[str, ...]:
+def _stop(value: object) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise DataError(f"stop must be a string or a list of strings; found {value!r:.80}.")
     return tuple(texts)
 
 
-def _tools(value: Any) -> Sequence[Body]:
+def _tools(value: object) -> Sequence[Body]:
     tools = value or []
-    named = isinstance(tools, list) and all(
-        isinstance(tool, Mapping)
-        and tool.get("type", "function") == "function"
-        and isinstance(tool.get("function"), Mapping)
-        and isinstance(tool["function"].get("name"), str)
-        for tool in tools
-    )
-    if not named:
+    if not isinstance(tools, list) or not all(map(_is_named_tool, tools)):
         raise DataError('tools must be a list of {"type": "function", "function": {"name": ..., "parameters": ...}}.')
     return list(tools)
 
 
-def _prompt(value: Any) -> str | list[int]:
+def _is_named_tool(tool: object) -> bool:
+    return (
+        isinstance(tool, Mapping)
+        and tool.get("type", "function") == "function"
+        and isinstance(tool.get("function"), Mapping)
+        and isinstance(tool["function"].get("name"), str)
+    )
+
+
+def _prompt(value: object) -> str | list[int]:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
     if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value)):
@@ -102,7 +104,7 @@ def _prompt(value: Any) -> str | list[int]:
 def answer_body(
     answer: PolicyAnswer, body: Body, *, chat: bool, model: str, session: str, decode: Callable[[int], str]
 ) -> dict[str, Any]:
-    """The body of an answer.
+    """Return the body of an answer.
 
     Args:
         answer: To the call.
@@ -155,7 +157,7 @@ def _choice(index: int, choice: PolicyChoice, *, chat: bool, decode: Callable[[i
 
 
 def events_of(answer: Mapping[str, Any], body: Body, *, chat: bool) -> Iterator[dict[str, Any]]:
-    """The same answer as the events of a stream: each choice in one piece, then its end, then the usage if asked.
+    """Yield the same answer as the events of a stream: each choice in one piece, then its end, then the usage if asked.
 
     Args:
         answer: From `answer_body`.
@@ -184,5 +186,5 @@ def _delta(message: Body) -> dict[str, Any]:
 
 
 def error_body(kind: str, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as clients of the chat API read it."""
+    """Return an error in the form that clients of the chat API read."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

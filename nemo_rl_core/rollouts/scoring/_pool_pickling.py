@@ -19,13 +19,13 @@ from nemo_rl_core.registry import NodeDifference, check_nodes, is_escape
 __all__ = ["cannot_send", "dump", "name_of", "pickle_by_value", "pickle_function", "unpack"]
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """As an error calls it."""
+def name_of(function: Callable[..., object]) -> str:
+    """Return the name of a function for messages."""
     inner = function.func if isinstance(function, functools.partial) else function
     return str(getattr(inner, "__qualname__", None) or type(inner).__name__)
 
 
-def dump(value: Any) -> bytes:
+def dump(value: object) -> bytes:
     """Pickle; what belongs to `__main__`, and lambdas, by value."""
     try:
         data = pickle.dumps(value, protocol=5)
@@ -34,7 +34,7 @@ def dump(value: Any) -> bytes:
     return bytes(cloudpickle.dumps(value, protocol=5)) if b"__main__" in data else data
 
 
-def pickle_function(function: Callable[..., Any]) -> tuple[bytes, bytes]:
+def pickle_function(function: Callable[..., object]) -> tuple[bytes, bytes]:
     """Digest and pickle of a function with its home."""
     try:
         data = dump(function)
@@ -48,7 +48,7 @@ def _packed(function: bytes, home: tuple[str, str] | None) -> tuple[bytes, bytes
     return hashlib.blake2b(data, digest_size=16).digest(), data
 
 
-def _home(function: Callable[..., Any]) -> tuple[str, str] | None:
+def _home(function: Callable[..., object]) -> tuple[str, str] | None:
     """Module and source hash of what a worker imports by name, as they are here; None if it goes by value.
 
     A worker runs the same interpreter with the same `sys.path`, so it finds the same files; but a package that is
@@ -74,7 +74,7 @@ def _source_hash(file: str) -> str | None:
 _by_value_lock = threading.Lock()
 
 
-def pickle_by_value(function: Callable[..., Any]) -> tuple[bytes, bytes]:
+def pickle_by_value(function: Callable[..., object]) -> tuple[bytes, bytes]:
     """Pickle a function whose module a worker cannot import (loaded from a file, say)."""
     name = getattr(function, "__module__", None) or type(function).__module__
     module = sys.modules.get(name)
@@ -100,7 +100,7 @@ def cannot_send(name: str, what: str, error: Exception) -> RewardError:
 
 
 def unpack(name: str, answer: bytes) -> Any:
-    """The value of an answer; raises what the function raised.
+    """Return the value of an answer, or raise what the function raised.
 
     Raises:
         PluginIncompatible: The worker imported another version of the function's module; the message holds a table.

@@ -56,7 +56,7 @@ def _send(sock: socket.socket, kind: bytes, body: bytes = b"") -> None:
     sock.sendall(_HEADER.pack(len(body) + 1) + kind + body)
 
 
-def _dump(value: Any) -> bytes:
+def _dump(value: object) -> bytes:
     try:
         data = pickle.dumps(value, protocol=5)
     except Exception:

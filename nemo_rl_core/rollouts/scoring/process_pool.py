@@ -13,7 +13,7 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import define
 
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 _TICK_S = 0.1
 _START_TIMEOUT_S = 120.0
 _MAX_FAILED_STARTS = 3
+_R = TypeVar("_R")
 
 
 @define(eq=False)
@@ -101,7 +102,9 @@ class ProcessPool:
 
     # -- calling --------------------------------------------------------------------------------
 
-    async def run(self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None, **kwargs: Any) -> Any:
+    async def run(
+        self, function: Callable[..., _R], *args: object, timeout_s: float | None = None, **kwargs: object
+    ) -> _R:
         """Call `function(*args, **kwargs)` in a worker process and return what it returns.
 
         May be awaited from any event loop of any thread.
@@ -131,9 +134,10 @@ class ProcessPool:
                 break
             if by_value:
                 raise cannot_send(name, "the function", ModuleNotFoundError(answer[1:].decode()))
-        return unpack(name, answer)
+        result: _R = unpack(name, answer)
+        return result
 
-    def can_ship(self, function: Callable[..., Any]) -> bool:
+    def can_ship(self, function: Callable[..., object]) -> bool:
         """Whether the function can be sent to a worker at all."""
         try:
             self._pickled(function)
@@ -362,7 +366,7 @@ class ProcessPool:
 
     # -- pickling -------------------------------------------------------------------------------
 
-    def _pickled(self, function: Callable[..., Any]) -> tuple[bytes, bytes]:
+    def _pickled(self, function: Callable[..., object]) -> tuple[bytes, bytes]:
         """Digest and pickle of a function; of plain functions the first pickle is kept."""
         if not isinstance(function, (types.FunctionType, types.BuiltinFunctionType, type)):
             return pickle_function(function)

@@ -6,8 +6,8 @@ import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
 
 from nemo_rl_core.errors import ConfigError, RewardError
 from nemo_rl_core.machine.threads import ThreadCalls
@@ -21,6 +21,7 @@ __all__ = ["RewardEnvironment", "RewardEnvironmentFactory", "reward_environment"
 _log = logging.getLogger(__name__)
 _KNOWN = ("prompt", "response", "messages", "task", "completion_ids")
 _NUM_THREADS = 8
+_R = TypeVar("_R")
 
 Isolation = Literal["process", "thread", "inline"]
 
@@ -42,7 +43,7 @@ def reward_environment(reward_fn: Callable[..., Any], *, isolation: Isolation = 
 
 
 class RewardEnvironmentFactory:
-    """Called with the context of an episode, makes its `RewardEnvironment`."""
+    """Makes the `RewardEnvironment` of each episode from the context of the episode."""
 
     def __init__(self, reward_fn: Callable[..., Any], *, isolation: Isolation) -> None:
         if not callable(reward_fn):
@@ -58,7 +59,7 @@ class RewardEnvironmentFactory:
         self._shippable: bool | None = None
 
     def __call__(self, context: EnvironmentContext) -> RewardEnvironment:
-        """The environment of one episode."""
+        """Return the environment of one episode."""
         return RewardEnvironment(self, context)
 
     def check(self, row: Task) -> None:
@@ -72,7 +73,7 @@ class RewardEnvironmentFactory:
             raise ConfigError(self._missing(missing, row))
 
     def arguments(self, known: Mapping[str, Any], row: Task) -> dict[str, Any]:
-        """The arguments for one call, by name.
+        """Return the arguments for one call, by name.
 
         Raises:
             RewardError: A required argument is neither known nor a column of this row.
@@ -91,7 +92,7 @@ class RewardEnvironmentFactory:
             raise RewardError(self._missing(missing, row))
         return found
 
-    async def call(self, context: EnvironmentContext, arguments: dict[str, Any]) -> Any:
+    async def call(self, context: EnvironmentContext, arguments: dict[str, Any]) -> object:
         """Score one response, where `isolation` says."""
         timeout_s: float = getattr(context, "reward_timeout_s", 30.0)
         if self.is_async:
@@ -108,7 +109,7 @@ class RewardEnvironmentFactory:
         return await self._await(result, timeout_s) if inspect.isawaitable(result) else result
 
     def _can_ship(self, context: EnvironmentContext) -> bool:
-        """Whether a worker process can take the function; says so once if not."""
+        """Return whether a worker process can take the function; if not, warn once."""
         if self._shippable is None:
             check = getattr(context, "can_run_in_pool", None)
             self._shippable = check is None or bool(check(self.reward_fn))
@@ -120,7 +121,7 @@ class RewardEnvironmentFactory:
                 )
         return self._shippable
 
-    async def _await(self, result: Any, timeout_s: float) -> Any:
+    async def _await(self, result: Awaitable[_R], timeout_s: float) -> _R:
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 return await result
@@ -150,7 +151,7 @@ class RewardEnvironment:
         self._prompt: list[Message] = []
 
     def reset(self, task: Task, seed: int) -> Sequence[Message]:
-        """The row's `prompt`, as one user message if it is a string."""
+        """Return the row's `prompt`, as one user message if it is a string."""
         if "prompt" not in task:
             raise RewardError(
                 f"The row has no column 'prompt'. Columns: {', '.join(sorted(map(str, task))) or 'none'}. "
@@ -162,7 +163,7 @@ class RewardEnvironment:
         return list(self._prompt)
 
     async def step(self, message: Message) -> EnvironmentStep:
-        """Score the response; the episode ends.
+        """Score the response and end the episode.
 
         Raises:
             RewardError: The function raised, passed its deadline, or did not return finite numbers.
@@ -190,23 +191,23 @@ class RewardEnvironment:
                 raise RewardError(f"reward {factory.name} returned {_short(result)}: {error}") from error
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Release nothing: the environment holds nothing."""
 
 
-def _contained(reward_fn: Any, arguments: Mapping[str, Any]) -> Any:
+def _contained(reward_fn: Callable[..., _R], arguments: Mapping[str, Any]) -> _R:
     """Call it in a thread, which hands exceptions to a future: that takes no StopIteration, and nothing that exits."""
     with contained("rewards", reward_fn, "call"):
         return reward_fn(**arguments)
 
 
-async def _run_in_pool(context: EnvironmentContext, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+async def _run_in_pool(context: EnvironmentContext, function: Callable[..., _R], arguments: dict[str, Any]) -> _R:
     """Send one call; arguments whose names `run_in_pool` takes for itself travel in a partial."""
     own = {name: arguments.pop(name) for name in ("function", "timeout_s", "self") if name in arguments}
     return await context.run_in_pool(functools.partial(function, **own) if own else function, **arguments)
 
 
-def _parameters(function: Callable[..., Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Names of the required and the optional arguments, and whether it takes any other."""
+def _parameters(function: Callable[..., object], name: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Return the names of the required and of the optional arguments, and whether the function takes any other."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
@@ -224,12 +225,12 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[tuple[str, ...
     return required, optional, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def _is_async(function: Callable[..., object]) -> bool:
     inner = function.func if isinstance(function, functools.partial) else function
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def _name_of(function: Callable[..., object]) -> str:
     inner = function.func if isinstance(function, functools.partial) else function
     return str(getattr(inner, "__qualname__", None) or type(inner).__name__)
 
@@ -241,6 +242,6 @@ def _last_user_text(messages: Sequence[Message]) -> str:
     return str(messages[-1].get("content", "")) if messages else ""
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

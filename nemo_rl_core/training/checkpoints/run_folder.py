@@ -8,10 +8,12 @@ import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.machine.deadline import Deadline
+from nemo_rl_core.protocols.launcher import on_workers
+from nemo_rl_core.protocols.training_backend import TrainingBackend
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerGroup
@@ -40,7 +42,7 @@ def check_run_folder(groups: Iterable[WorkerGroup], run_dir: Path) -> None:
             host
             for group in groups
             if group.local is None
-            for host in group.call("apply", _look, str(token), _PATIENCE_S, timeout_s=_TIMEOUT_S)
+            for host in on_workers(group, TrainingBackend.apply, timeout_s=_TIMEOUT_S)(_look, str(token), _PATIENCE_S)
             if host is not None
         ]
     finally:
@@ -53,7 +55,7 @@ def check_run_folder(groups: Iterable[WorkerGroup], run_dir: Path) -> None:
         )
 
 
-def _look(backend: Any, token: str, patience_s: float) -> str | None:
+def _look(backend: TrainingBackend, token: str, patience_s: float) -> str | None:
     """In a worker: None if it sees the file, else the name of its machine."""
     deadline = Deadline(patience_s)
     while not os.path.exists(token):

@@ -85,7 +85,7 @@ class RunSaver:
         self._models_are_of_boundary = True
 
     def leave_boundary(self) -> None:
-        """The models are about to change: until the next boundary there is nothing whole to save."""
+        """Note that the models are about to change: until the next boundary nothing whole can be saved."""
         self._models_are_of_boundary = False
 
     def save(self) -> Checkpoint | None:
@@ -116,7 +116,7 @@ class RunSaver:
         return self.newest
 
     def rescue(self) -> Checkpoint | None:
-        """`save` after a failure: within a deadline, and not where it was tried before.
+        """Save after a failure, within a deadline, unless saving this step was tried before.
 
         Raises:
             DeadlineExceeded: It was not done in time.
@@ -127,7 +127,7 @@ class RunSaver:
         return _within(_RESCUE_TIMEOUT_S, self.save)
 
     def how_to_go_on(self) -> str:
-        """For the reader of an error that ended the run: what is saved, and what to do; empty if there is nothing."""
+        """Tell the reader of an error that ended the run what is saved and what to do; empty if there is nothing."""
         step, newest = self.run.step, self.newest
         if not self.config.enabled or (step == 0 and newest is None):
             return ""
@@ -139,7 +139,7 @@ class RunSaver:
         return f"Step {newest.step} is saved in {newest.path}{lost}; the same command{again} goes on from there."
 
     def resume(self) -> Checkpoint | None:
-        """Go on from the newest whole checkpoint; None if there is none, or none is wanted.
+        """Continue from the newest whole checkpoint; None if there is none, or none is wanted.
 
         Raises:
             CheckpointError: It is of another algorithm, or damaged.
@@ -180,8 +180,8 @@ class RunSaver:
             export_model(self.parts.policy, self.parts.tokenizer, self.run.run_dir / "model")
 
 
-def _mark(feed: Any) -> Callable[[], dict[str, Any]]:
-    """The feed's state, turned into plain data only when it is saved if the feed can do that."""
+def _mark(feed: ExampleFeed | RolloutFeed | RecordedFeed) -> Callable[[], dict[str, Any]]:
+    """Return what makes the feed's state, turned into plain data only when it is saved if the feed can do that."""
     if hasattr(feed, "mark"):
         mark: Callable[[], dict[str, Any]] = feed.mark()
         return mark
@@ -198,8 +198,8 @@ def _read_loop_state(checkpoint: Checkpoint) -> Mapping[str, Any]:
         raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}.") from error
 
 
-def _state_of(algorithm: Algorithm) -> Any:
-    """What the algorithm keeps from step to step, copied; None if it keeps nothing."""
+def _state_of(algorithm: Algorithm) -> object:
+    """Return a copy of what the algorithm keeps from step to step; None if it keeps nothing."""
     return copy.deepcopy(algorithm.state_dict()) if isinstance(algorithm, KeepsState) else None
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,7 +21,7 @@ from nemo_rl_core.errors import ConfigError, GenerationError, NemoRLError, Resou
 from nemo_rl_core.machine.deadline import Deadline
 from nemo_rl_core.machine.place import Place, place_of
 from nemo_rl_core.registry import PluginCall
-from nemo_rl_core.training.model.policy import Policy
+from nemo_rl_core.training.model.policy import InitialModel, Policy
 
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.generation_backend import GenerationBackend
@@ -178,12 +178,17 @@ class DeviceTurns:
 
 
 def share_devices(config: RunConfig) -> bool:
-    """Whether trainer and engine are placed on the same devices."""
+    """Return whether trainer and engine are placed on the same devices."""
     return config.cluster.colocated or not config.cluster.roles
 
 
 def make_turns(
-    config: RunConfig, models: Mapping[str, Any], trained: Mapping[str, Any], engine_class: Any, *, share_weights: bool
+    config: RunConfig,
+    models: Mapping[str, Policy | InitialModel],
+    trained: Mapping[str, object],
+    engine_class: type[GenerationBackend],
+    *,
+    share_weights: bool,
 ) -> DeviceTurns:
     """Decide who leaves the device in turn, from `cluster.offload` and the backends' capabilities.
 
@@ -225,7 +230,8 @@ def make_turns(
     return DeviceTurns(computing, leaving=frozenset(leaving), trained=frozenset(trained), sleeps=sleeps)
 
 
-def _on_accelerator(policy: Policy) -> bool:
-    """Whether the policy computes elsewhere than on a CPU; the driver's own machine may have no such device."""
+def _on_accelerator(policy: Policy | InitialModel) -> bool:
+    """Return whether the policy computes on an accelerator; the driver's own machine may have none."""
+    assert not isinstance(policy, InitialModel)
     place: Place = policy.group.call("apply", place_of)[0]
     return not place.device.startswith("cpu")

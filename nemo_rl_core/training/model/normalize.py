@@ -58,7 +58,7 @@ class NormalizedLoss:
             self.vocabulary_fields: tuple[str, ...] = tuple(cast("VocabularyLoss", loss).vocabulary_fields)
 
     def over_vocabulary(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        """That of the loss, see `VocabularyLoss`."""
+        """Return the [C, F] numbers that the loss makes of `logprobs` [C, V], see `VocabularyLoss`."""
         with PluginCall("losses", self.loss, "over_vocabulary"):
             return cast("VocabularyLoss", self.loss).over_vocabulary(logprobs, fields)
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["lightest_first", "micro_batches_by_tokens", "pack_first_fit_decreasing", "pack_modified_ffd"]
 
 
-def pack_first_fit_decreasing(lengths: Sequence[int] | Any, capacity: int) -> list[list[int]]:
+def pack_first_fit_decreasing(lengths: Sequence[int] | Tensor, capacity: int) -> list[list[int]]:
     """Pack by first-fit decreasing: longest first, each into the first bin with room.
 
     Uses at most 11/9 of the fewest possible bins, plus 6/9 (Dosa 2007). A sequence longer than
@@ -31,7 +34,7 @@ def pack_first_fit_decreasing(lengths: Sequence[int] | Any, capacity: int) -> li
     return _first_fit(sizes, _longest_first(sizes), capacity)
 
 
-def pack_modified_ffd(lengths: Sequence[int] | Any, capacity: int) -> list[list[int]]:
+def pack_modified_ffd(lengths: Sequence[int] | Tensor, capacity: int) -> list[list[int]]:
     """Pack by modified first-fit decreasing: fills the bins of long sequences with well-fitting short ones.
 
     Source: Johnson and Garey, "A 71/60 theorem for bin packing", J. Complexity 1 (1985). Uses at most
@@ -75,7 +78,7 @@ def pack_modified_ffd(lengths: Sequence[int] | Any, capacity: int) -> list[list[
 
 
 def micro_batches_by_tokens(
-    lengths: Sequence[int] | Any, budget: int, *, num_bins_multiple_of: int = 1, min_bins: int = 1
+    lengths: Sequence[int] | Tensor, budget: int, *, num_bins_multiple_of: int = 1, min_bins: int = 1
 ) -> list[list[int]]:
     """Cut sequences into as few micro-batches under a token budget as the packings find, then balance them.
 
@@ -131,7 +134,8 @@ def lightest_first(lengths: Sequence[int], order: Iterable[int], num_bins: int) 
     return bins
 
 
-def _checked(lengths: Any, capacity: int) -> list[int]:
+def _checked(lengths: Sequence[int] | Tensor, capacity: int) -> list[int]:
+    """Return `lengths` [B], in tokens, as a list; refuse negative ones and a capacity below 1."""
     sizes = [int(x) for x in (lengths.tolist() if hasattr(lengths, "tolist") else lengths)]
     if capacity < 1:
         raise ValueError(f"A token budget of {capacity} holds nothing; it must be >= 1.")

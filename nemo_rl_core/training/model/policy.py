@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack
 
 import torch
 from attrs import evolve, frozen
 
 from nemo_rl_core.errors import InvariantViolation, PluginIncompatible
-from nemo_rl_core.protocols.training_backend import StepPlan, StepResult
+from nemo_rl_core.protocols.launcher import on_shards, on_workers
+from nemo_rl_core.protocols.training_backend import StepPlan, TrainingBackend
 from nemo_rl_core.records.shared_value import SharedValue, hold
 from nemo_rl_core.training.model.metrics import merge_metrics, metric_values
 from nemo_rl_core.training.model.normalize import NormalizedLoss, count_trained
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
     from nemo_rl_core.protocols.launcher import WorkerGroup
     from nemo_rl_core.protocols.loss import Loss
     from nemo_rl_core.records.batch import BatchedDataDict
+    from nemo_rl_core.records.shared_value import Movable
 
 __all__ = ["InitialModel", "Policy"]
+
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 
 
 @frozen
@@ -58,7 +63,7 @@ class Policy:
         `DeviceTurns` brings it back to its device."""
         self.token_budget = token_budget
         self.temperature = temperature if temperature > 0 else 1.0
-        self.axes: dict[str, int] = dict(group.call("parallel_axes")[0])
+        self.axes: dict[str, int] = dict(on_workers(group, TrainingBackend.parallel_axes)()[0])
         if math.prod(self.axes.values()) != group.size:
             raise PluginIncompatible(
                 f"parallel_axes() of the training backend gives {self.axes} for {group.size} worker(s): the sizes must "
@@ -67,7 +72,7 @@ class Policy:
         self.num_shards = self.axes.get("dp", 1)
 
     def train_step(self, batch: BatchedDataDict, loss: Loss, *, update: bool = True) -> dict[str, float]:
-        """One optimizer step on the whole of `batch` (or, without `update`, only the loss and metrics).
+        """Take one optimizer step on the whole of `batch` (or, without `update`, only the loss and metrics).
 
         Returns:
             Metrics by name, `grad_norm` and `lr` with them when the weights were updated.
@@ -85,12 +90,11 @@ class Policy:
             )
             for shard in self._plan(batch, whole_groups=getattr(loss, "unit", "sequence") == "group")
         ]
-        results = self._call("train_step", arguments)
+        results = self._on_shards(TrainingBackend.train_step)(arguments)
         metrics = metric_values(merge_metrics(result.metrics for result in results))
         if update:
-            first: StepResult = results[0]
-            metrics["grad_norm"] = first.grad_norm
-            metrics["lr"] = first.learning_rate
+            metrics["grad_norm"] = results[0].grad_norm
+            metrics["lr"] = results[0].learning_rate
         for name in ("loss", "grad_norm"):
             if name in metrics and not torch.isfinite(torch.tensor(metrics[name])):
                 raise InvariantViolation(
@@ -101,32 +105,32 @@ class Policy:
 
     def logprobs(self, batch: BatchedDataDict) -> Tensor:
         """[N] float32 logprobs of the batch's tokens under the current weights."""
-        (logprobs,) = self._forward("get_logprobs", batch, self.temperature)
+        (logprobs,) = self._forward(TrainingBackend.get_logprobs, batch, self.temperature)
         return logprobs
 
     def values(self, batch: BatchedDataDict) -> Tensor:
         """[N] float32 output of the model's scalar head at each token."""
-        (values,) = self._forward("get_values", batch)
+        (values,) = self._forward(TrainingBackend.get_values, batch)
         return values
 
     def top_logprobs(self, batch: BatchedDataDict, k: int) -> tuple[Tensor, Tensor]:
         """[N, k] ids and float32 logprobs of the k likeliest tokens in place of each token."""
-        ids, logprobs = self._forward("get_top_logprobs", batch, k, self.temperature)
+        ids, logprobs = self._forward(TrainingBackend.get_top_logprobs, batch, k, self.temperature)
         return ids, logprobs
 
     def hidden_states(self, batch: BatchedDataDict) -> Tensor:
-        """[N, E] what the output layer makes each token's distribution of."""
-        (hidden,) = self._forward("get_hidden_states", batch)
+        """[N, E] inputs of the output layer that predict each token."""
+        (hidden,) = self._forward(TrainingBackend.get_hidden_states, batch)
         return hidden
 
     def output_layer(self) -> OutputLayer:
-        """The output layer, at the sampling temperature, on the CPU."""
+        """Return the output layer, at the sampling temperature, on the CPU."""
         self.before_use()
-        layer: OutputLayer = self.group.call("get_output_layer")[0]
+        layer = on_workers(self.group, TrainingBackend.get_output_layer)()[0]
         return evolve(layer, transform=evolve(layer.transform, temperature=self.temperature))
 
-    def keep(self, value: Any) -> SharedValue:
-        """Give every worker a large value once; in this process it is shared."""
+    def keep(self, value: Movable) -> SharedValue:
+        """Send a large value to every worker once; a worker in this process shares it."""
         shared = SharedValue(value)
         if self.group.local is None:
             self.group.call("apply", hold, shared.key, value)
@@ -135,35 +139,36 @@ class Policy:
     @property
     def has_initial_weights(self) -> bool:
         """Whether these workers can still compute with the initial weights, see `InitialModel`."""
-        return all(self.group.call("has_initial_weights"))
+        return all(on_workers(self.group, TrainingBackend.has_initial_weights)())
 
     def save(self, path: Path) -> None:
         """Write the backend's checkpoint into the new folder `path`."""
         self.before_use(saving=True)
         path.mkdir(parents=True, exist_ok=True)
-        self.group.call("save_checkpoint", path.absolute())  # workers may have another working directory
+        path = path.absolute()  # workers may have another working directory
+        on_workers(self.group, TrainingBackend.save_checkpoint)(path)
 
     def load(self, path: Path) -> None:
         """Restore the backend's checkpoint."""
         self.before_use()
-        self.group.call("load_checkpoint", path.absolute())
+        on_workers(self.group, TrainingBackend.load_checkpoint)(path.absolute())
 
     def export_model(self, path: Path) -> None:
         """Write a Hugging Face checkpoint."""
         self.before_use(saving=True)
-        self.group.call("export_model", path.absolute())
+        on_workers(self.group, TrainingBackend.export_model)(path.absolute())
 
     def check_alive(self) -> None:
         """Raise `WorkerDied` if one of its workers has died while nobody called it; returns at once."""
         self.group.check_alive()
 
     def offload(self) -> None:
-        """Move it out of its devices' memory."""
-        self.group.call("offload")
+        """Move the model out of the memory of its devices."""
+        on_workers(self.group, TrainingBackend.offload)()
 
     def reload(self) -> None:
         """Undo `offload`."""
-        self.group.call("reload")
+        on_workers(self.group, TrainingBackend.reload)()
 
     def shutdown(self) -> None:
         """End the workers."""
@@ -171,12 +176,19 @@ class Policy:
 
     # -- sharding -------------------------------------------------------------------------------
 
-    def _forward(self, method: str, batch: BatchedDataDict, *options: Any) -> tuple[Tensor, ...]:
-        """A method of the backend on every shard; its per-token tensors in the order of the batch."""
+    def _forward(
+        self,
+        method: Callable[
+            [TrainingBackend, BatchedDataDict, Unpack[_Ts], Sequence[Sequence[int]]], Tensor | tuple[Tensor, ...]
+        ],
+        batch: BatchedDataDict,
+        *options: *_Ts,
+    ) -> tuple[Tensor, ...]:
+        """Call a method of the backend on every shard; return its tensors [N, ...] in the order of the batch."""
         self.before_use()
         shards = self._plan(batch)
         arguments = [(self._take(batch, shard), *options, shard.micro_batches) for shard in shards]
-        results = self._call(method, arguments)
+        results = self._on_shards(method)(arguments)
         parts = [result if isinstance(result, tuple) else (result,) for result in results]
         order = [i for shard in shards for i in shard.indices]
         return tuple(
@@ -196,10 +208,12 @@ class Policy:
     def _take(self, batch: BatchedDataDict, shard: _Shard) -> BatchedDataDict:
         return batch.select(shard.indices)
 
-    def _call(self, method: str, per_shard: list[tuple[Any, ...]]) -> list[Any]:
-        """One result for each shard."""
+    def _on_shards(
+        self, method: Callable[[TrainingBackend, Unpack[_Ts]], _R]
+    ) -> Callable[[Sequence[tuple[*_Ts]]], list[_R]]:
+        """Return a function that calls a method of the backend with the arguments of each shard: one result each."""
         over = ["dp"] if "dp" in self.axes else []
-        return self.group.call_sharded(method, per_shard, axes=self.axes, over=over)
+        return on_shards(self.group, method, axes=self.axes, over=over)
 
 
 class InitialModel:
@@ -228,34 +242,35 @@ class InitialModel:
             return model.top_logprobs(batch, k)
 
     def hidden_states(self, batch: BatchedDataDict) -> Tensor:
-        """[N, E] what the output layer makes each token's distribution of under the initial weights."""
+        """[N, E] inputs of the output layer that predict each token, under the initial weights."""
         with self._initial() as model:
             return model.hidden_states(batch)
 
     def output_layer(self) -> OutputLayer:
-        """The output layer, which no adapter changes."""
+        """Return the output layer, which no adapter changes."""
         return self._policy.output_layer()
 
-    def keep(self, value: Any) -> SharedValue:
-        """Give the policy's workers a large value once."""
+    def keep(self, value: Movable) -> SharedValue:
+        """Send a large value to the policy's workers once."""
         return self._policy.keep(value)
 
     @contextmanager
     def _initial(self) -> Iterator[Policy]:
         self._policy.before_use()
-        self._policy.group.call("use_initial_weights", True)
+        use_initial_weights = on_workers(self._policy.group, TrainingBackend.use_initial_weights)
+        use_initial_weights(True)
         try:
             yield self._policy
         finally:
-            self._policy.group.call("use_initial_weights", False)
+            use_initial_weights(False)
 
 
 def _nothing(*, stepping: bool = False, saving: bool = False) -> None:
-    """The model is always in place."""
+    """Do nothing: the model is always in place."""
 
 
 def _restore(joined: Tensor, order: Sequence[int], batch: BatchedDataDict) -> Tensor:
-    """Put per-token values, joined in the order of the sequences in `order`, back into the batch's order."""
+    """Put per-token values [N, ...], joined in the order of the sequences in `order`, back into the batch's order."""
     out = torch.empty(batch.num_tokens, *joined.shape[1:], dtype=joined.dtype)
     offsets = batch.offsets
     lengths = batch.lengths

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from nemo_rl_core.training.model.packing import lightest_first, micro_batches_by_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ShardPlan", "plan_step"]
 
@@ -23,11 +26,11 @@ class ShardPlan:
 
 
 def plan_step(
-    lengths: Sequence[int] | Any,
+    lengths: Sequence[int] | Tensor,
     *,
     num_shards: int = 1,
     token_budget: int,
-    group_ids: Sequence[int] | Any | None = None,
+    group_ids: Sequence[int] | Tensor | None = None,
 ) -> list[ShardPlan]:
     """Shard a global batch over data-parallel ranks and cut each shard into micro-batches.
 
@@ -80,5 +83,5 @@ def _plan_groups(sizes: list[int], group_ids: list[int], num_shards: int, token_
     return made
 
 
-def _integers(values: Any) -> list[int]:
+def _integers(values: Sequence[int] | Tensor) -> list[int]:
     return [int(x) for x in (values.tolist() if hasattr(values, "tolist") else values)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from nemo_rl_core.registry import active_table, is_first_party
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
     from nemo_rl_core.records.run_state import RunState
 
 __all__ = ["BarProgress", "JsonProgress", "LineProgress", "Progress", "make_progress", "summary"]
@@ -24,7 +27,7 @@ _SHOWN = (
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """One line: reward, loss, tokens/s, mismatch, and the time of each stage."""
+    """Return one line: reward, loss, tokens/s, mismatch, and the time of each stage."""
     parts = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
     stages = {name.removeprefix("timing/"): value for name, value in metrics.items() if name.startswith("timing/")}
     total = stages.pop("step", None)
@@ -35,23 +38,23 @@ def summary(metrics: dict[str, float]) -> str:
 
 
 class Progress:
-    """Shows nothing; base of the others."""
+    """Progress that shows nothing; base class of the others."""
 
     def start(self, run: RunState) -> None:
-        """The run begins."""
+        """Show that the run begins."""
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """A step has ended."""
+        """Show that a step has ended."""
 
     def note(self, text: str) -> None:
-        """Something worth a line happened (checkpoint, validation, resume)."""
+        """Show a line about an event, such as a checkpoint, a validation or a resume."""
 
     def finish(self, run: RunState, status: str) -> None:
-        """The run has ended."""
+        """Show that the run has ended."""
 
 
 class LineProgress(Progress):
-    """One line a step; for logs and pipes."""
+    """Progress as one line per step, for logs and pipes."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -61,31 +64,31 @@ class LineProgress(Progress):
         self.stream.flush()
 
     def start(self, run: RunState) -> None:
-        """The plugins of the run."""
+        """Write which plugins the run uses."""
         self._write(active_table(run.manifest))
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """`step 3/100 | reward ...`."""
+        """Write `step 3/100 | reward ...`."""
         of = f"/{run.max_steps}" if run.max_steps else ""
         self._write(f"step {run.step}{of} | {summary(metrics)}")
 
     def note(self, text: str) -> None:
-        """The text on its own line."""
+        """Write the text on its own line."""
         self._write(text)
 
 
 class JsonProgress(Progress):
-    """One JSON object a line on standard output; for machines."""
+    """Progress as one JSON object per line on standard output, for programs."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
 
-    def _write(self, event: str, **fields: Any) -> None:
+    def _write(self, event: str, **fields: object) -> None:
         self.stream.write(json.dumps({"event": event, **fields}) + "\n")
         self.stream.flush()
 
     def start(self, run: RunState) -> None:
-        """`{"event": "start", ...}`."""
+        """Write `{"event": "start", ...}`."""
         rows = [{**row, "third_party": not is_first_party(row["distribution"])} for row in run.manifest]
         self._write(
             "start",
@@ -97,15 +100,15 @@ class JsonProgress(Progress):
         )
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """`{"event": "step", "step": n, "metrics": {...}}`."""
+        """Write `{"event": "step", "step": n, "metrics": {...}}`."""
         self._write("step", step=run.step, metrics=metrics)
 
     def note(self, text: str) -> None:
-        """`{"event": "note", "text": ...}`."""
+        """Write `{"event": "note", "text": ...}`."""
         self._write("note", text=text)
 
     def finish(self, run: RunState, status: str) -> None:
-        """`{"event": "end", ...}`."""
+        """Write `{"event": "end", ...}`."""
         self._write("end", status=status, step=run.step)
 
 
@@ -113,15 +116,15 @@ class BarProgress(Progress):
     """A rich progress bar with the newest numbers beside it."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
 
     def start(self, run: RunState) -> None:
         """Draw the bar."""
         from rich import progress
         from rich.console import Console
 
-        self._bar = progress.Progress(
+        bar = self._bar = progress.Progress(
             progress.TextColumn("[bold]{task.description}"),
             progress.BarColumn(bar_width=24),
             progress.MofNCompleteColumn(),
@@ -130,16 +133,17 @@ class BarProgress(Progress):
             progress.TextColumn("{task.fields[numbers]}"),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task(run.algorithm, total=run.max_steps, completed=run.step, numbers="")
-        self._bar.console.print(active_table(run.manifest), highlight=False, markup=False, soft_wrap=True)
-        self._bar.start()
+        self._task = bar.add_task(run.algorithm, total=run.max_steps, completed=run.step, numbers="")
+        bar.console.print(active_table(run.manifest), highlight=False, markup=False, soft_wrap=True)
+        bar.start()
 
     def step(self, run: RunState, metrics: dict[str, float]) -> None:
-        """Advance."""
-        self._bar.update(self._task, completed=run.step, total=run.max_steps, numbers=summary(metrics))
+        """Advance the bar and show the newest numbers."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=run.step, total=run.max_steps, numbers=summary(metrics))
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
 
@@ -150,7 +154,7 @@ class BarProgress(Progress):
 
 
 def make_progress(kind: str) -> Progress:
-    """`auto` is a bar on a terminal and lines elsewhere."""
+    """Make the progress of a kind; `auto` is a bar on a terminal and lines elsewhere."""
     if kind == "auto":
         kind = "bar" if sys.stderr.isatty() else "lines"
     makers: dict[str, type[Progress]] = {

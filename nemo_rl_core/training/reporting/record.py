@@ -51,7 +51,7 @@ class RunRecord:
             self._guarded(label, backend, "start", name, str(self.run_dir), config)
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """One step's metrics; those that are not finite are left out of the loggers."""
+        """Write the metrics of one step; the loggers get only those that are finite."""
         line = json.dumps({"step": step, **metrics})
         with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -60,7 +60,7 @@ class RunRecord:
             self._guarded(label, backend, "log", finite, step=step)
 
     def rollouts(self, groups: Sequence[RolloutGroup], *, step: int) -> None:
-        """All rollouts of one step, as JSON lines."""
+        """Write all rollouts of one step, as JSON lines."""
         from nemo_rl_core.records.jsonl import write_groups
 
         folder = self.run_dir / "rollouts"
@@ -72,10 +72,10 @@ class RunRecord:
         for label, backend in list(self._loggers):
             self._guarded(label, backend, "finish", status)
 
-    def _write_json(self, name: str, data: Any) -> None:
+    def _write_json(self, name: str, data: object) -> None:
         (self.run_dir / name).write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
 
-    def _guarded(self, label: str, backend: Logger, method: str, *args: Any, **kwargs: Any) -> None:
+    def _guarded(self, label: str, backend: Logger, method: str, *args: object, **kwargs: object) -> None:
         try:
             with PluginCall("loggers", backend, method):
                 getattr(backend, method)(*args, **kwargs)
@@ -85,7 +85,7 @@ class RunRecord:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The metrics of each step of a run, in order; a last line cut off by a crash is skipped."""
+    """Return the metrics of each step of a run, in order; a last line cut off by a crash is skipped."""
     path = run_dir / "metrics.jsonl"
     by_step: dict[int, dict[str, float]] = {}
     if path.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from attrs import define, evolve, field
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.protocols.reward import Reward
 
-__all__ = ["RunInputs", "RunParts", "sampling_params"]
+__all__ = ["RunInputs", "RunParts", "SamplingChanges", "sampling_params"]
 
 SHUTDOWN_TIMEOUT_S = 10.0
 
@@ -33,8 +33,8 @@ SHUTDOWN_TIMEOUT_S = 10.0
 class RunInputs:
     """Python objects given to `fit` beside the configuration."""
 
-    train_rows: Any = None
-    validation_rows: Any = None
+    train_rows: object = None
+    validation_rows: object = None
     reward: Reward | None = None
     environment: EnvironmentFactory | type | None = None
     recorded: RecordedRollouts | None = None
@@ -106,8 +106,15 @@ class RunParts:
         self._stack.close()
 
 
-def sampling_params(config: RunConfig, **changes: Any) -> SamplingParams:
-    """How the run samples, from `generation`."""
+class SamplingChanges(TypedDict, total=False):
+    """How one kind of sampling, such as validation, differs from that of the run."""
+
+    temperature: float
+    max_new_tokens: int
+
+
+def sampling_params(config: RunConfig, **changes: Unpack[SamplingChanges]) -> SamplingParams:
+    """Return how the run samples, as `generation` of its configuration says, with some changes."""
     generation = config.generation
     params = SamplingParams(
         max_new_tokens=generation.max_new_tokens or config.policy.max_sequence_length,

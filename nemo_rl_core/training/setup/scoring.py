@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from nemo_rl_core.config.components import finished_options
 from nemo_rl_core.config.run_components import RunComponents
@@ -17,7 +16,7 @@ __all__ = ["make_environment"]
 
 
 def make_environment(config: RunConfig, inputs: RunInputs, components: RunComponents) -> EnvironmentFactory:
-    """The episode factory: an environment, or a reward function wrapped as one."""
+    """Return what makes the environment of each episode: the environment's class, or a wrapped reward function."""
     given = [
         name
         for name, value in (
@@ -46,8 +45,7 @@ def make_environment(config: RunConfig, inputs: RunInputs, components: RunCompon
     return reward_environment(components.reward(config.reward))
 
 
-def _factory(component: Any, options: Any) -> EnvironmentFactory:
+def _factory(component: EnvironmentFactory | type, options: object) -> EnvironmentFactory:
     if not isinstance(component, type):
-        factory: EnvironmentFactory = component
-        return factory
+        return component
     return partial(component, finished_options(component, options))

@@ -20,7 +20,7 @@ from nemo_rl_core.training.checkpoints.saver import RunSaver
 from nemo_rl_core.training.model.invariants import Invariants
 from nemo_rl_core.training.reporting.progress import Progress
 from nemo_rl_core.training.reporting.record import RunRecord
-from nemo_rl_core.training.setup.parts import RunParts, sampling_params
+from nemo_rl_core.training.setup.parts import RunParts, SamplingChanges, sampling_params
 from nemo_rl_core.training.steps.refit import Refit
 from nemo_rl_core.training.steps.timers import StageTimers
 from nemo_rl_core.training.steps.validation import validate_loss, validate_rollouts
@@ -284,7 +284,7 @@ class RunLoop:
             metrics = validate_loss(parts.policy, parts.models, parts.algorithm, parts.data, config)
         else:
             self._refit()
-            changes: dict[str, Any] = {"temperature": config.temperature}
+            changes: SamplingChanges = {"temperature": config.temperature}
             if config.max_new_tokens is not None:
                 changes["max_new_tokens"] = config.max_new_tokens
             with self.refit.of_restarted():
