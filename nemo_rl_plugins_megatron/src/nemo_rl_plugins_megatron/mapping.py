@@ -8,7 +8,7 @@ both are slicing and concatenation. `families.py` lists the rules of each model 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from attrs import frozen
@@ -36,7 +36,7 @@ class Readable(Protocol):
     def shape(self) -> Sequence[int]:
         """Of the whole."""
 
-    def __getitem__(self, where: object) -> Tensor:
+    def __getitem__(self, where: Any) -> Tensor:
         """A part: one slice, or one for each of the first dimensions."""
 
 

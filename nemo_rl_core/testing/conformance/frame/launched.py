@@ -9,11 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from _typeshed import SupportsAdd
-
     from nemo_rl_core.protocols.launcher import WorkerContext
 
 __all__ = ["LaunchedWorker"]
@@ -41,7 +39,7 @@ class LaunchedWorker:
         """Return an environment variable."""
         return os.environ.get(name)
 
-    def combine(self, first: SupportsAdd[Any, object], *, plus: object = 0) -> tuple[int, object]:
+    def combine(self, first: int, *, plus: object = 0) -> tuple[int, object]:
         """Return the rank and the sum of `first` and `plus`, such as of two numbers, texts or tensors."""
         return self.context.rank, first + plus
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_core.training.trainer import Trainer
@@ -10,6 +11,8 @@ from nemo_rl_core.training.trainer import Trainer
 if TYPE_CHECKING:
     from nemo_rl_core.protocols.reward import Reward
     from nemo_rl_core.records.run_state import RunResult
+    from nemo_rl_core.rollouts.context import EnvironmentFactory
+    from nemo_rl_core.schema import RunConfig
 
 __all__ = ["evaluate", "train"]
 
@@ -20,8 +23,8 @@ def train(
     reward_fn: Reward | None = None,
     *,
     algorithm: str = "grpo",
-    config: Any = None,
-    environment: object = None,
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    environment: EnvironmentFactory | type | None = None,
     validation_dataset: object = None,
     callbacks: Sequence[Any] = (),
     **fields: Any,
@@ -63,8 +66,8 @@ def evaluate(
     reward_fn: Reward | None = None,
     *,
     algorithm: str = "grpo",
-    config: Any = None,
-    environment: object = None,
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    environment: EnvironmentFactory | type | None = None,
     **fields: Any,
 ) -> dict[str, float]:
     """Sample every row of a dataset and score the responses, without training.
