@@ -39,7 +39,7 @@ class LaunchedWorker:
         """Return an environment variable."""
         return os.environ.get(name)
 
-    def combine(self, first: int, *, plus: object = 0) -> tuple[int, object]:
+    def combine(self, first: Any, *, plus: Any = 0) -> tuple[int, Any]:
         """Return the rank and the sum of `first` and `plus`, such as of two numbers, texts or tensors."""
         return self.context.rank, first + plus
 
