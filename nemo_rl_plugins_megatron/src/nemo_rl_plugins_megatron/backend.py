@@ -48,6 +48,8 @@ from nemo_rl_plugins_megatron.sizes import check_sizes, size_mistakes
 from nemo_rl_plugins_megatron.weights import WeightMap
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_core.schema import PolicyConfig
 
@@ -216,7 +218,7 @@ class MegatronBackend(TorchBackend):
     def _run(self, rows: Iterator[_MicroBatch], count: int, step: Any, *, update: bool) -> None:
         """All micro-batches through the pipeline; `step(micro-batch, hidden states)` is called on its last stage."""
 
-        def forward_step(iterator: Iterator[_MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        def forward_step(iterator: Iterator[_MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
             micro = next(iterator)
             hidden = model(micro.row.input_ids, micro.row.position_ids, None, packed_seq_params=micro.row.packed)
             nothing = torch.zeros((), dtype=torch.int)

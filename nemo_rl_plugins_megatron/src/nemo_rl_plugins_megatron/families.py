@@ -7,7 +7,7 @@ the layers. What all families share is in `common_settings`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from attrs import frozen
@@ -23,6 +23,10 @@ from nemo_rl_plugins_megatron.mapping import (
     Vocabulary,
     Whole,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 __all__ = ["FAMILIES", "Family", "common_settings", "family_of", "heads_of"]
 
@@ -81,7 +85,7 @@ class Family:
     """Fields of `TransformerConfig` beyond `common_settings`, from the Hugging Face configuration."""
 
 
-def _mixture_of_experts(config: Any) -> dict[str, Any]:
+def _mixture_of_experts(config: PreTrainedConfig) -> dict[str, Any]:
     layers = range(config.num_hidden_layers)
     sparse = [i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0 for i in layers]
     return {
@@ -151,10 +155,10 @@ def common_settings(config: Any) -> dict[str, Any]:
     }
 
 
-def heads_of(config: Any) -> Heads:
+def heads_of(config: PreTrainedConfig) -> Heads:
     """The sizes that the rules need."""
     return Heads(num_groups=config.num_key_value_heads, head_size=_head_size(config), vocab_size=config.vocab_size)
 
 
-def _head_size(config: Any) -> int:
+def _head_size(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

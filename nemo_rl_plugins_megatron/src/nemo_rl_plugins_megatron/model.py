@@ -31,6 +31,8 @@ from nemo_rl_plugins_megatron.cpu import NO_FUSIONS
 from nemo_rl_plugins_megatron.families import common_settings, family_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from nemo_rl_core.schema import PolicyConfig
     from nemo_rl_plugins_megatron.config import MegatronConfig
     from nemo_rl_plugins_megatron.parallel import Ranks
@@ -189,7 +191,9 @@ def transformer_config(hf_config: object, policy: PolicyConfig, options: Megatro
     )
 
 
-def build_model(hf_config: Any, policy: PolicyConfig, options: MegatronConfig, ranks: Ranks) -> PolicyModel:
+def build_model(
+    hf_config: PreTrainedConfig, policy: PolicyConfig, options: MegatronConfig, ranks: Ranks
+) -> PolicyModel:
     """This rank's part of the model, its weights not set yet.
 
     Raises:

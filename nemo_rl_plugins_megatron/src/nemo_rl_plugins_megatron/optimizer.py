@@ -17,6 +17,9 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_plugins_megatron._megatron import OptimizerConfig, get_megatron_optimizer
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
     from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["Optimizer", "Share"]
@@ -84,7 +87,7 @@ class Optimizer:
         ConfigError: No such optimizer, or a decay without an end.
     """
 
-    def __init__(self, policy: PolicyConfig, model: Any, *, distributed: bool) -> None:
+    def __init__(self, policy: PolicyConfig, model: nn.Module, *, distributed: bool) -> None:
         check_schedule(policy.scheduler)
         self.policy = policy
         config = _optimizer_config(policy, distributed=distributed)
@@ -198,7 +201,7 @@ class Share:
     """The optimizer's state by name, and the float32 master weight as `param` if there is one; as long as `part`."""
 
 
-def _state_names(config: Any) -> tuple[str, ...]:
+def _state_names(config: PreTrainedConfig) -> tuple[str, ...]:
     """Of the tensors that an optimizer keeps for each weight."""
     return ("exp_avg", "exp_avg_sq") if config.optimizer == "adam" else ("momentum_buffer",) * bool(config.sgd_momentum)
 

@@ -143,7 +143,7 @@ class Ranks:
             dist.broadcast(tensor, src=source, group=self.pp_group)
 
     @staticmethod
-    def gather(tensor: Tensor, group: Any) -> list[Tensor]:
+    def gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
         """The tensors of all ranks of a group, all of one shape."""
         if dist.get_world_size(group) == 1:
             return [tensor]

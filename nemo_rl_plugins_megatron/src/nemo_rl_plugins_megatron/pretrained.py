@@ -21,6 +21,8 @@ from nemo_rl_core.models.adapter import base_of
 from nemo_rl_plugins_megatron.mapping import Readable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["WeightFiles", "WeightSource", "WholeModel", "open_weights"]
@@ -47,7 +49,7 @@ class WeightSource(Protocol):
 class WholeModel:
     """The weights of a model in memory."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._weights: dict[str, Tensor] = dict(model.named_parameters())
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in self._weights.items()}
 
@@ -209,7 +211,7 @@ def _files(model_name: str) -> dict[str, str]:
     return {}
 
 
-def open_weights(policy: PolicyConfig, hf_config: Any, *, dtype: torch.dtype, seed: int) -> WeightSource:
+def open_weights(policy: PolicyConfig, hf_config: PreTrainedConfig, *, dtype: torch.dtype, seed: int) -> WeightSource:
     """The weights of `policy.model_name`, file by file where that can be.
 
     Raises:

@@ -13,6 +13,8 @@ from nemo_rl_core.schema import Mistake, mistake
 from nemo_rl_plugins_megatron.families import heads_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from nemo_rl_core.schema import PolicyConfig
 
 __all__ = ["check_sizes", "size_mistakes"]
@@ -71,7 +73,7 @@ def _of_model(hf_config: Any, policy: PolicyConfig) -> Iterator[Mistake]:
         yield mistake("options.sequence_parallel", problem, "Set it to true.", related=[_TENSOR])
 
 
-def _tensor_fits(hf_config: Any, size: int) -> bool:
+def _tensor_fits(hf_config: PreTrainedConfig, size: int) -> bool:
     """Several ranks may share a key-value head: they gather what the projections give, and each attends for its own."""
     heads = heads_of(hf_config)
     shared = size % heads.num_groups == 0 and 2 * heads.num_groups * heads.head_size % size == 0

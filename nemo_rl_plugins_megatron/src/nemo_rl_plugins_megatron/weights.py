@@ -6,7 +6,7 @@ Legend: layers are counted over the whole model on the Hugging Face side, and wi
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import frozen
@@ -17,6 +17,8 @@ from nemo_rl_plugins_megatron.families import family_of, heads_of
 from nemo_rl_plugins_megatron.mapping import Rule
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from nemo_rl_plugins_megatron.model import PolicyModel
     from nemo_rl_plugins_megatron.optimizer import Share
     from nemo_rl_plugins_megatron.parallel import Ranks
@@ -49,7 +51,9 @@ class WeightMap:
         ConfigError: The family's rules do not cover the model.
     """
 
-    def __init__(self, hf_config: Any, shapes: Mapping[str, Sequence[int]], model: PolicyModel, ranks: Ranks) -> None:
+    def __init__(
+        self, hf_config: PreTrainedConfig, shapes: Mapping[str, Sequence[int]], model: PolicyModel, ranks: Ranks
+    ) -> None:
         self.heads = heads_of(hf_config)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.ranks = ranks

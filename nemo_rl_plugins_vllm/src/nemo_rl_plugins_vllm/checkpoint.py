@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,10 @@ from nemo_rl_core.errors import ConfigError
 from nemo_rl_core.models import eos_token_ids, is_scratch, load_model, load_model_config, load_tokenizer
 from nemo_rl_plugins_vllm.pieces import ExpectedWeights
 from nemo_rl_plugins_vllm.requests import Limits
+
+if TYPE_CHECKING:
+    from nemo_rl_core.models.tokenizer import Tokenizer
+
 
 __all__ = ["checkpoint_folder", "expected_weights", "initial_weights", "limits_of", "tokenizer_of"]
 
@@ -62,7 +66,7 @@ def tokenizer_of(model_name: str) -> Any:
         return None
 
 
-def limits_of(model_name: str, tokenizer: Any, max_sequence_length: int | None) -> Limits:
+def limits_of(model_name: str, tokenizer: Tokenizer, max_sequence_length: int | None) -> Limits:
     """What a request must keep to."""
     config = load_model_config(model_name).get_text_config()
     own = getattr(config, "max_position_embeddings", None)

@@ -7,7 +7,11 @@ ones, behind the tensors that the attention layers hold.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 __all__ = [
     "KV_CACHE_GIB",
@@ -53,7 +57,7 @@ def environment(num_threads: int | None, *, single: bool) -> dict[str, str]:
     return wanted
 
 
-def repack_tied_heads(model: Any) -> None:
+def repack_tied_heads(model: nn.Module) -> None:
     """Give a head that shares its weight with the embedding the new weights too.
 
     The CPU's matrix product reads a packed copy, which is made when a layer is loaded; a tied head is not loaded.
@@ -67,7 +71,7 @@ def repack_tied_heads(model: Any) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
-def forget_expert_kernels(model: Any) -> list[tuple[Any, Any]]:
+def forget_expert_kernels(model: nn.Module) -> list[tuple[Any, Any]]:
     """Let the next load of each layer of experts make its kernel anew; returns what `keep_expert_kernels` takes.
 
     The CPU's grouped matrix product reads the experts padded and packed. vLLM does both only where it makes the kernel,

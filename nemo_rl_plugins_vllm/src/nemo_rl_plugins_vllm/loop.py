@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import define, field
 from vllm import AsyncEngineArgs, SamplingParams
@@ -28,6 +28,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from nemo_rl_core.errors import DeadlineExceeded, GenerationError, WorkerDied
 from nemo_rl_core.machine.threads import settle_soon
 from nemo_rl_plugins_vllm.stats import Counters, StepCounter
+
+if TYPE_CHECKING:
+    from nemo_rl_core.models.tokenizer import Tokenizer
+
 
 __all__ = ["Call", "EngineThread"]
 
@@ -65,7 +69,7 @@ class EngineThread:
         tokenizer: What stop strings are found with; None if there is none.
     """
 
-    def __init__(self, arguments: AsyncEngineArgs, tokenizer: Any) -> None:
+    def __init__(self, arguments: AsyncEngineArgs, tokenizer: Tokenizer) -> None:
         self.counters = Counters()
         self._arguments = arguments
         self._tokenizer = tokenizer

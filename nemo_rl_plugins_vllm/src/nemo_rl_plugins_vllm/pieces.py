@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import define, field, frozen
@@ -17,6 +17,10 @@ from torch import Tensor
 
 from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.machine.shared_files import SharedFile, map_shared
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 __all__ = ["ExpectedWeights", "Piece", "open_piece", "pack"]
 
@@ -62,7 +66,7 @@ class ExpectedWeights:
     """Canonical names of the parameters."""
 
     @classmethod
-    def of(cls, model: Any) -> ExpectedWeights:
+    def of(cls, model: nn.Module) -> ExpectedWeights:
         """Those of a Hugging Face module, which may be without contents (on the meta device)."""
         first: dict[int, str] = {}
         shapes, canonical = {}, {}

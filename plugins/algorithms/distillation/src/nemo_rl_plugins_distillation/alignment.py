@@ -6,9 +6,13 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
+
+if TYPE_CHECKING:
+    from nemo_rl_core.models.tokenizer import Tokenizer
+
 
 __all__ = ["Alignment", "align", "runs", "token_ends"]
 
@@ -30,8 +34,8 @@ def align(
     teacher_ids: Sequence[int],
     teacher_mask: Sequence[bool],
     *,
-    student_tokenizer: object,
-    teacher_tokenizer: object,
+    student_tokenizer: Tokenizer,
+    teacher_tokenizer: Tokenizer,
 ) -> Alignment:
     """Align the trained stretches of a conversation, the first with the first, and so on.
 
@@ -82,7 +86,7 @@ def runs(mask: Sequence[bool]) -> list[slice]:
 
 
 def _align_run(
-    student_ids: list[int], teacher_ids: list[int], student_tokenizer: Any, teacher_tokenizer: Any
+    student_ids: list[int], teacher_ids: list[int], student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], int]:
     sides = ((student_ids, student_tokenizer), (teacher_ids, teacher_tokenizer))
     ended = [bool(ids) and ids[-1] == tokenizer.eos_token_id for ids, tokenizer in sides]

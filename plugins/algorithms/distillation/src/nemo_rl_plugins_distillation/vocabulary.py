@@ -6,13 +6,17 @@ Legend: V student's vocabulary, U teacher's vocabulary, P pairs, R preimages.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from nemo_rl_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_rl_core.models.tokenizer import Tokenizer
+
 
 __all__ = ["Projection", "match_texts", "num_ids", "token_texts"]
 
@@ -114,7 +118,7 @@ class Projection:
         return ids, weights
 
 
-def match_texts(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
+def match_texts(student: Tokenizer, teacher: Tokenizer) -> tuple[Tensor, Tensor]:
     """Tokens of equal text: [U] the student's id of each of the teacher's or -1, and [V] bool of those matched."""
     ours, theirs = token_texts(student), token_texts(teacher)
     id_of = {text: i for i, text in reversed(list(enumerate(ours))) if text is not None}

@@ -43,6 +43,8 @@ from nemo_rl_plugins_dtensor.optimizer import (
 from nemo_rl_plugins_dtensor.parallel import join, local_part, undivided_heads
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_core.schema import PolicyConfig
 
@@ -138,7 +140,7 @@ class DTensorBackend(TorchBackend):
         self.gives, self.vocab_size = self.network.gives, self.network.head.weight.shape[0]
         self._closed = False
 
-    def _adapt(self, model: object, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
+    def _adapt(self, model: PreTrainedModel, seed: int, lora: LoRAConfig, *, dtype: torch.dtype) -> None:
         """Put LoRA adapters into the model."""
         if self.config.tensor_parallel_size > 1:
             raise ConfigError(

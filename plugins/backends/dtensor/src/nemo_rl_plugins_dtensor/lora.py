@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_plugins_dtensor.config import LoRAConfig
 from nemo_rl_plugins_dtensor.parallel import local_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 __all__ = ["DEFAULT_RANK", "Adapters"]
 
@@ -48,7 +52,9 @@ class Adapters:
             `config.path` is missing, of another kind, or does not fit the model.
     """
 
-    def __init__(self, model: Any, config: LoRAConfig, *, model_name: str, seed: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: LoRAConfig, *, model_name: str, seed: int, dtype: torch.dtype
+    ) -> None:
         self.peft = _peft_config(config, model, model_name)
         self.layers = _inject(self.peft, model, seed)
         self.head = "score" if getattr(model, "score", None) is not None else None
@@ -198,7 +204,7 @@ def _peft_name(name: str) -> str:
     return _PEFT_PREFIX + name.replace(f".{_NAME}.", ".")
 
 
-def _peft_config(config: LoRAConfig, model: Any, model_name: str) -> Any:
+def _peft_config(config: LoRAConfig, model: PreTrainedModel, model_name: str) -> Any:
     """PEFT's configuration of the adapter: that of its folder, or from ours."""
     try:
         from peft import LoraConfig
@@ -257,7 +263,7 @@ def _stored_config(config: LoRAConfig) -> Any:
     return found
 
 
-def _inject(peft: Any, model: Any, seed: int) -> dict[str, Any]:
+def _inject(peft: Any, model: PreTrainedModel, seed: int) -> dict[str, Any]:
     """Put the adapters in; the adapted layers by the name of their module."""
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import Factory, frozen
@@ -27,6 +27,10 @@ from nemo_rl_core.models.numerics.vocabulary_head import (
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.attention import ATTENTION_NAME
 from nemo_rl_plugins_dtensor.prefix import share_prefixes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 __all__ = ["PolicyNetwork", "Row", "switch_off_dropout"]
 
@@ -118,7 +122,7 @@ class PolicyNetwork(nn.Module):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
         attention: Literal["auto", "packed", "padded"],
         chunk_size: int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from torch import Tensor
 from nemo_rl_plugins_torch_engine.attention import attend_cache, attend_packed, length_mask
 from nemo_rl_plugins_torch_engine.cache import KVCache, LayerShape
 from nemo_rl_plugins_torch_engine.passes import DecodePass, PrefillPass, Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 __all__ = ["ATTENTION_NAME", "AttentionDecoder", "UnsupportedModel", "register_attention"]
 
@@ -124,7 +128,7 @@ class AttentionDecoder:
         UnsupportedModel: The model's attention cannot be replaced, or replacing it changes its logits.
     """
 
-    def __init__(self, model: Any, *, num_rows: int, max_length: int, cache_dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, *, num_rows: int, max_length: int, cache_dtype: torch.dtype) -> None:
         self.model = model
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self._keep_argument = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -156,7 +160,7 @@ class AttentionDecoder:
         return logits if keep or last is None else logits[:, last]
 
 
-def _refuse_by_config(model: Any) -> None:
+def _refuse_by_config(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     unknown = set(getattr(config, "layer_types", None) or ()) - _ALLOWED_LAYERS
     if unknown:

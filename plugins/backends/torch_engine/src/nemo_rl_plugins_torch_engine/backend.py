@@ -7,7 +7,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from nemo_rl_plugins_torch_engine.stopping import StopStrings
 from nemo_rl_plugins_torch_engine.weights import load_weights, named_weights
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from nemo_rl_core.models.tokenizer import Tokenizer
     from nemo_rl_core.protocols.launcher import WorkerContext
     from nemo_rl_core.schema import GenerationConfig
@@ -308,7 +310,7 @@ def _tokenizer(model_name: str) -> Tokenizer | None:
         return None
 
 
-def _eos(model_name: str, tokenizer: Tokenizer | None, model: Any) -> frozenset[int]:
+def _eos(model_name: str, tokenizer: Tokenizer | None, model: PreTrainedModel) -> frozenset[int]:
     from nemo_rl_core.models import eos_token_ids
 
     if tokenizer is not None:
@@ -317,12 +319,12 @@ def _eos(model_name: str, tokenizer: Tokenizer | None, model: Any) -> frozenset[
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
-def _context_length(asked: int | None, model: Any) -> int:
+def _context_length(asked: int | None, model: PreTrainedModel) -> int:
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(asked or own or _DEFAULT_CONTEXT, own or asked or _DEFAULT_CONTEXT)
 
 
-def _num_threads(options: TorchEngineConfig, context: WorkerContext, model: Any) -> int | None:
+def _num_threads(options: TorchEngineConfig, context: WorkerContext, model: PreTrainedModel) -> int | None:
     """Threads of one operator in the engine's thread; None leaves PyTorch's."""
     chosen = options.num_threads
     if chosen is None and torch.device(context.device).type == "cpu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,13 +14,17 @@ from nemo_rl_plugins_torch_engine.lean import LeanDecoder
 from nemo_rl_plugins_torch_engine.passes import Decoder
 from nemo_rl_plugins_torch_engine.recompute import RecomputeDecoder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 __all__ = ["build_decoder"]
 
 logger = logging.getLogger(__name__)
 
 
 def build_decoder(
-    model: Any,
+    model: PreTrainedModel,
     *,
     choice: str,
     num_rows: int,

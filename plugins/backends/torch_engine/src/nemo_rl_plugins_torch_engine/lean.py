@@ -9,7 +9,7 @@ Legend: N tokens of a pass, H query heads, K kv heads, D head size, T positions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
@@ -21,6 +21,10 @@ from nemo_rl_plugins_torch_engine.attention_decoder import UnsupportedModel
 from nemo_rl_plugins_torch_engine.cache import KVCache, LayerShape
 from nemo_rl_plugins_torch_engine.packed import Linear, Packing
 from nemo_rl_plugins_torch_engine.passes import DecodePass, PrefillPass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 __all__ = ["LeanDecoder"]
 
@@ -66,7 +70,13 @@ class LeanDecoder:
     """
 
     def __init__(
-        self, model: Any, *, num_rows: int, max_length: int, cache_dtype: torch.dtype, packed_weights: bool = True
+        self,
+        model: PreTrainedModel,
+        *,
+        num_rows: int,
+        max_length: int,
+        cache_dtype: torch.dtype,
+        packed_weights: bool = True,
     ) -> None:
         config = model.config
         _refuse_by_config(model)
@@ -161,7 +171,7 @@ class LeanDecoder:
         return out.flatten(1)
 
 
-def _refuse_by_config(model: Any) -> None:
+def _refuse_by_config(model: PreTrainedModel) -> None:
     config = model.config
     if type(model).__name__ not in _CLASSES:
         raise UnsupportedModel(f"{type(model).__name__} is not one of {sorted(_CLASSES)}")

@@ -5,13 +5,17 @@ Slow, and right for models whose state is not keys and values (recurrent and hyb
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nemo_rl_plugins_torch_engine.cache import KVCache, LayerShape
 from nemo_rl_plugins_torch_engine.passes import DecodePass, PrefillPass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 __all__ = ["RecomputeDecoder"]
 
@@ -23,7 +27,7 @@ class RecomputeDecoder:
     those of any decoder. A causal model gives the same logits whatever pads the right side.
     """
 
-    def __init__(self, model: Any, *, num_rows: int, max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, num_rows: int, max_length: int) -> None:
         self.model = model
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         device = next(model.parameters()).device

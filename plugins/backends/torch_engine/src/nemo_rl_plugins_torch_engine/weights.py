@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,19 +11,23 @@ from torch import Tensor
 from nemo_rl_core.errors import GenerationError
 from nemo_rl_core.infra.weights.fingerprint import CachedSums
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 __all__ = ["load_weights", "named_weights"]
 
 _SHOWN = 5
 
 
-def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's parameters by Hugging Face name; a tied one comes once."""
     for name, parameter in model.named_parameters():
         yield name, parameter.detach()
 
 
 def load_weights(
-    model: Any, tensors: Iterable[tuple[str, Tensor]], *, share: bool, sums: CachedSums | None = None
+    model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]], *, share: bool, sums: CachedSums | None = None
 ) -> int:
     """Replace every parameter of `model`.
 

@@ -67,9 +67,9 @@ class CollectiveSync(StreamedSync):
 class _Group:
     """A process group of its own: rank 0 is the trainer's, the others are the engines."""
 
-    def __init__(self, kind: str, store: Any, rank: int, size: int, *, timeout: Any, local: bool) -> None:
+    def __init__(self, kind: str, store: dist.Store, rank: int, size: int, *, timeout: Any, local: bool) -> None:
         self.kind = kind
-        self.store = store
+        self.store: dist.Store | None = store
         self.broadcasts: deque[_Broadcast] = deque(maxlen=_NUM_SLOTS)
         self.inner: Any = _nccl(store, rank, size) if kind == "nccl" else _gloo(store, rank, size, timeout, local=local)
 
@@ -98,7 +98,7 @@ class _Group:
         self.store = None
 
 
-def _gloo(store: Any, rank: int, size: int, timeout: datetime.timedelta, *, local: bool) -> Any:
+def _gloo(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, *, local: bool) -> Any:
     return dist.ProcessGroupGloo(store, rank, size, _gloo_options(timeout, local=local))
 
 
@@ -117,7 +117,7 @@ def _gloo_options(timeout: datetime.timedelta, *, local: bool) -> Any:
     return options
 
 
-def _nccl(store: Any, rank: int, size: int) -> Any:
+def _nccl(store: dist.Store, rank: int, size: int) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _WATCHDOG
     return dist.ProcessGroupNCCL(store, rank, size, options)
@@ -126,7 +126,7 @@ def _nccl(store: Any, rank: int, size: int) -> Any:
 class _Broadcast:
     """One that was started."""
 
-    def __init__(self, kind: str, group: Any, buffer: Tensor, options: Any) -> None:
+    def __init__(self, kind: str, group: dist.ProcessGroup, buffer: Tensor, options: Any) -> None:
         self.kind = kind
         self.device = buffer.device
         self.started = time.monotonic()

@@ -14,7 +14,7 @@ import uuid
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,11 @@ from nemo_rl_plugins_weight_syncs.config import DiskConfig
 from nemo_rl_plugins_weight_syncs.packing import chunks
 from nemo_rl_plugins_weight_syncs.peers import RefitPeers
 from nemo_rl_plugins_weight_syncs.streaming import Received, Sent, Transfer
+
+if TYPE_CHECKING:
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend
+    from nemo_rl_core.protocols.training_backend import TrainingBackend
+
 
 __all__ = ["DiskSync"]
 
@@ -85,7 +90,7 @@ class DiskSync(WorkerSync):
         return folder
 
 
-def _write(backend: Any, rank: int, transfer: Transfer, target: Path, keep: int) -> Sent | None:
+def _write(backend: TrainingBackend, rank: int, transfer: Transfer, target: Path, keep: int) -> Sent | None:
     """On every rank of the trainer: export; on rank 0 write a version and remove old ones."""
     source = iter(backend.export_weights())
     if rank != 0:
@@ -141,7 +146,7 @@ def _remove_old(newest: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(engine: Any, transfer: Transfer, target: Path) -> Received:
+def _read(engine: GenerationBackend, transfer: Transfer, target: Path) -> Received:
     """In an engine's process: load a version."""
     engine.update_weights(transfer.version, _tensors(target), share=False)
     return Received(fingerprint=engine.fingerprint() if transfer.fingerprint else None)

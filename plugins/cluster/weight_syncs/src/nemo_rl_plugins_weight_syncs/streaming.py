@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from attrs import frozen
@@ -18,6 +18,11 @@ from nemo_rl_core.infra.weights.transfer import OutgoingWeights
 from nemo_rl_plugins_weight_syncs.hub import Hub, PeerGaveUp, RefitDeadline, Rendezvous, Wire, connect
 from nemo_rl_plugins_weight_syncs.packing import Chunk, chunks
 from nemo_rl_plugins_weight_syncs.session_cache import forget, keep, start_epoch
+
+if TYPE_CHECKING:
+    from nemo_rl_core.protocols.generation_backend import GenerationBackend
+    from nemo_rl_core.protocols.training_backend import TrainingBackend
+
 
 __all__ = ["InCarrier", "OutCarrier", "Received", "Route", "Sent", "Transfer", "open_hub", "receive", "send"]
 
@@ -130,7 +135,7 @@ def open_hub(backend: object, rank: int, transfer: Transfer, addresses: Mapping[
     return hub.rendezvous
 
 
-def send(backend: Any, rank: int, transfer: Transfer, routes: Mapping[int, Route]) -> Sent | None:
+def send(backend: TrainingBackend, rank: int, transfer: Transfer, routes: Mapping[int, Route]) -> Sent | None:
     """On every rank of the trainer: export the weights; send them on those that serve engines.
 
     Args:
@@ -184,7 +189,13 @@ def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, ro
 
 
 def receive(
-    engine: Any, name: str, rendezvous: Rendezvous, transfer: Transfer, device: str, carrier: Any, *options: Any
+    engine: GenerationBackend,
+    name: str,
+    rendezvous: Rendezvous,
+    transfer: Transfer,
+    device: str,
+    carrier: Any,
+    *options: Any,
 ) -> Received:
     """In an engine's process: load the weights that the trainer sends.
 

@@ -111,7 +111,7 @@ class ReasoningGymRows(Sequence[dict[str, Any]]):
         """Number of rows."""
         return self._ends[-1]
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
         """One row, or the rows of a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
