@@ -173,6 +173,7 @@ class MegatronBackend(TorchBackend):
         losses = [torch.zeros((), device=self.device)]
 
         def step(micro: _MicroBatch, hidden: Tensor) -> Tensor:
+            """Return the loss [] of a micro-batch from its last hidden states [T, 1, E]."""
             asked = needs if micro.indices else frozenset()
             out = self.outputs(hidden, micro.row, temperature=plan.temperature, needs=asked)
             if not micro.indices:
@@ -219,6 +220,7 @@ class MegatronBackend(TorchBackend):
         """All micro-batches through the pipeline; `step(micro-batch, hidden states)` is called on its last stage."""
 
         def forward_step(iterator: Iterator[_MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+            """Return the output [T, 1, E] of this stage and what makes a loss of it."""
             micro = next(iterator)
             hidden = model(micro.row.input_ids, micro.row.position_ids, None, packed_seq_params=micro.row.packed)
             nothing = torch.zeros((), dtype=torch.int)
@@ -240,7 +242,7 @@ class MegatronBackend(TorchBackend):
         self.optimizer.zero_grad()
 
     def _update(self, loss: Tensor) -> float:
-        """Clip and step; returns the gradient's global norm before clipping."""
+        """Clip and step by the gradient of a loss []; returns its global norm before clipping."""
         assert self.optimizer is not None
         norm = self.optimizer.gradient_norm()
         if self.ranks.any_rank(~loss.isfinite() | torch.tensor(not math.isfinite(norm), device=loss.device)):
@@ -254,10 +256,11 @@ class MegatronBackend(TorchBackend):
     def _forward_only(
         self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], names: Iterable[str], **options: Any
     ) -> dict[str, Tensor]:
-        """These outputs for each token of the batch, the same on every stage of the pipeline."""
+        """Return these outputs, [N] or [N, ...] each, for the N tokens, the same on every stage of the pipeline."""
         collected = PerToken(batch)
 
         def step(micro: _MicroBatch, hidden: Tensor) -> Tensor:
+            """Collect the outputs of a micro-batch from its hidden states [T, 1, E]; returns a 0 [] to go back from."""
             found = self.outputs(hidden, micro.row, **options)
             collected.put(micro.indices, {name: found[name] for name in names})
             return found["anchor"]
@@ -271,7 +274,7 @@ class MegatronBackend(TorchBackend):
     # -- weights out --------------------------------------------------------------------------
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, whole tensor) in the precision that computes; tied weights come once."""
+        """Yield (Hugging Face name, whole tensor [...]) in the precision that computes; tied weights come once."""
         self._check_here()
         yield from self.weights.export()
 

@@ -195,7 +195,7 @@ def _written(weights: Mapping[str, Any], optimizer: Optimizer) -> Iterator[tuple
 
 
 def _whole(share: Share, name: str, number: int) -> Tensor | None:
-    """A tensor of the optimizer in its weight's shape, on the one rank of the group that writes it."""
+    """Return a tensor of the optimizer in its weight's shape [...], on the one rank of the group that writes it."""
     tensor = share.tensors[name]
     if share.group is None:
         return tensor.view_as(share.weight)
@@ -209,7 +209,7 @@ def _whole(share: Share, name: str, number: int) -> Tensor | None:
 
 
 def _like(place: Any, name: str, data: Tensor, replica: object) -> Any:
-    """A tensor of the optimizer at the place of its weight."""
+    """Return a tensor [...] of the optimizer at the place of its weight."""
     changes: dict[str, Any] = {
         "key": f"optimizer.state.{name}.{place.key}",
         "data": data.detach(),

@@ -131,7 +131,10 @@ def seed_rng_tracker(device: torch.device, seed: int) -> None:
 
 
 def attend_end_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`attention.attend_end` where the kernel takes a mask and shared heads, but does not know that form by name."""
+    """Attend with query [B, H, T, E] to key and value [B, G, S, E], the last T of S places; returns [B, H, T, E].
+
+    It is `attention.attend_end` where the kernel takes a mask and shared heads, but does not know that form by name.
+    """
     places, seen = query.shape[2], key.shape[2]
     mask = torch.ones(places, seen, dtype=torch.bool).tril(seen - places)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

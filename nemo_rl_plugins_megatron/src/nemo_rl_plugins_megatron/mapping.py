@@ -54,11 +54,11 @@ class Form:
     """Cuts and joins; the parts belong to tensor-parallel ranks."""
 
     def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
-        """The part of rank `index` of `size`."""
+        """Return the part [...] of rank `index` of `size`."""
         raise NotImplementedError
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        """The whole Hugging Face tensors from the parts of all ranks."""
+        """Return the whole Hugging Face tensors [...] from the parts of all ranks."""
         raise NotImplementedError
 
 
@@ -66,11 +66,11 @@ class Whole(Form):
     """Every rank holds the whole."""
 
     def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
-        """The tensor."""
+        """Return the whole tensor [...]."""
         return whole[0][:]
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        """The first rank's."""
+        """Return the first rank's tensor [...]."""
         return [parts[0]]
 
 
@@ -79,12 +79,12 @@ class _Along(Form):
     dim: int
 
     def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
-        """The share of the rank along the dimension."""
+        """Return the share of the rank, 1 / size of the tensor [...] along the dimension."""
         share = whole[0].shape[self.dim] // size
         return whole[0][(slice(None),) * self.dim + (slice(index * share, (index + 1) * share),)]
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        """The shares one after another."""
+        """Return the shares one after another, as one tensor [...]."""
         return [torch.cat(list(parts), dim=self.dim)]
 
 
@@ -102,13 +102,13 @@ class Vocabulary(Form):
     """Ranks share the rows; the vocabulary is filled up with zero rows to a multiple of the ranks."""
 
     def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
-        """The rank's rows."""
+        """Return the rank's rows [share, E] of a vocabulary, the last rank's filled with zeros."""
         share = -(-heads.vocab_size // size)
         rows = whole[0][min(index * share, heads.vocab_size) : min((index + 1) * share, heads.vocab_size)]
         return torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])]) if len(rows) < share else rows
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        """All rows without the filling."""
+        """Return all rows [V, E] without the filling."""
         return [torch.cat(list(parts))[: heads.vocab_size]]
 
 
@@ -121,11 +121,11 @@ class Gate(Form):
     """The gate and up projections of a gated MLP in one: each rank has its rows of both."""
 
     def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
-        """[gate rows; up rows] of the rank."""
+        """Return the rank's gate rows, then its up rows: [2 * F / size, E]."""
         return torch.cat([_rows(tensor, tensor.shape[0] // size, index) for tensor in whole])
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        """Gate and up."""
+        """Return gate and up, [F, E] each."""
         halves = [part.chunk(2) for part in parts]
         return [torch.cat([half[i] for half in halves]) for i in range(2)]
 
@@ -134,11 +134,11 @@ class FusedGate(Gate):
     """`Gate` where Hugging Face too has both in one tensor."""
 
     def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
-        """[gate rows; up rows] of the rank."""
+        """Return the rank's gate rows, then its up rows: [2 * F / size, E]."""
         return torch.cat([_rows(whole[0], whole[0].shape[0] // (2 * size), half * size + index) for half in range(2)])
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        """Gate and up, one after the other."""
+        """Return gate and up, one after the other: [2 * F, E]."""
         return [torch.cat(super().join(parts, heads))]
 
 
@@ -146,14 +146,14 @@ class QueryKeyValue(Form):
     """Queries, keys and values in one: for each key-value head its query heads, then itself, then its values."""
 
     def cut(self, whole: Sequence[Readable], index: int, size: int, heads: Heads) -> Tensor:
-        """The rank's key-value heads with all that belongs to them, or its rows of a head that several ranks share."""
+        """Return the rank's key-value heads with all that belongs to them [rows, E], or its rows of a shared head."""
         groups, shared = max(heads.num_groups // size, 1), max(size // heads.num_groups, 1)
         mine = [_rows(tensor, tensor.shape[0] // heads.num_groups * groups, index // shared) for tensor in whole]
         by_group = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in mine]
         return torch.cat(by_group, dim=1).flatten(0, 1).chunk(shared)[index % shared]
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        """Queries, keys and values."""
+        """Return queries, keys and values, [rows, E] each."""
         fused = torch.cat(list(parts))
         by_group = fused.reshape(heads.num_groups, -1, *fused.shape[1:])
         queries = by_group.shape[1] - 2 * heads.head_size

@@ -50,7 +50,7 @@ class _RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
+        """Normalise the last dimension of x [..., E]."""
         exact = x.float()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * exact.to(x.dtype)
@@ -229,6 +229,7 @@ def freeze_embedding_of(model: PolicyModel, token: int | None, ranks: Ranks) -> 
         return
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], embedded: Tensor) -> Tensor:
+        """Return the embeddings [T, B, E], those of the frozen token detached."""
         frozen = (kwargs["input_ids"] == token).transpose(0, 1)[..., None]
         if len(frozen) > len(embedded):  # tensor-parallel ranks share the tokens
             frozen = frozen.chunk(ranks.tp_size)[ranks.tp_index]

@@ -128,7 +128,7 @@ class Optimizer:
             yield from self._divided(part) if hasattr(part, "gbuf_ranges") else self._undivided(part)
 
     def tensors(self) -> list[Tensor]:
-        """Master weights and state: all that it holds beside the model's weights."""
+        """Return master weights and state [...]: all that it holds beside the model's weights."""
         stepped = [p for part in self._parts() for group in part.optimizer.param_groups for p in group["params"]]
         states = [state for part in self._parts() for state in part.optimizer.state.values()]
         return stepped + [value for state in states for value in state.values() if isinstance(value, Tensor)]

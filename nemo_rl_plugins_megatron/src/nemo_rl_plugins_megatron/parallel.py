@@ -135,7 +135,7 @@ class Ranks:
         return box[0]
 
     def from_stage(self, stage: int, tensors: Sequence[Tensor]) -> None:
-        """Fill `tensors` with those of a pipeline stage, in place."""
+        """Fill tensors [...] with those of a pipeline stage, in place."""
         if self.pp_size == 1:
             return
         source = dist.get_process_group_ranks(self.pp_group)[stage]
@@ -144,7 +144,7 @@ class Ranks:
 
     @staticmethod
     def gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-        """The tensors of all ranks of a group, all of one shape."""
+        """Return the tensors [...] of all ranks of a group, all of one shape."""
         if dist.get_world_size(group) == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]

@@ -54,11 +54,11 @@ class WholeModel:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(t.shape) for name, t in self._weights.items()}
 
     def read(self, name: str) -> Tensor:
-        """The weight."""
+        """Return the weight [...]."""
         return self._weights[name].detach()
 
     def read_expert(self, name: str, expert: int) -> Tensor:
-        """The part of one expert."""
+        """Return the part [...] of one expert, of a weight [num_experts, ...]."""
         return self.read(name)[expert]
 
 
@@ -100,7 +100,7 @@ class WeightFiles:
         return _Stacked([_Stored(self, part, (shape[0] // len(parts), *shape[1:])) for part in parts])
 
     def take(self, name: str, shape: tuple[int, ...], where: tuple[Any, ...]) -> Tensor:
-        """A part of a tensor that should be of this shape.
+        """Return a part [...] of a tensor that should be of this shape.
 
         Raises:
             ConfigError: It is not, or the file is damaged or missing.
@@ -149,6 +149,7 @@ class _Stored:
         return self.whole if self.expert is None else self.whole[1:]
 
     def __getitem__(self, where: Any) -> Tensor:
+        """Return rows [num_rows, ...] over all parts."""
         slices = where if isinstance(where, tuple) else (where,)
         return self.files.take(self.name, self.whole, slices if self.expert is None else (self.expert, *slices))
 

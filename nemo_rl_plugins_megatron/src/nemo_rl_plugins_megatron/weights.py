@@ -126,7 +126,7 @@ class WeightMap:
             master.copy_(part.flatten()[held[name].part].view_as(master))
 
     def _parts(self, source: WeightSource, only: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Of each weight of this rank, or of some, its part by its name."""
+        """Yield of each weight of this rank, or of some, its part [...] by its name."""
         ranks = self.ranks
         for weight in (weight for weight in self.weights if weight.stage == ranks.pp_index):
             cut = weight.rule.form.cut
@@ -150,7 +150,7 @@ class WeightMap:
 
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, whole tensor) on every rank; a collective."""
+        """Yield (Hugging Face name, whole tensor [...]) on every rank; a collective."""
         ranks = self.ranks
         for weight in self.weights:
             if weight.stage == ranks.pp_index:

@@ -85,6 +85,7 @@ class ByRank:
         batch.set_tokens("student_unmatched", _wide(free, width, False))
 
     def _partner(self, ids: Tensor) -> Tensor:
+        """Return the student's id of each teacher id, in the shape [...] of `ids`; -1 for one without a partner."""
         if self.matched is None:
             return torch.full_like(ids, -1)
         of_teacher = self.matched[0]
@@ -92,7 +93,7 @@ class ByRank:
 
 
 def _chunks(batch: BatchedDataDict, theirs: BatchedDataDict) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's tokens that belong to a chunk, the chunk of each, counted over all sequences, and the sizes."""
+    """Return which teacher tokens belong to a chunk [N], the chunk of each [K], and the sizes of all [C]."""
     starts = batch["num_chunks"].cumsum(0) - batch["num_chunks"]
     where = theirs["chunk_ids"] >= 0
     of_token = (theirs["chunk_ids"] + theirs.expand_to_tokens(starts))[where]

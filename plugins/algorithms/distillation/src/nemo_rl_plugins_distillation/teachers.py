@@ -120,7 +120,7 @@ class Teachers:
         return list(enumerate(self.names))
 
     def _of_rows(self, batch: BatchedDataDict, index: int, ask: Any) -> tuple[Tensor, ...]:
-        """What a teacher says of its rows, 0 in the others."""
+        """Return what a teacher says of its rows, [N] or [N, k] each, and 0 in the others."""
         from nemo_rl_core.records.batch import BatchedDataDict as Batch
 
         bare = Batch(batch.lengths, {name: batch[name] for name in ("input_ids", "loss_mask")})

@@ -116,6 +116,7 @@ class GRPO(BaseAlgorithm):
         return take_kl_from_rewards(batch, self.config.reward_kl)
 
     def _shaped_rewards(self, batch: BatchedDataDict) -> Tensor:
+        """Return the rewards [B], scaled and shaped as configured."""
         from nemo_rl_plugins_grpo import shaping
 
         rewards: Tensor = batch["rewards"]

@@ -165,6 +165,7 @@ def _require(batch: BatchedDataDict, fields: set[str]) -> None:
 
 
 def _require_finite(name: str, values: Tensor, sequences: Tensor) -> None:
+    """Raise if one of the values [N] is not finite, naming its sequences [N]."""
     bad = ~torch.isfinite(values)
     if bad.any():
         raise DataError(

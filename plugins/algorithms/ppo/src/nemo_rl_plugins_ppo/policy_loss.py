@@ -108,7 +108,7 @@ class ClippedSurrogateLoss:
         return 1 - self.config.ratio_clip_min, 1 + self.config.ratio_clip_max
 
     def _ratio_metrics(self, ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Metric]:
-        """Metrics of the ratio; a token counts as clipped if the clip takes its gradient away."""
+        """Return metrics of the ratio [N]; a token counts as clipped if the clip takes its gradient away."""
         low, high = self._bounds
         clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
         # Against the engine's logprobs it is not exactly 1 on the first update, and so has another name.

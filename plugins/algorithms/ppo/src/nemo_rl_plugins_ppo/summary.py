@@ -13,7 +13,7 @@ __all__ = ["explained_variance", "summarise"]
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float | None:
-    """1 - var(returns - values) / var(returns); None where the returns do not vary.
+    """Return 1 - var(returns - values) / var(returns), [N] each; None where the returns do not vary.
 
     1 is a critic that knows every return, 0 one that says the same everywhere; below 0 it is worse than that.
     """

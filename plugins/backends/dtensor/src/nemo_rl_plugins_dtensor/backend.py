@@ -234,14 +234,14 @@ class DTensorBackend(TorchBackend):
         return sums
 
     def _gradients(self) -> list[Tensor]:
-        """Gradients of what is trained, laid out as their parameters."""
+        """Return the gradients [...] of what is trained, laid out as their parameters."""
         found = [p for p in self._trained() if p.grad is not None]
         for parameter in found:
             parameter.grad = self.ranks.as_parameter(parameter, parameter.grad)
         return [p.grad for p in found]
 
     def _update(self, loss: Tensor) -> float:
-        """Clip, step and forget the gradient; returns its global norm before clipping."""
+        """Clip, step and forget the gradient of a loss []; returns its global norm before clipping."""
         gradients = self._gradients()
         squared = self.ranks.squared_norm(gradients)
         total, bad = torch.stack([squared, self.ranks.any_rank(~loss.isfinite())]).tolist()
@@ -287,7 +287,7 @@ class DTensorBackend(TorchBackend):
     def _forward_only(
         self, batch: BatchedDataDict, micro_batches: Sequence[Sequence[int]], names: Iterable[str], **options: object
     ) -> dict[str, Tensor]:
-        """These outputs of the network for each token of the batch."""
+        """Return these outputs of the network, [N] or [N, ...] each, for the N tokens of the batch."""
         collected = PerToken(batch)
         for indices in micro_batches:
             selected = batch.select(indices)
@@ -302,7 +302,7 @@ class DTensorBackend(TorchBackend):
     # -- weights out --------------------------------------------------------------------------
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, full tensor) in the precision that computes; tied weights come once.
+        """Yield (Hugging Face name, full tensor [...]) in the precision that computes; tied weights come once.
 
         On one process these are the live tensors.
         """
@@ -411,7 +411,7 @@ class DTensorBackend(TorchBackend):
             self._host.offload(tensor for tensor in self._held_tensors() if tensor.device.type == self.device.type)
 
     def _held_tensors(self) -> Iterator[Tensor]:
-        """What takes memory between two steps."""
+        """Yield the tensors [...] that take memory between two steps."""
         yield from self.network.parameters()
         yield from self.network.buffers()
         for trained in self._trained() if self.optimizer is not None else ():

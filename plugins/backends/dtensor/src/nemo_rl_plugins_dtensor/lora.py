@@ -72,18 +72,18 @@ class Adapters:
         return ".lora_" in name or (self.head is not None and name.startswith(f"{self.head}."))
 
     def attach(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the parameters of the model as they are laid out over the ranks, and remember where they start."""
+        """Take the parameters [...] of the model as they are laid out over the ranks, and remember where they start."""
         self._weights = weights
         self.train(False)
         if not self.is_new or self.head is not None:
             self._start = {name: local_part(p).detach().clone() for name, p in self.trained().items()}
 
     def trained(self) -> dict[str, Tensor]:
-        """Trained tensors that checkpoints include, by parameter name."""
+        """Return the trained tensors [...] that checkpoints include, by parameter name."""
         return {name: p for name, p in self._weights.items() if self._is_trained(name)}
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of the weights below the adapters."""
+        """Yield this rank's part [...] of each weight below the adapters."""
         for name, parameter in self._weights.items():
             if not self._is_trained(name):
                 yield name, local_part(parameter).detach()
@@ -116,7 +116,7 @@ class Adapters:
     # -- weights out --------------------------------------------------------------------------
 
     def merged(self, full: _Full, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield (the model's own name, whole tensor) with the adapters added; no weight is touched.
+        """Yield (the model's own name, whole tensor [...]) with the adapters added; no weight is touched.
 
         Args:
             full: Gathers a parameter over the ranks; every rank must exhaust the iterator.

@@ -296,14 +296,14 @@ class PolicyNetwork(nn.Module):
             )
 
     def _plain_logits(self, ids: Tensor) -> Tensor:
-        """What the model as it is gives for one sequence."""
+        """Return what the model as it is gives for one sequence of ids [T]: [T, V], or [T, 1] of a scalar head."""
         if not self.is_scalar:
             return self.model(input_ids=ids[None], use_cache=False).logits[0]  # type: ignore[no-any-return]
         states = self.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         return self.head(states)  # type: ignore[no-any-return]
 
     def _try_packed(self, probe: list[Tensor], expected: Tensor) -> str:
-        """Switch to packed attention; if it does not fit, switch back and return why."""
+        """Switch to packed attention; if its logits are not the expected [T, V], switch back and return why."""
         config = self.model.config.get_text_config()
         before = config._attn_implementation
         layer_types = getattr(config, "layer_types", None) or []
@@ -326,6 +326,7 @@ class PolicyNetwork(nn.Module):
         return reason
 
     def _probe_logits(self, probe: list[Tensor], record: list[int | None] | None = None) -> Tensor:
+        """Return logits [T, V] of the probe's sequences, packed into one row."""
         lengths = [len(ids) for ids in probe]
         batch = BatchedDataDict(lengths, {"input_ids": torch.cat(probe)})
         row = Row.of(batch, device=probe[0].device, only_trained=False)
@@ -351,7 +352,7 @@ def _pair_cost(model: Any) -> float:
 
 
 def _probe(model: Any) -> list[Tensor]:
-    """Two short sequences of different lengths."""
+    """Return two short sequences of token ids, [5] and [4]."""
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(3, 3 + 9, device=model.get_input_embeddings().weight.device) * 7 % vocab
     return [ids[:5], ids[5:]]

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Build the optimizer that `config` names.
+    """Build the optimizer that `config` names over parameters [...].
 
     Raises:
         ConfigError: No such class, or it does not take the options.
@@ -99,7 +99,7 @@ def optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
 
 
 def _like(parameter: Tensor, value: object) -> Any:
-    """A state tensor laid out as its parameter; a count or a number as it is."""
+    """Return a state tensor [...] laid out as its parameter; a count or a number as it is."""
     if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim() > 0):
         return value
     return DTensor.from_local(

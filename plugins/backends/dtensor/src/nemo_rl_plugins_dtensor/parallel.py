@@ -54,7 +54,7 @@ _LLAMA_PLAN = {
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor, sharing its memory; a plain tensor is its own."""
+    """Return this rank's part [...] of a distributed tensor, sharing its memory; a plain tensor is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -84,7 +84,7 @@ class OneProcess:
         return _local_squares(gradients, self.device)
 
     def as_parameter(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient summed over ranks that each hold a part of the sum."""
+        """Return the gradient [...] summed over ranks that each hold a part of the sum."""
         return gradient
 
     def any_rank(self, flag: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class OneProcess:
         return flag.float()
 
     def full(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The whole of a parameter in `dtype`; every rank calls it."""
+        """Return the whole of a parameter [...] in `dtype`; every rank calls it."""
         return tensor.detach().to(dtype)
 
     def close(self) -> None:
@@ -100,6 +100,7 @@ class OneProcess:
 
 
 def _local_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the sum [] of the squares of this rank's parts of all gradients."""
     parts = [part for g in gradients if (part := local_part(g)).numel()]
     if not parts:
         return torch.zeros((), device=device)
@@ -198,13 +199,13 @@ class Mesh(OneProcess):
         return total
 
     def as_parameter(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient summed over ranks that each hold a part of the sum (norms of single heads)."""
+        """Return the gradient [...] summed over ranks that each hold a part of the sum (norms of single heads)."""
         if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
             return gradient.redistribute(placements=parameter.placements)
         return gradient
 
     def _is_split(self, gradient: Tensor) -> bool:
-        """Whether tensor-parallel ranks hold different parts of it."""
+        """Return whether tensor-parallel ranks hold different parts of a gradient [...]."""
         if not isinstance(gradient, DTensor):
             return False
         names = gradient.device_mesh.mesh_dim_names or ()
@@ -217,7 +218,7 @@ class Mesh(OneProcess):
         return found
 
     def full(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The whole of a parameter in `dtype`, gathered from all ranks."""
+        """Return the whole of a parameter [...] in `dtype`, gathered from all ranks."""
         found = tensor.detach().to(dtype)
         return found.full_tensor() if isinstance(found, DTensor) else found
 
@@ -267,7 +268,7 @@ def tensor_plan(model: Any, size: int) -> dict[str, ParallelStyle]:
 
 
 def mesh_groups(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters by device mesh: an optimizer's fused kernels take tensors of one mesh at a time."""
+    """Return parameters [...] by device mesh: an optimizer's fused kernels take tensors of one mesh at a time."""
     groups: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         key = parameter.device_mesh if isinstance(parameter, DTensor) else None

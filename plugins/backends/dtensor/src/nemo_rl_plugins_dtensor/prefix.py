@@ -97,7 +97,7 @@ def share_prefixes(batch: BatchedDataDict, wanted: Tensor, *, pair_cost: float) 
 
 
 def _equal_prefixes(input_ids: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of sequences by the tokens of their prefixes."""
+    """Return indices of sequences by the tokens of their prefixes in `input_ids` [N]."""
     tokens = input_ids.numpy()
     found: dict[bytes, list[int]] = {}
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -149,7 +149,7 @@ class _Layout:
         self.buckets = _buckets(self.bundles)
 
     def pays(self, lengths: Tensor, pair_cost: float) -> bool:
-        """Whether the row is worth it, against sequences of these lengths one by one."""
+        """Return whether the row is worth it, against sequences of lengths [B] one by one."""
         if sum(bucket.num_masked for bucket in self.buckets) > _MAX_MASK:
             return False
         pairs = [bucket.num_pairs for bucket in self.buckets]
@@ -158,7 +158,7 @@ class _Layout:
         return work <= _WORTH * plain
 
     def build(self) -> tuple[Tensor, Packing]:
-        """`SharedRow.source` and the packing."""
+        """Return `SharedRow.source` [num_rows] and the packing."""
         first, sizes, offset = torch.tensor(self.stretches).unbind(1)
         row_start = sizes.cumsum(0) - sizes
         column = torch.arange(self.num_rows) - row_start.repeat_interleave(sizes)
@@ -248,7 +248,7 @@ class _Bucket:
 
 
 def _places(bundles: Sequence[_Bundle], width: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `_Bucket.places`; padding repeats the first token."""
+    """Return rows and whether each is real, [B, width], and rows with those before them, [B, depth + width]."""
     prefix, depths, start, widths = torch.tensor([(b.prefix, b.depth, b.start, b.width) for b in bundles]).T[..., None]
     column = torch.arange(width)
     real = column < widths

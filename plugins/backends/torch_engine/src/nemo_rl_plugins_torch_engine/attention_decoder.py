@@ -84,6 +84,7 @@ class _Step:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        """Attend with this pass's queries [1, H, T, E], or [R, H, 1, E] to decode; gives [1, T, H, E] or [R, 1, H, E]."""
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
         if isinstance(self.batch, PrefillPass):
             return self._prefill(self.batch, layer, query, key, value, scale, window, softcap)
@@ -93,6 +94,7 @@ class _Step:
         self, batch: PrefillPass, layer: int, query: Tensor, key: Tensor, value: Tensor,
         scale: float, window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
+        """Attend over packed prompts, q, k and v [1, H, T, E], and write keys and values to the cache."""
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if self.cache is not None:
             self.cache.keys[layer][batch.rows, :, batch.row_positions] = k[batch.source].to(self.cache.dtype)
@@ -103,6 +105,7 @@ class _Step:
         self, batch: DecodePass, layer: int, query: Tensor, key: Tensor, value: Tensor,
         scale: float, window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
+        """Attend with one new token per row, q, k and v [R, H, 1, E], to what the cache holds of its row."""
         assert self.cache is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[batch.rows, :, batch.positions] = key[:, :, 0].to(keys.dtype)
@@ -136,12 +139,12 @@ class AttentionDecoder:
         self.cache = _probe(self, num_rows, max_length, cache_dtype)
 
     def prefill(self, batch: PrefillPass) -> Tensor:
-        """See `Decoder.prefill`."""
+        """Return logits [num_prompts, V], see `Decoder.prefill`."""
         logits = self._forward(_Step(self.cache, batch), batch.token_ids[None], batch.positions[None], batch.last)
         return logits[0]
 
     def decode(self, batch: DecodePass) -> Tensor:
-        """See `Decoder.decode`."""
+        """Return logits [R, V], see `Decoder.decode`."""
         step = _Step(self.cache, batch)
         return self._forward(step, batch.token_ids[:, None], batch.positions[:, None], None)[:, 0]
 
@@ -150,6 +153,7 @@ class AttentionDecoder:
         return 0
 
     def _forward(self, step: _Step, token_ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
+        """Run the model on ids and positions [B, T]; returns logits [B, T, V], of the tokens in `last` [P] only."""
         keep = {"logits_to_keep": last} if self._keep_argument and last is not None else {}
         _active.step = step
         try:

@@ -123,7 +123,9 @@ class TorchEngine(GenerationBackend):
             raise
 
     def update_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]], *, share: bool = False) -> None:
-        """Load new weights between two steps; requests in flight go on with them (see `cache_after_refit`).
+        """Load new weights, tensors [...] by name, between two steps; requests in flight go on with them.
+
+        What is kept of their prompts is as `cache_after_refit` says.
 
         Raises:
             GenerationError: A name or shape does not belong to the model, or one is missing; the engine then

@@ -82,12 +82,12 @@ class KVCache:
             tensor[dst, :, :length] = tensor[src, :, :length]
 
     def snapshot(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """A copy of the first `length` positions of a row, per layer."""
+        """Return copies of keys and values [H, length, E] of the first `length` positions of a row, per layer."""
         return [(k[row, :, :length].clone(), v[row, :, :length].clone())
                 for k, v in zip(self.keys, self.values, strict=True)]  # fmt: skip
 
     def restore(self, snapshot: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int]) -> None:
-        """Write a `snapshot` to rows."""
+        """Write a `snapshot`, keys and values [H, length, E] per layer, to rows."""
         index = torch.tensor(rows, device=self.device)
         for (k, v), keys, values in zip(snapshot, self.keys, self.values, strict=True):
             keys[index, :, : k.shape[1]] = k

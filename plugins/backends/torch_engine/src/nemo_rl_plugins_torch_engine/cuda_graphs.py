@@ -72,11 +72,11 @@ class BucketedDecoder:
         return self._inner.cache
 
     def prefill(self, batch: PrefillPass) -> Tensor:
-        """See `Decoder.prefill`; prompts are too varied to capture."""
+        """Return logits [num_prompts, V], see `Decoder.prefill`; prompts are too varied to capture."""
         return self._inner.prefill(batch)
 
     def decode(self, batch: DecodePass) -> Tensor:
-        """See `Decoder.decode`. The logits are valid until the next step.
+        """Return logits [R, V], see `Decoder.decode`. They are valid until the next step.
 
         Rows that pad the bucket write a token 0 at position 0 of rows that nobody uses.
         """
@@ -124,6 +124,7 @@ class BucketedDecoder:
             logits = run()
 
         def replay() -> Tensor:
+            """Run the graph; returns logits [size, V]."""
             graph.replay()
             return logits
 

@@ -115,12 +115,12 @@ class LeanDecoder:
         return self._packing.num_bytes - before
 
     def prefill(self, batch: PrefillPass) -> Tensor:
-        """See `Decoder.prefill`."""
+        """Return logits [num_prompts, V], see `Decoder.prefill`."""
         hidden = self._run(batch.token_ids, batch.positions, batch)
         return self._logits(hidden[batch.last])
 
     def decode(self, batch: DecodePass) -> Tensor:
-        """See `Decoder.decode`."""
+        """Return logits [R, V], see `Decoder.decode`."""
         return self._logits(self._run(batch.token_ids, batch.positions, batch))
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -130,6 +130,7 @@ class LeanDecoder:
         return rms_norm(x, (x.shape[-1],), weight, self._eps)
 
     def _run(self, token_ids: Tensor, positions: Tensor, batch: PrefillPass | DecodePass) -> Tensor:
+        """Return hidden states [T, E] of token ids and positions [T]."""
         hidden = embedding(token_ids, self._embedding)
         cos, sin = self._cos[positions], self._sin[positions]
         mask = None
@@ -149,6 +150,7 @@ class LeanDecoder:
         self, index: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor,
         batch: PrefillPass | DecodePass, mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        """Attend in one layer with normed hidden states x [T, E]; returns [T, H * head_size]."""
         size, heads = self._head_size, self._heads
         projected = layer.query_key_value(x).view(x.shape[0], -1, size)
         both, value = projected.split_with_sizes([heads + self._kv_heads, self._kv_heads], dim=1)

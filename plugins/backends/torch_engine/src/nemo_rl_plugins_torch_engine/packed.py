@@ -39,6 +39,7 @@ class _Copy:
     reordered: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the product [..., out] of x [..., in] and the weight."""
         if not self.reordered:
             return linear(x, self.weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -110,7 +111,7 @@ class Packing:
             return _reordered(weight, bias) if reorder else _Copy(weight, bias, reordered=False)
 
     def _can_reorder(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether the product with the reordered weight exists and is right, tried once per shape."""
+        """Return whether the product with the reordered weight [out, in] exists and is right, tried once per shape."""
         shape = tuple(weight.shape)
         if shape not in self._reorders:
             reason = _try(weight, bias)
@@ -125,7 +126,7 @@ def _reordered(weight: Tensor, bias: Tensor | None) -> _Copy:
 
 
 def _try(weight: Tensor, bias: Tensor | None) -> str | None:
-    """What is wrong with the reordered product, or None."""
+    """Return what is wrong with the reordered product with a weight [out, in], or None."""
     probe = torch.linspace(-1, 1, _PROBE_ROWS * weight.shape[1]).view(_PROBE_ROWS, -1)
     expected = linear(probe, weight, bias)
     try:

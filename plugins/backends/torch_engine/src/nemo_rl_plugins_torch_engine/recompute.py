@@ -36,7 +36,7 @@ class RecomputeDecoder:
         )
 
     def prefill(self, batch: PrefillPass) -> Tensor:
-        """See `Decoder.prefill`."""
+        """Return logits [num_prompts, V], see `Decoder.prefill`."""
         self.cache.keys[0][batch.rows, 0, batch.row_positions, 0] = batch.token_ids[batch.source]
         logits = []
         for run in batch.runs:
@@ -46,7 +46,7 @@ class RecomputeDecoder:
         return torch.cat(logits)
 
     def decode(self, batch: DecodePass) -> Tensor:
-        """See `Decoder.decode`."""
+        """Return logits [R, V], see `Decoder.decode`."""
         count = batch.rows.shape[0]
         self.cache.keys[0][batch.rows, 0, batch.positions, 0] = batch.token_ids
         tokens = self.cache.keys[0][:count, 0, : batch.length, 0]

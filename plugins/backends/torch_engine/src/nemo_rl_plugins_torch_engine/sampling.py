@@ -69,7 +69,7 @@ class RowSampling:
         return self.column >= self.noise.shape[0]
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """`sample` with the next random number of each row."""
+        """Sample from logits [R, V] with the next random number of each row; returns tokens [R] and logprobs [R]."""
         uniform = self.noise[self.column]
         self.column += 1
         return sample(logits, self, uniform)
@@ -107,6 +107,7 @@ def sample(logits: Tensor, rows: RowSampling, uniform: Tensor) -> tuple[Tensor, 
 
 
 def _draw(x: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw tokens [R] and their logprobs [R] by scaled logits x [R, V] and random numbers [R]."""
     shifted = x - x.amax(dim=-1, keepdim=True)
     cumulative = shifted.exp().cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -117,7 +118,7 @@ def _draw(x: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw_limited(x: Tensor, rows: RowSampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw from the top-k tokens, and of these the smallest set that reaches top-p."""
+    """Draw tokens [R] and logprobs [R] from the top-k tokens, of these the smallest set that reaches top-p."""
     assert rows.top_k is not None and rows.top_p is not None
     ordered, index = x.topk(rows.max_top_k, dim=-1) if rows.max_top_k < x.shape[-1] else x.sort(-1, descending=True)
     weights = (ordered - ordered[:, :1]).exp()

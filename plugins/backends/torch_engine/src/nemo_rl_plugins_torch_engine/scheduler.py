@@ -204,6 +204,7 @@ class Scheduler:
     def _append(
         self, rows: list[Sequence], tokens: Tensor, logprobs: Tensor
     ) -> list[tuple[Sequence, GenerationError | None]]:
+        """Append sampled tokens [R] and logprobs [R] to their sequences; returns the sequences that have ended."""
         values = logprobs.tolist()
         ended: list[tuple[Sequence, GenerationError | None]] = []
         for sequence, token, logprob in zip(rows, tokens.tolist(), values, strict=True):

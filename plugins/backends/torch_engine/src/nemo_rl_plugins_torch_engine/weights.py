@@ -21,7 +21,7 @@ _SHOWN = 5
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters by Hugging Face name; a tied one comes once."""
+    """Yield the model's parameters [...] by Hugging Face name; a tied one comes once."""
     for name, parameter in model.named_parameters():
         yield name, parameter.detach()
 
@@ -29,7 +29,7 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def load_weights(
     model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]], *, share: bool, sums: CachedSums | None = None
 ) -> int:
-    """Replace every parameter of `model`.
+    """Replace every parameter of `model` by tensors [...] of the same shapes.
 
     Args:
         model: A Hugging Face module.
@@ -70,6 +70,7 @@ def load_weights(
 def _check_all(
     parameters: dict[str, Any], buffers: dict[str, Any], missing: dict[int, str], tensors: list[tuple[str, Tensor]]
 ) -> None:
+    """Raise unless the tensors [...] have the names and shapes of all parameters."""
     left = dict(missing)
     for name, tensor in tensors:
         left.pop(id(_target(parameters, buffers, name, tensor)), None)
@@ -77,6 +78,7 @@ def _check_all(
 
 
 def _target(parameters: dict[str, Any], buffers: dict[str, Any], name: str, tensor: Tensor) -> Any:
+    """Return the parameter or buffer [...] of a name, which must have the shape of the tensor."""
     target = parameters.get(name, buffers.get(name))
     if target is None:
         raise GenerationError(

@@ -79,6 +79,7 @@ def _pickler_class() -> Any:
 
 
 def _reduce_tensor(tensor: Tensor) -> Any:
+    """Return how to pickle a tensor [...]: its bytes out of band, its type and its shape."""
     import torch
 
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
@@ -90,6 +91,7 @@ def _reduce_tensor(tensor: Tensor) -> Any:
 
 
 def _make_tensor(data: Any, dtype: Any, shape: tuple[int, ...], requires_grad: bool) -> Tensor:
+    """Return the tensor [...] of these bytes, sharing their memory."""
     import torch
 
     if memoryview(data).nbytes == 0:

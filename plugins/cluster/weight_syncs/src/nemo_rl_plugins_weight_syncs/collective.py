@@ -74,7 +74,7 @@ class _Group:
         self.inner: Any = _nccl(store, rank, size) if kind == "nccl" else _gloo(store, rank, size, timeout, local=local)
 
     def broadcast(self, buffer: Tensor) -> _Broadcast:
-        """Start a broadcast from rank 0."""
+        """Start a broadcast of a buffer of bytes [num_bytes] from rank 0."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
@@ -159,7 +159,7 @@ class _Buffers:
         self.tensors: list[Tensor | None] = [None] * _NUM_SLOTS
 
     def slot(self, number: int, num_bytes: int, least: int, device: torch.device) -> Tensor:
-        """The first `num_bytes` of the buffer that chunk `number` goes through."""
+        """Return the first bytes [num_bytes] of the buffer that chunk `number` goes through."""
         buffer = self.tensors[number % _NUM_SLOTS]
         if buffer is None or buffer.numel() < num_bytes or buffer.device != device:
             buffer = torch.empty(max(num_bytes, least), dtype=torch.uint8, device=device)
@@ -277,6 +277,7 @@ class _In:
         self.group = self.joined.group
 
     def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors [...] of a chunk once its broadcast has come."""
         number = message[1]
         buffer, started = self.posted.pop(number) if number in self.posted else self._post(message)
         started.wait(wire.deadline, "the trainer")

@@ -103,6 +103,7 @@ class _In:
         self.base.digest = ""
 
     def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors [...] that a chunk of changes makes of those before."""
         changes: Sequence[Change] = message[2]
         data = torch.frombuffer(bytearray(wire.receive_bytes()) or bytearray(1), dtype=torch.uint8)
         at = 0

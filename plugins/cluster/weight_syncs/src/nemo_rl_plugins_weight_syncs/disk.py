@@ -111,6 +111,7 @@ def _write(backend: TrainingBackend, rank: int, transfer: Transfer, target: Path
 
 
 def _write_version(source: Iterator[tuple[str, Tensor]], transfer: Transfer, target: Path, keep: int) -> Sent:
+    """Write tensors [...] as one version, which appears in its place when it is whole."""
     outgoing = OutgoingWeights(source, transfer.dtype)
     unfinished = target.with_name(f".{target.name}.unfinished")
     unfinished.mkdir(parents=True)
@@ -153,6 +154,7 @@ def _read(engine: GenerationBackend, transfer: Transfer, target: Path) -> Receiv
 
 
 def _tensors(target: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors [...] of a version, file by file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -34,7 +34,7 @@ class Chunk:
     """Of the buffer, gaps for alignment included."""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor behind the others."""
+        """Put a tensor [...] behind the others."""
         offset = -(-self.num_bytes // _ALIGNMENT) * _ALIGNMENT
         self.entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), offset, tensor.nbytes))
         self.tensors.append(tensor)
@@ -42,7 +42,7 @@ class Chunk:
 
 
 def chunks(tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int) -> Iterator[Chunk]:
-    """Tensors in the order in which they come, as many together as fit; one that is larger goes alone."""
+    """Yield tensors [...] in the order in which they come, as many together as fit; one that is larger goes alone."""
     chunk = Chunk()
     for name, tensor in tensors:
         if chunk.entries and chunk.num_bytes + _ALIGNMENT + tensor.nbytes > chunk_bytes:
@@ -54,13 +54,13 @@ def chunks(tensors: Iterable[tuple[str, Tensor]], chunk_bytes: int) -> Iterator[
 
 
 def pack(chunk: Chunk, buffer: Tensor) -> None:
-    """Copy a chunk's tensors into a buffer of bytes, on whatever device that is."""
+    """Copy a chunk's tensors into a buffer of bytes [num_bytes], on whatever device that is."""
     for entry, tensor in zip(chunk.entries, chunk.tensors, strict=True):
         _view(buffer, entry).copy_(tensor, non_blocking=True)
 
 
 def unpack(entries: Sequence[Entry], buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a buffer, as views of it."""
+    """Yield the tensors [...] in a buffer of bytes [num_bytes], as views of it."""
     for entry in entries:
         yield entry.name, _view(buffer, entry)
 
@@ -70,5 +70,5 @@ def _view(buffer: Tensor, entry: Entry) -> Tensor:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's bytes, without a copy if it is contiguous."""
+    """Return a tensor's bytes [num_bytes], without a copy if it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

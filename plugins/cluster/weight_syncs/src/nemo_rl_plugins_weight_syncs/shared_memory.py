@@ -126,6 +126,7 @@ class _Buffer:
 
 
 def _open(handle: Sequence[Any]) -> Tensor:
+    """Return the buffer of bytes [num_bytes] that a handle leads to."""
     if handle[0] == "file":
         return map_shared(handle[1], handle[2])
     rebuild, args = pickle.loads(handle[1])
@@ -176,6 +177,7 @@ class _In:
         pass
 
     def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors [...] of a chunk, as views of the shared buffer."""
         _, _, slot, handle, entries = message
         known = self.opened.get(slot)
         if known is None or known[0] != handle:

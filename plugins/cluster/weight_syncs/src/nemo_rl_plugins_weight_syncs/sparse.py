@@ -36,7 +36,7 @@ class Change:
 
 
 def difference(name: str, tensor: Tensor, base: Tensor | None) -> tuple[Change, list[Tensor]]:
-    """What to send of a tensor, as the smallest of nothing, gaps with values, and all of it.
+    """Return what to send of a tensor [...]: the smallest of nothing, gaps with values, and all of it.
 
     The bits are compared where the tensor is: from a GPU only what is sent comes to the CPU.
 
@@ -52,6 +52,7 @@ def difference(name: str, tensor: Tensor, base: Tensor | None) -> tuple[Change, 
     shape = tuple(tensor.shape)
 
     def described(positions: int, pieces: list[Tensor]) -> tuple[Change, list[Tensor]]:
+        """Return the change and its pieces, bytes [num_bytes] each."""
         size = sum(piece.numel() for piece in pieces)
         return Change(name=name, dtype=tensor.dtype, shape=shape, positions=positions, num_bytes=size), pieces
 
@@ -80,7 +81,7 @@ def _positions(chosen: Tensor) -> Tensor:
 
 
 def apply(change: Change, data: Tensor, base: Tensor | None) -> Tensor:
-    """The tensor after a change.
+    """Return the tensor [...] after a change.
 
     Args:
         change: What `difference` said.

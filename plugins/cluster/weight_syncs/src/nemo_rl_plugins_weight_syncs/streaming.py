@@ -55,7 +55,7 @@ class InCarrier(Protocol):
         """Called when connected."""
 
     def take(self, wire: Wire, message: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the chunk that a message announces, valid until the next one is asked for."""
+        """Yield the tensors [...] of the chunk that a message announces, valid until the next one is asked for."""
 
     def end(self, digest: str) -> None:
         """Everything was loaded."""
@@ -165,6 +165,7 @@ def send(backend: TrainingBackend, rank: int, transfer: Transfer, routes: Mappin
 
 
 def _send(hub: Hub, source: Iterator[tuple[str, Tensor]], transfer: Transfer, route: Route) -> Sent:
+    """Send tensors [...] in chunks to the engines of one route."""
     make, *options = route.carrier
     carrier: OutCarrier = make(transfer, route.device, *options)
     hub.gather(route.names, transfer.deadline)
@@ -245,6 +246,7 @@ class _Stream:
             pass
 
     def _read(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors [...] of all chunks, and acknowledge each chunk."""
         while True:
             message = self.wire.receive()
             if message[0] == "end":
