@@ -19,9 +19,9 @@ PLUGIN_SOURCES = sorted(
     [*ROOT.glob("plugins/*/src"), *ROOT.glob("plugins/*/*/src"), *ROOT.glob("nemo_rl_plugins_*/src")]
 )
 
-MAX_BARE_ANY = 1022
-MAX_BARE_ANY_PER_1000_LINES_OF_CORE = 18.9
-MIN_SHARE_WITH_SHAPES = 0.495
+MAX_BARE_ANY = 300
+MAX_BARE_ANY_PER_1000_LINES_OF_CORE = 6
+MIN_SHARE_WITH_SHAPES = 0.95
 
 SHORT_HELPER_LINES = 5
 """A private function of fewer lines may leave its shapes to its caller."""

@@ -74,7 +74,7 @@ def override_layers(overrides: Overrides) -> tuple[list[Layer], list[Mistake]]:
     return layers, mistakes
 
 
-def plain_tree(value: object) -> Any:
+def plain_tree(value: object) -> object:
     """A copy of nested mappings as dicts; every other object stays what it is."""
     if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections", "types"):
         return {key: plain_tree(child) for key, child in value.items()}

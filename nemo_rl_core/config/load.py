@@ -178,5 +178,5 @@ def _touches(m: Mistake, keys: tuple[Key, ...]) -> bool:
     return False
 
 
-def _plain_name(name: object) -> Any:
+def _plain_name(name: object) -> object:
     return name.rpartition(":")[2] if isinstance(name, str) else name

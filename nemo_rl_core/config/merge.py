@@ -95,7 +95,7 @@ class _Merged:
             result[key] = self.value(result.get(key), value, types.get(key), (*at, key))
         return result
 
-    def value(self, base: object, over: object, cls: type | None, at: tuple[Key, ...]) -> Any:
+    def value(self, base: object, over: object, cls: type | None, at: tuple[Key, ...]) -> object:
         """What `over` makes of the value `base`."""
         if cls is ComponentChoice and isinstance(over, dict) and base is not None and _opened(base) is None:
             base = {"name": base}
@@ -152,7 +152,7 @@ def _opened(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def _get(tree: object, keys: Sequence[Key]) -> Any:
+def _get(tree: object, keys: Sequence[Key]) -> object:
     for key in keys:
         opened = _opened(tree)
         if opened is None or key not in opened:

@@ -86,7 +86,7 @@ def _converter() -> Converter:
 _SCALARS = (int, float, bool, str, type(None))
 
 
-def _scalar_hook(value: Any, tp: Any) -> Any:
+def _scalar_hook(value: Any, tp: Any) -> object:
     if issubclass(tp, enum.Enum):  # `class E(str, Enum)`
         return _enum_hook(value, tp)
     if tp is float and isinstance(value, int) and not isinstance(value, bool):
@@ -116,7 +116,7 @@ def _conversion(tp: object, value: object) -> str | None:
     return None
 
 
-def _instance_hook(value: Any, tp: Any) -> Any:
+def _instance_hook(value: Any, tp: Any) -> object:
     try:
         fits = isinstance(value, tp)
     except TypeError:  # a protocol that cannot be checked
@@ -126,29 +126,29 @@ def _instance_hook(value: Any, tp: Any) -> Any:
     raise Refused(Mistake(problem=_expected(tp, value)))
 
 
-def _callable_hook(value: object, tp: object) -> Any:
+def _callable_hook(value: object, tp: object) -> object:
     if callable(value):
         return value
     raise Refused(Mistake(problem=f"expected a Python callable, found {_show(value)}"))
 
 
-def _enum_hook(value: Any, tp: Any) -> Any:
+def _enum_hook(value: Any, tp: Any) -> object:
     if isinstance(value, tp):
         return value
     return tp(_one_of(value, [member.value for member in tp]))
 
 
-def _path_hook(value: object, tp: object) -> Any:
+def _path_hook(value: object, tp: object) -> object:
     if isinstance(value, (str, os.PathLike)):
         return Path(value)
     raise Refused(Mistake(problem=f"expected a path, found {_show(value)}"))
 
 
-def _literal_hook(value: object, tp: object) -> Any:
+def _literal_hook(value: object, tp: object) -> object:
     return _one_of(value, get_args(tp))
 
 
-def _one_of(value: object, allowed: Sequence[Any]) -> Any:
+def _one_of(value: object, allowed: Sequence[Any]) -> object:
     for choice in allowed:
         if choice == value and type(choice) is type(value):
             return choice
@@ -176,7 +176,7 @@ def _is_callable(tp: object) -> bool:
 def _mapping_hook(tp: object, converter: Converter) -> Hook:
     args = get_args(tp) or (Any, Any)
 
-    def hook(value: object, _: object) -> Any:
+    def hook(value: object, _: object) -> object:
         if not isinstance(value, Mapping):
             raise Refused(Mistake(problem=_expected(tp, value)))
         result: dict[Any, Any] = {}
@@ -196,7 +196,7 @@ def _sequence_hook(tp: Any, converter: Converter) -> Hook:
     fixed = base is tuple and bool(args) and args[-1] is not Ellipsis
     make: Callable[[Any], Any] = next((t for t in (tuple, frozenset, set) if issubclass(base, t)), list)
 
-    def hook(value: object, _: object) -> Any:
+    def hook(value: object, _: object) -> object:
         if not isinstance(value, (list, tuple, set, frozenset)):
             fix = f"Write a list: [{_show(value).strip(chr(39))}]." if isinstance(value, _SCALARS[:-1]) else None
             raise Refused(Mistake(problem=_expected(tp, value), fix=fix))
@@ -225,7 +225,7 @@ def _union_hook(tp: object, converter: Converter) -> Hook:
     arms = alternatives(tp)
     others = [arm for arm in arms if arm is not type(None)]
 
-    def hook(value: object, _: object) -> Any:
+    def hook(value: object, _: object) -> object:
         if value is None and len(others) < len(arms):
             return None
         refusals: list[Refused] = []
@@ -248,7 +248,7 @@ def _union_hook(tp: object, converter: Converter) -> Hook:
 def _choice_hook(converter: Converter) -> Hook:
     fields = _class_hook(ComponentChoice, converter)
 
-    def hook(value: object, _: object) -> Any:
+    def hook(value: object, _: object) -> object:
         if value is None or isinstance(value, (bool, int, float, list)):
             if value is None:
                 return ComponentChoice()
@@ -299,7 +299,7 @@ def _build(cls: Any, given: Mapping[Any, Any], converter: Converter) -> tuple[An
         return None, [Mistake(problem=str(error), error=error)]
 
 
-def _over_default(f: attrs.Attribute[Any], value: object) -> Any:
+def _over_default(f: attrs.Attribute[Any], value: object) -> object:
     """A choice without a name, or with the name that stands by default, keeps the default's options under its own."""
     default = default_of(f)
     if "kind" not in f.metadata or not isinstance(default, ComponentChoice) or default.name is None:

@@ -6,16 +6,19 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import evolve
 
 from nemo_rl_core.data.order import FormattedRows, StreamOrder, TableOrder, TaskItem
 from nemo_rl_core.data.prompts import RowFormat
-from nemo_rl_core.data.sources import RowStream, load_rows
+from nemo_rl_core.data.sources import Finder, RowStream, load_rows
 from nemo_rl_core.errors import DataError
 from nemo_rl_core.schema import DataConfig, DatasetConfig
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
 __all__ = ["DataModule", "TaskItem"]
 
@@ -54,9 +57,9 @@ class DataModule:
         seed: int,
         max_epochs: int | None = None,
         feed: Literal["rollouts", "examples"] = "rollouts",
-        registry: Any = None,
-        train_rows: Any = None,
-        validation_rows: Any = None,
+        registry: Finder | None = None,
+        train_rows: object = None,
+        validation_rows: object = None,
         stream_buffer: int = 1000,
     ) -> None:
         validation = config.validation
@@ -219,7 +222,7 @@ class DataModule:
             self._iterator = iter(self._loader)
         return self._iterator
 
-    def _new_loader(self) -> Any:
+    def _new_loader(self) -> StatefulDataLoader[TaskItem]:
         rows = self._train
         if isinstance(rows.rows, RowStream):
             return _stateful_loader(StreamOrder(rows, self._seed, self._stream_buffer, self._max_epochs))
@@ -227,7 +230,7 @@ class DataModule:
         return _stateful_loader(rows, sampler=order)
 
 
-def _stateful_loader(rows: object, **options: object) -> Any:
+def _stateful_loader(rows: object, **options: object) -> StatefulDataLoader[TaskItem]:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     # The loader draws a seed that nothing here uses; without its own generator it would draw from the global one.

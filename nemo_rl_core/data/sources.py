@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import attrs
 from attrs import define, frozen
@@ -17,9 +17,26 @@ from nemo_rl_core.registry import PluginCall, comes_from_outside, contained, tex
 from nemo_rl_core.schema import DatasetConfig
 from nemo_rl_core.schema.mistakes import suggest
 
-__all__ = ["LoadedRows", "RowStream", "TableRows", "load_rows"]
+__all__ = ["Finder", "LoadedRows", "RowStream", "TableRows", "load_rows"]
 
 _KIND = "datasets"
+
+T = TypeVar("T")
+
+
+class Finder(Protocol):
+    """Where dataset components are found: a registry, or what keeps a record of what a run uses of one.
+
+    The latter has a method `chosen(ref)` too.
+    """
+
+    def names(self, kind: str) -> Sequence[str]:
+        """Return the names of a kind."""
+        ...
+
+    def resolve(self, kind: str, name: str) -> object:
+        """Return a reference to the component of that name."""
+        ...
 
 
 @frozen(kw_only=True)
@@ -101,7 +118,7 @@ class RowStream:
 LoadedRows = TableRows | RowStream
 
 
-def load_rows(config: DatasetConfig, *, registry: object = None) -> LoadedRows:
+def load_rows(config: DatasetConfig, *, registry: Finder | None = None) -> LoadedRows:
     """Find and load the rows that a dataset's configuration names.
 
     `config.source` is, in this order: rows in Python (a sequence, an iterable, a function that returns
@@ -186,7 +203,7 @@ class _FirstRows:
     def __len__(self) -> int:
         return self.limit
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         if not -self.limit <= index < self.limit:
             raise IndexError(index)
         return self.rows[index % self.limit]
@@ -195,7 +212,7 @@ class _FirstRows:
 # -- from text to a component -------------------------------------------------------------------------------
 
 
-def _find(source: str, options: Any, registry: Any) -> tuple[Any, Any]:
+def _find(source: str, options: Any, registry: Finder | None) -> tuple[Any, Any]:
     """The component for a text, and its options."""
     registry = registry or _installed()
     path = os.path.expanduser(source)
@@ -217,14 +234,14 @@ def _find(source: str, options: Any, registry: Any) -> tuple[Any, Any]:
     raise _not_found(source, names, exists=os.path.exists(path)) from unknown
 
 
-def _chosen(registry: object, ref: object) -> Any:
+def _chosen(registry: Finder, ref: T) -> T:
     """Tell a registry that keeps a record which component is used."""
     if hasattr(registry, "chosen"):
         registry.chosen(ref)
     return ref
 
 
-def _accepting(registry: Any, names: list[str]) -> Iterator[tuple[Any, Any]]:
+def _accepting(registry: Finder, names: list[str]) -> Iterator[tuple[Any, Any]]:
     """Each installed dataset class that can say whether it accepts a text, with its reference.
 
     Broken plugins are passed over.
@@ -263,7 +280,7 @@ def _looks_like_path(source: str) -> bool:
     return bool(re.match(r"^[~./\\]|^[A-Za-z]:\\", source) or re.search(r"[*?]|\.[A-Za-z]+(\.gz)?$", source))
 
 
-def _installed() -> Any:
+def _installed() -> Finder:
     from nemo_rl_core.registry import get_registry
 
     return get_registry()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_rl_core.registry._provider import Provider
 
@@ -18,7 +18,7 @@ class HookPlugin(NamedTuple):
 
     label: str
     """How messages name it: `plugin x 1.2 (dist y)` or `callback module.Class`."""
-    listener: Any
+    listener: object
     distribution: Distribution | None = None
     name: str = ""
     """Of the entry point, or under which the callback was asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
@@ -211,7 +211,7 @@ def _callback(registry: Lookup, choice: object) -> HookPlugin:
     return HookPlugin(f"callback {cls.__module__}.{cls.__qualname__}", listener, dist, name, is_callback=True)
 
 
-def _answer(plugin: HookPlugin, hook: str, answer: object) -> Any:
+def _answer(plugin: HookPlugin, hook: str, answer: object) -> object:
     """What a listener answered; those who hand something over must do so by name."""
     if hook.startswith("nemo_rl_") and answer is not None and not isinstance(answer, Mapping):
         raise PluginError(
@@ -230,7 +230,7 @@ def _as_exception(error: BaseException, plugin: HookPlugin, hook: str) -> Except
     return failure
 
 
-def _made(cls: type) -> Any:
+def _made(cls: type) -> object:
     try:
         return cls()
     except BaseException as error:
@@ -300,7 +300,7 @@ def _validate_implementation(plugin: HookPlugin, name: str, hook: str, options: 
             )
 
 
-def _subset(function: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def _subset(function: Callable[..., object], arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return arguments

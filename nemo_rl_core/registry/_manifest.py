@@ -39,8 +39,8 @@ class ManifestDifference:
     name: str
     field: str
     """Column of the manifest, or "component" when only one side has it."""
-    before: Any
-    after: Any
+    before: object
+    after: object
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}: {self.field} was {self.before}, is {self.after}"

@@ -209,7 +209,7 @@ class ComponentRef(Generic[T_co]):
                 raise
             return f"looking at it raised {type(error).__name__}: {text_of(error)}"
 
-    def _obtain(self) -> Any:
+    def _obtain(self) -> object:
         if self._status.component is not None:
             return self._status.component
         self._compare_with_sender()

@@ -217,7 +217,7 @@ class contained:
 
     __slots__ = ("call", "component", "kind")
 
-    def __init__(self, kind: str, component: Any, call: str) -> None:
+    def __init__(self, kind: str, component: object, call: str) -> None:
         self.kind = kind
         self.component = component
         self.call = call
@@ -328,7 +328,7 @@ class PluginCall:
 
     __slots__ = ("call", "component", "event", "kind", "started")
 
-    def __init__(self, kind: str, component: Any, call: str, event: Event = "call") -> None:
+    def __init__(self, kind: str, component: object, call: str, event: Event = "call") -> None:
         self.kind = kind
         self.component = component
         self.call = call

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -161,7 +161,9 @@ def _construction(kind: str, component: object) -> str | None:
     return _binding("", component, arguments, {})
 
 
-def _binding(name: str, function: Any, arguments: Sequence[str], keywords: Mapping[str, Any]) -> str | None:
+def _binding(
+    name: str, function: Callable[..., object], arguments: Sequence[str], keywords: Mapping[str, Any]
+) -> str | None:
     """Why `function(*arguments, **keywords)` is no call of it, or None."""
     try:
         signature = inspect.signature(function)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 from functools import cache
-from typing import Any
 
 __all__ = ["field_docs"]
 
@@ -19,7 +18,7 @@ def field_docs(cls: object) -> dict[str, str]:
 
 
 @cache
-def _field_docs(cls: Any) -> dict[str, str]:
+def _field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         docs.update(_own_docs(base))

@@ -47,7 +47,7 @@ def shorthands(cls: object) -> dict[str, tuple[str, ...]]:
     return {name: tuple(long.split(".")) for name, long in named if long}
 
 
-def default_of(attribute: attrs.Attribute[Any]) -> Any:
+def default_of(attribute: attrs.Attribute[Any]) -> object:
     """Return the default value; `attrs.NOTHING` if there is none or it depends on the object."""
     default: Any = attribute.default
     if isinstance(default, attrs.Factory):  # type: ignore[arg-type]

@@ -16,6 +16,9 @@ from nemo_rl_core.errors import ConfigError
 
 __all__ = ["choices", "ge", "gt", "le", "limits", "lt", "one_of", "optional", "refuse_unread"]
 
+Validator = Callable[[Any, "Attribute[Any]", Any], object]
+"""As attrs calls it: `validator(instance, attribute, value)`."""
+
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     ">": operator.gt,
@@ -56,7 +59,7 @@ class _OneOf:
 class _Optional:
     """None, or what another validator takes."""
 
-    validator: Any
+    validator: Validator | list[Validator]
 
     def __call__(self, instance: object, attribute: Attribute[Any], value: object) -> None:
         if value is not None:
@@ -64,32 +67,32 @@ class _Optional:
                 validator(instance, attribute, value)
 
 
-def ge(bound: float) -> Any:
+def ge(bound: float) -> Validator:
     """Require a value of at least `bound`."""
     return _Bound(">=", bound)
 
 
-def gt(bound: float) -> Any:
+def gt(bound: float) -> Validator:
     """Require a value greater than `bound`."""
     return _Bound(">", bound)
 
 
-def le(bound: float) -> Any:
+def le(bound: float) -> Validator:
     """Require a value of at most `bound`."""
     return _Bound("<=", bound)
 
 
-def lt(bound: float) -> Any:
+def lt(bound: float) -> Validator:
     """Require a value less than `bound`."""
     return _Bound("<", bound)
 
 
-def one_of(*options: object) -> Any:
+def one_of(*options: object) -> Validator:
     """Require one of `options`."""
     return _OneOf(options)
 
 
-def optional(validator: object) -> Any:
+def optional(validator: Validator | list[Validator]) -> Validator:
     """Allow None, or a value that `validator` (or each of a list of them) allows."""
     return _Optional(validator)
 

@@ -57,9 +57,9 @@ class Difference:
     """A value that two configurations do not share."""
 
     path: str
-    left: Any
+    left: object
     """`NOT_SET` where the left one has no such setting."""
-    right: Any
+    right: object
 
 
 class _NotSet:
@@ -85,7 +85,7 @@ def diff(left: RunConfig | Mapping[str, Any], right: RunConfig | Mapping[str, An
     return [Difference(".".join(path), x, y) for path, x, y in pairs if not _same(x, y)]
 
 
-def _plain(value: Any, defaults: bool) -> Any:
+def _plain(value: Any, defaults: bool) -> object:
     if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, ComponentChoice):
@@ -108,7 +108,7 @@ def _plain(value: Any, defaults: bool) -> Any:
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
-def _key(key: object) -> Any:
+def _key(key: object) -> object:
     return key if isinstance(key, (str, int)) else str(key)
 
 

@@ -26,7 +26,7 @@ class FieldRow:
     path: str
     type: str
     """In words, such as `integer or null`."""
-    default: Any
+    default: object
     """Plain data; "(required)" if there is none."""
     allowed: str
     """Type with choices or range, such as `integer >= 1`."""
@@ -82,7 +82,7 @@ def _type(f: attrs.Attribute[Any]) -> str:
     return f"list of {word}" if get_origin(f.type) is tuple else f"one of the {word}"
 
 
-def _default(f: attrs.Attribute[Any]) -> Any:
+def _default(f: attrs.Attribute[Any]) -> object:
     if f.default is attrs.NOTHING:
         return "(required)"
     default = default_of(f)
@@ -91,7 +91,7 @@ def _default(f: attrs.Attribute[Any]) -> Any:
     return _plain(default)
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, ComponentChoice):
         return value.name
     if isinstance(value, tuple):

@@ -59,7 +59,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Positions, list[Mistake]]:
     return value, reader.positions, reader.mistakes
 
 
-def parse_scalar(text: str) -> Any:
+def parse_scalar(text: str) -> object:
     """The value of an override, as YAML. Raises `yaml.YAMLError` or `ValueError`."""
     value, _, mistakes = parse_yaml(text, "command line")
     if mistakes:
@@ -129,7 +129,7 @@ class _Reader:
         for key, value in values.items():
             own.setdefault(key, value)
 
-    def scalar(self, node: yaml.ScalarNode, keys: tuple[Key, ...]) -> Any:
+    def scalar(self, node: yaml.ScalarNode, keys: tuple[Key, ...]) -> object:
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         text = str(node.value)
         try:

@@ -15,7 +15,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 __all__ = ["Distribution", "distributions", "normalize"]
 
@@ -107,7 +110,7 @@ def _reader(folder: str) -> Callable[[str], bytes | None]:
     return read
 
 
-def _reader_of(found: Any) -> Callable[[str], bytes | None]:
+def _reader_of(found: metadata.Distribution) -> Callable[[str], bytes | None]:
     """Of a distribution of `importlib.metadata`."""
 
     def read(filename: str) -> bytes | None:
@@ -151,7 +154,7 @@ def _by_importlib() -> Iterator[Distribution]:
             yield Distribution(normalize(name), _header(headers, "version") or "0", read, _location(found))
 
 
-def _location(found: Any) -> str:
+def _location(found: metadata.Distribution) -> str:
     try:
         return str(found.locate_file(""))
     except Exception:  # another finder need not know files

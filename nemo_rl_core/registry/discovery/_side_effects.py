@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 __all__ = ["ProcessState"]
@@ -142,12 +143,12 @@ def _set_silencers(before: list[tuple[Any, ...]]) -> None:
         pass
 
 
-def _torch() -> Any:
+def _torch() -> ModuleType:
     """Torch as it is imported; whoever has not imported it has not changed it."""
     return sys.modules["torch"]
 
 
-def _numpy_random() -> Any:
+def _numpy_random() -> ModuleType:
     return sys.modules["numpy.random"]
 
 

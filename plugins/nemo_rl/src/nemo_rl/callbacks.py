@@ -41,7 +41,7 @@ class WandbCallback(Callback):
         **settings: Further arguments of `wandb.init`.
     """
 
-    def __init__(self, project: str = "nemo-rl", **settings: Any) -> None:
+    def __init__(self, project: str = "nemo-rl", **settings: object) -> None:
         try:
             import wandb
         except ImportError:

@@ -27,7 +27,7 @@ def train(
     environment: EnvironmentFactory | type | None = None,
     validation_dataset: object = None,
     callbacks: Sequence[Any] = (),
-    **fields: Any,
+    **fields: object,
 ) -> RunResult:
     """Train a model with one call.
 
@@ -68,7 +68,7 @@ def evaluate(
     algorithm: str = "grpo",
     config: RunConfig | Mapping[str, Any] | str | Path | None = None,
     environment: EnvironmentFactory | type | None = None,
-    **fields: Any,
+    **fields: object,
 ) -> dict[str, float]:
     """Sample every row of a dataset and score the responses, without training.
 

@@ -71,7 +71,7 @@ class TeacherAlgorithm(BaseAlgorithm):
             chat_template_kwargs=config.data.chat_template_kwargs,
         )
 
-    def _make_loss(self) -> Any:
+    def _make_loss(self) -> Loss:
         """The loss that the configuration names, over the whole vocabulary if there is no `top_k`."""
         from nemo_rl_plugins_distillation.whole_vocabulary import WholeVocabulary
 

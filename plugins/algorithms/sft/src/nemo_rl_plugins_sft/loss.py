@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import frozen
 
@@ -27,7 +27,7 @@ class NLLLoss:
     denominator: Denominator = "tokens"
     needs: frozenset[str] = frozenset({"logprobs"})
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: NLLConfig | None = None) -> None:
         self.config = config
 
     def __call__(self, outputs: ModelOutputs, batch: BatchedDataDict) -> LossSums:

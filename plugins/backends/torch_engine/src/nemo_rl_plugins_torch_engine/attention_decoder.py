@@ -84,7 +84,7 @@ class _Step:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attend with this pass's queries [1, H, T, E], or [R, H, 1, E] to decode; gives [1, T, H, E] or [R, 1, H, E]."""
+        """Attend with queries [1, H, T, E], or [R, H, 1, E] to decode; gives [1, T, H, E] or [R, 1, H, E]."""
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
         if isinstance(self.batch, PrefillPass):
             return self._prefill(self.batch, layer, query, key, value, scale, window, softcap)

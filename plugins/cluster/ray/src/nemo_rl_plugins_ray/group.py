@@ -165,13 +165,18 @@ class RayWorkerGroup(RemoteGroup["ObjectRef[Any]"]):
 
     # -- sending, receiving, ending -------------------------------------------------------------
 
-    def _put(self, value: object) -> Any:
+    def _put(self, value: object) -> Packet | ObjectRef[Any]:
         """What to pass to actors for a value: a packet, or a reference to one that is stored once."""
         packet = encode(value)
         return packet if packet.num_bytes <= _INLINE_BYTES else ray.put(packet)
 
     def _head(
-        self, method: str, ref: Any, others: Mapping[int, Any], answered: Answers, timeout_s: float | None
+        self,
+        method: str,
+        ref: ObjectRef[Any],
+        others: Mapping[int, ObjectRef[Any]],
+        answered: Answers,
+        timeout_s: float | None,
     ) -> Any:
         """Rank 0's answer, while the other ranks work too: what they answer goes into `answered`."""
         waiting = {0: ref, **{rank: other for rank, other in others.items() if rank not in answered}}
@@ -193,7 +198,7 @@ class RayWorkerGroup(RemoteGroup["ObjectRef[Any]"]):
         ready, _ = ray.wait(list(rank_of), num_returns=1, timeout=timeout_s)
         return {rank_of[ref]: self._take(rank_of[ref], method, ref) for ref in ready} or None
 
-    def _take(self, rank: int, method: str, ref: Any) -> tuple[str, Any]:
+    def _take(self, rank: int, method: str, ref: ObjectRef[Any]) -> tuple[str, Any]:
         try:
             packet: Packet = ray.get(ref)
         except TaskCancelledError:

@@ -127,7 +127,7 @@ async def _end(process: asyncio.subprocess.Process, pipes: Sequence[asyncio.Task
         process._transport.close()  # type: ignore[attr-defined]  # closes the pipes; there is no public way
 
 
-def read_output(text: str) -> Any:
+def read_output(text: str) -> object:
     """What a program says of its run: the JSON object or number in its last line, else all of it, an answer."""
     lines = text.strip().splitlines()
     if lines:

@@ -102,7 +102,7 @@ class AgentEnvironment(DrivingEnvironment):
             rewards=rewards, terminated=not outcome.truncated, truncated=outcome.truncated, info=info
         )
 
-    async def _run(self, call: AgentCall) -> Any:
+    async def _run(self, call: AgentCall) -> object:
         config = self.config
         if self._function is not None:
             return await run_function(self._function, call, timeout_s=config.timeout_s)

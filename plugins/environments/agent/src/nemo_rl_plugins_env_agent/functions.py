@@ -56,7 +56,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{module}:{name}" if module else str(name)
 
 
-async def run_function(function: Callable[..., Any], call: AgentCall, *, timeout_s: float | None) -> Any:
+async def run_function(function: Callable[..., Any], call: AgentCall, *, timeout_s: float | None) -> object:
     """Call it, sync or async, with the arguments that its signature names.
 
     At its deadline an async function is cancelled, and a sync one abandoned in its thread: the policy answers it no
@@ -96,7 +96,7 @@ class _AgentThread(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        value: Any = None
+        value: object = None
         error: BaseException | None = None
         try:
             value = self._function(**self._arguments)
@@ -109,7 +109,7 @@ class _AgentThread(threading.Thread):
         with contextlib.suppress(RuntimeError):  # the run is over, and its loop closed
             self._home.call_soon_threadsafe(self._tell, value, error)
 
-    async def _awaited(self, awaitable: Any) -> Any:
+    async def _awaited(self, awaitable: Any) -> object:
         with self._lock:
             self._loop, self._task = asyncio.get_running_loop(), asyncio.ensure_future(awaitable)
             if self._cancelled:

@@ -84,7 +84,7 @@ class MathEnvironment(SingleTurnEnvironment):
         return verdict
 
 
-def _expected(task: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
+def _expected(task: Mapping[str, Any], columns: tuple[str, ...]) -> object:
     for name in columns:
         if task.get(name) is not None:
             return task[name]
