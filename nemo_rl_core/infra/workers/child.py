@@ -1,6 +1,7 @@
 """The child side of a worker process: takes calls from a connection until it is told to stop.
 
-Importing this module must not import torch: plugins are verified and thread counts are set first.
+Importing this module must not import torch: in a process that is spawned, plugins are verified and thread counts are
+set first.
 """
 
 from __future__ import annotations
@@ -22,18 +23,28 @@ if TYPE_CHECKING:
 __all__ = ["run", "verify"]
 
 
-def run(connection: Connection, payload: bytes, environment: dict[str, str], log_path: str, manifest: str) -> None:
+def run(
+    connection: Connection,
+    payload: bytes,
+    inherited: dict[str, str],
+    environment: dict[str, str],
+    log_path: str,
+    manifest: str,
+) -> None:
     """Entry point of the process.
 
     Args:
         connection: To the driver.
         payload: cloudpickled (factory, config, context).
-        environment: Set before anything heavy is imported.
+        inherited: Environment of the driver; a process that was forked has an older one.
+        environment: Variables of this worker, set before a plugin is imported.
         log_path: File that receives standard output and error.
         manifest: Rows of the plugins that this process must have, as JSON; compared before all else.
     """
     _leave_terminal()
     redirect_output(log_path)
+    os.environ.clear()
+    os.environ.update(inherited)
     adopt_environment(environment)
     _die_with_parent()
     if not verify(connection, manifest):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from attrs import evolve
 from nemo_rl_core.errors import DeadlineExceeded
 from nemo_rl_core.infra.workers import child as _worker
 from nemo_rl_core.infra.workers.axes import dispatch
+from nemo_rl_core.infra.workers.forking import start_context
 from nemo_rl_core.infra.workers.group import Answers, RemoteGroup
 from nemo_rl_core.infra.workers.remote import (
     expected_plugins,
@@ -51,7 +51,7 @@ class ProcessGroup(RemoteGroup[Connection]):
 
     def __init__(self, role: str, *, size: int, failure_grace_s: float, call_timeout_s: float) -> None:
         super().__init__(role, size=size, failure_grace_s=failure_grace_s, call_timeout_s=call_timeout_s)
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[BaseProcess] = []
         self._connections: dict[int, Connection] = {}
         self._logs: list[Path] = []
         self._turn = threading.Lock()
@@ -198,13 +198,14 @@ class ProcessGroup(RemoteGroup[Connection]):
     def _spawn(self, spec: WorkerSpec, context: WorkerContext, folder: Path) -> None:
         import cloudpickle
 
-        spawn = multiprocessing.get_context("spawn")
-        here, there = spawn.Pipe()
+        variables = worker_environment(spec, context)
+        start = start_context(context.device, variables, threads_given=context.num_threads is not None)
+        here, there = start.Pipe()
         log_path = folder / f"{spec.label}-rank{context.rank}.log"
         payload = cloudpickle.dumps((spec.factory, spec.config, context))
-        process = spawn.Process(
+        process: BaseProcess = start.Process(  # type: ignore[attr-defined]  # typeshed has it in the subclasses
             target=_worker.run,
-            args=(there, payload, worker_environment(spec, context), str(log_path), expected_plugins(spec)),
+            args=(there, payload, dict(os.environ), variables, str(log_path), expected_plugins(spec)),
             name=f"nemo-rl-{spec.label}-{context.rank}",
             daemon=True,
         )
@@ -295,6 +296,8 @@ class ProcessGroup(RemoteGroup[Connection]):
         self, method: str, handles: Mapping[int, Connection], found: Answers, timeout_s: float
     ) -> Answers | None:
         gone = {rank for rank, (kind, _) in found.items() if kind == "error" or method == "shutdown"}
+        # One that has ended after it said more than was asked for yet is judged by what it said.
+        gone |= {rank for rank, connection in self._connections.items() if rank not in handles and connection.poll()}
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes) if rank not in gone}
         ready = wait([*handles.values(), *sentinels], timeout_s)
         if not ready:

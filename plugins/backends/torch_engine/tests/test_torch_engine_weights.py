@@ -10,7 +10,7 @@ import torch
 from attrs import evolve
 from torch_engine_kit import complete, generate, reference_logprobs, request
 
-from nemo_rl_core.errors import GenerationError
+from nemo_rl_core.errors import ConfigError, GenerationError
 from nemo_rl_core.models import load_model
 from nemo_rl_core.protocols.launcher import WorkerContext
 from nemo_rl_core.schema import GenerationConfig
@@ -171,7 +171,7 @@ def test_options_given_as_a_mapping_are_taken():
     engine.setup(config, WorkerContext(num_threads=1))
     assert engine._options.max_batch_size == 3
     engine.shutdown()
-    with pytest.raises(TypeError, match="max_bach_size"):
+    with pytest.raises(ConfigError, match="did you mean `max_batch_size`"):
         TorchEngine().setup(evolve(config, options={"max_bach_size": 3}), WorkerContext())
 
 
