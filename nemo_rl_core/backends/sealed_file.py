@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_core.errors import CheckpointError
+from nemo_rl_core.machine.publish import published, sync
 
 __all__ = ["capture_rng", "check_fits", "check_unchanged", "measure", "read", "restore", "restore_rng", "write"]
 
@@ -29,21 +29,14 @@ def write(path: Path, state: object) -> None:
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; no part of a file is left.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    seal = _seal_path(path)
     try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        size, checksum = measure(partial)
-        text = json.dumps({"file": path.name, "size": size, "crc32": checksum})
-        seal_partial = seal.with_name(f".{seal.name}.partial")
-        seal_partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        os.replace(seal_partial, seal)
+        with published(path) as unfinished, published(_seal_path(path)) as seal:
+            with unfinished.open("wb") as file:
+                torch.save(state, file)
+            sync(unfinished)
+            size, checksum = measure(unfinished)
+            seal.write_text(json.dumps({"file": path.name, "size": size, "crc32": checksum}) + "\n", encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"Cannot write the checkpoint file {path}: {error}. Check free space and permissions of {path.parent}."
         ) from error

@@ -19,6 +19,7 @@ from attrs import frozen
 
 from nemo_rl_core._version import __version__
 from nemo_rl_core.errors import CheckpointError, DeadlineExceeded, WorkerDied
+from nemo_rl_core.machine.publish import replace, sync
 
 __all__ = ["Checkpoint", "CheckpointStore"]
 
@@ -93,7 +94,7 @@ class CheckpointStore:
             temporary.mkdir(parents=True)
             write(temporary)
             _write_state(temporary, step, state)
-            _replace(temporary, final)
+            replace(temporary, final)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, (WorkerDied, DeadlineExceeded)):  # not a matter of the folder
@@ -193,8 +194,7 @@ def _checksum(path: Path) -> int:
 def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     files: dict[str, list[int]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         files[str(path.relative_to(folder))] = [path.stat().st_size, _checksum(path)]
     body = {"format": _FORMAT, "core_version": __version__, "step": step, "files": files, "state": state}
     with (folder / _STATE).open("w", encoding="utf-8") as file:
@@ -235,21 +235,6 @@ def _damage(folder: Path) -> str | None:
         if _checksum(path) != checksum:
             return f"Checkpoint {folder} is damaged: the checksum of {name} is wrong."
     return None
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    """Publish by rename; an existing one of the same step (a run started over) makes room first."""
-    old = final.with_name(f".old-{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    temporary.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:

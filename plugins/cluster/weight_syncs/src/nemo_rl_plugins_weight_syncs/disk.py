@@ -7,7 +7,6 @@ half a version. The files stay readable by anything that reads safetensors.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import uuid
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from nemo_rl_core.errors import CheckpointError, ConfigError
 from nemo_rl_core.infra.weights.transfer import OutgoingWeights
+from nemo_rl_core.machine.publish import published
 from nemo_rl_core.protocols.weight_sync import SyncReport
 from nemo_rl_plugins_weight_syncs.base import WorkerSync, conclude
 from nemo_rl_plugins_weight_syncs.config import DiskConfig
@@ -113,14 +113,9 @@ def _write(backend: TrainingBackend, rank: int, transfer: Transfer, target: Path
 def _write_version(source: Iterator[tuple[str, Tensor]], transfer: Transfer, target: Path, keep: int) -> Sent:
     """Write tensors [...] as one version, which appears in its place when it is whole."""
     outgoing = OutgoingWeights(source, transfer.dtype)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.mkdir(parents=True)
-    try:
+    with published(target) as unfinished:
+        unfinished.mkdir(parents=True)
         digest = _write_files(unfinished, outgoing, transfer)
-        os.rename(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     _remove_old(target, keep)
     return Sent(num_tensors=outgoing.num_tensors, num_bytes=outgoing.num_bytes, num_bytes_sent=None, fingerprint=digest)
 
