@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,32 @@ def test_what_the_source_does_not_tell_is_asked_of_the_class(package, source):
     body = source[1] + "\n"
     name = package(config=CONFIG, plugin=body)
     assert declared_config_class(f"{name}.plugin:C") is None
+
+
+@pytest.mark.parametrize(
+    ("home", "source", "where"),
+    [
+        ("__init__", "from .config import Options", "config"),
+        ("inner/__init__", "from .config import Options", "inner.config"),
+        ("inner/plugin", "from ..config import Options", "config"),
+        ("inner/plugin", "from .config import Options", "inner.config"),
+    ],
+)
+def test_a_relative_import_is_followed_from_where_it_stands(package, home, source, where):
+    name = package()
+    (folder := site_of(name) / "inner").mkdir()
+    for place in (folder.parent, folder):
+        (place / "config.py").write_text(CONFIG)
+    (folder / "__init__.py").write_text("")
+    (folder.parent / f"{home}.py").write_text(
+        f"import no_such_library\n{source}\nclass C:\n    config_class = Options\n"
+    )
+    module = f"{name}/{home}".removesuffix("/__init__").replace("/", ".")
+    assert declared_config_class(f"{module}:C") == f"{name}.{where}:Options"
+
+
+def site_of(package: str) -> Path:
+    return Path(next(p for p in sys.path if (Path(p) / package).is_dir())) / package
 
 
 def test_bases_in_a_circle_end(package):
