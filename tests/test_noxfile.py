@@ -73,20 +73,29 @@ def test_uv_installs_from_where_pip_would(noxfile: ModuleType, monkeypatch: pyte
 
 
 SESSIONS = """
+def alone(session):
+    with one_at_a_time(session):
+        Path("running").touch(exist_ok=False)  # fails if the other is here too
+        session.run("python", "-c", "import time; time.sleep(1)", external=True)
+        Path("running").unlink()
+
+
 @nox.session(python=False)
 def tests(session):
+    alone(session)
     print("first speaks")
 
 
 @nox.session(python=False)
 def tests_vllm(session):
+    alone(session)
     print("second speaks")
     session.error("broken")
 """
 
 
 def test_sessions_side_by_side_fail_if_one_does(tmp_path: Path) -> None:
-    """The real session, over two small ones: lines of both are there, and the failure of the second counts."""
+    """The real session, over two small ones: they take turns, and the failure of the second counts."""
     shared, found, _ = (ROOT / "noxfile.py").read_text(encoding="utf-8").partition("@nox.session\ndef tests(")
     assert found
     shared = shared.replace("Path(__file__).parent", f"Path({str(ROOT)!r})").replace("cwd=ROOT", "cwd=Path.cwd()")
@@ -95,4 +104,4 @@ def test_sessions_side_by_side_fail_if_one_does(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "\nfirst speaks\n" in done.stdout and "[tests_vllm] second speaks\n" in done.stdout
-    assert "Failed: tests_vllm" in done.stderr
+    assert "Failed: tests_vllm\n" in done.stderr

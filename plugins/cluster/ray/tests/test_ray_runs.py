@@ -25,7 +25,7 @@ from nemo_rl_core.training.run import run as run_config
 from nemo_rl_core.training.setup.parts import RunInputs
 from nemo_rl_plugins_ray.launcher import RayLauncher
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.timeout(600)]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
 
