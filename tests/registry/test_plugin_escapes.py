@@ -72,10 +72,21 @@ def test_ordinary_errors_stay_what_they_are():
 
 def test_ctrl_c_stays_ctrl_c():
     """The interpreter's own handler runs between two instructions of whoever runs."""
-    threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,)).start()
-    with pytest.raises(KeyboardInterrupt), PluginCall("losses", Component(), "__call__"):
-        while True:
-            time.sleep(0.01)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = threading.Event()
+
+    def press():
+        begun.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    try:
+        with pytest.raises(KeyboardInterrupt), PluginCall("losses", Component(), "__call__"):
+            begun.set()
+            while True:
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_a_signal_handler_raises_is_not_the_plugin_s():

@@ -202,8 +202,10 @@ def test_a_task_that_exits_ends_nobody_else(make_runner, caplog):
         raise SystemExit(0)
 
     async def start():
-        asyncio.get_running_loop().kept = asyncio.create_task(leave())
+        tasks.append(asyncio.create_task(leave()))
 
+    tasks = []
     runner.run(start()).result(20)
     assert submit(runner).result(20).rewards == [1.0, 1.0]
+    assert isinstance(tasks[0].exception(), SystemExit)  # else asyncio would tell of it amid another test
     assert "A task on the rollout loop raised SystemExit(0)" in caplog.text

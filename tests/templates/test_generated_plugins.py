@@ -203,7 +203,7 @@ def test_it_is_used_in_a_run(fresh: Fresh, runs: list[dict], run_dir: str) -> No
     mine = {row["kind"]: row for row in rows if row["name"].startswith("my_")}
     assert sorted(mine) == USED[run_dir].split()
     assert {(row["version"], row["source_hash"]) for row in mine.values()} == {("0.1.0", None)}
-    (start,) = (event for event in runs if event["event"] == "start" and event["run_dir"] == run_dir)
+    (start,) = (event for event in runs if event["event"] == "start" and Path(event["run_dir"]).name == run_dir)
     third_party = {row["kind"] for row in start["plugins"] if row["third_party"]}
     assert third_party == set(mine)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import cloudpickle
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 
 from nemo_rl_core.errors import CheckpointError
 from nemo_rl_core.records.batch import BatchedDataDict
 from nemo_rl_plugins_dtensor.backend import DTensorBackend
+from nemo_rl_plugins_dtensor.config import DTensorConfig
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -380,6 +381,12 @@ class HalvesTheLayer(DTensorBackend):
         return evolve(layer, weight=layer.weight / 2)
 
 
+@frozen(kw_only=True)
+class OneWorkerOptions(DTensorConfig):
+    def layout(self, policy):
+        return {}
+
+
 BROKEN = {
     "declares_itself": (Telepathic, WithoutConfigClass),
     "logprobs": (
@@ -388,7 +395,7 @@ BROKEN = {
         scoring(lambda x, batch, t: x.roll(-1)),
         configured(lambda c: evolve(c, precision="bfloat16")),
     ),
-    "layout": (type("OneWorker", (DTensorBackend,), {"layout": staticmethod(lambda policy: {})}),),
+    "layout": (type("OneWorker", (DTensorBackend,), {"config_class": OneWorkerOptions}),),
     "logprobs_of_masked_batches": (
         scoring(lambda x, batch, t: x * ~batch["loss_mask"] if "loss_mask" in batch else x),
     ),
